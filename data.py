@@ -1,0 +1,462 @@
+"""
+Data: the embedded world (colored shapes, and signs with a word), LLaVA-format JSON, CLIP's preprocessing, batches.
+
+    sample = world("read", 7, split="test")         # endless, deterministic, needs no download
+    records = load_llava("data.json", "images")     # LLaVA-1.5's format
+    batch = collate([sample], tokenizer, n_visual=19, size=64)
+
+A sample is an image and a chat about it; `world` adds what ranking (options) and contrastive training (caption) need.
+"""
+
+import json
+import math
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from tokenizer import IMAGE  # the id that stands for an image in a token list; "<image>" in text
+
+# ---- What is asked --------------------------------------------------------------------------------------------------
+
+TRAINED_TASKS = ("describe", "color", "shape", "read")
+KNOWLEDGE_TASKS = ("capital", "class")  # never trained: the answer is not in the image, only the full LLM knows it
+
+# The first phrasing is the one asked in split "test"; split "train" draws from all of them.
+QUESTIONS = {
+    "describe": ["Describe the image.", "What does the image show?", "What do you see?", "Say what is in the picture."],
+    "color": ["What color is the shape?", "Which color does the shape have?", "Name the color of the shape."],
+    "shape": ["What shape is it?", "Which shape is shown?", "Name the shape."],
+    "read": ["What word is on the sign?", "Which word is shown?", "What does the sign say?", "Read the sign."],
+    "capital": ["What is the capital of the country on the sign?"],
+    "class": ["What kind of animal is it: a mammal, a bird, a fish, an insect or a reptile?"],
+}
+
+# Sentences, not bare words: SmolLM2 wants to go on after a bare "Red" (log p of end-of-turn there: -18), and ranks words
+# badly. Measured in text, with the caption in the image's place, ranking "Red" -> "The color is red.", and so on (n = 24
+# or 20): color 0 -> 19, shape 0 -> 19 of 24; capital 8 -> 20, class 8 -> 16 of 20. For bare words put "{}" here.
+# No word of the sign is in the answers that need knowledge: ranking these cannot be won by copying.
+ANSWERS = {
+    "describe": "{}.",
+    "color": "The color is {}.",
+    "shape": "It is {}.",
+    "read": "The word is {}.",
+    "capital": "The capital is {}.",
+    "class": "It is {}.",
+}
+
+# The visual tokens become part of a sentence. The first opening is the paper's, and the default at inference.
+OPENINGS = [
+    "Based on the visual elements captured in this image of<image>, ",
+    "Looking closely at this picture of<image>, ",
+    "Given a photo that shows<image>, ",
+    "Here is a view of<image>, and going by what it shows, ",
+    "With your eyes on this scene of<image>, ",
+    "Judging from the details of this drawing of<image>, ",
+    "In the picture before you there is<image>, so ",
+    "Taking into account everything seen in<image>, ",
+]
+
+
+def wrap(question, rng=None):
+    """Put the image into a sentence before `question`: the default opening, or with `rng` a random one of OPENINGS."""
+    return (rng.choice(OPENINGS) if rng else OPENINGS[0]) + question[:1].lower() + question[1:]
+
+
+@dataclass
+class Sample:
+    """An image (or None) and a chat about it; the first user turn holds "<image>" where the image goes."""
+
+    image: Image.Image | None
+    messages: list[dict]  # [{"role": "user" | "assistant", "content": str}, ...]
+    task: str = ""
+    answer: str = ""  # the last assistant turn
+    options: list[str] = ()  # candidate answers for ranking; holds `answer` exactly once
+    caption: str = ""  # for contrastive pre-training
+
+
+# ---- The embedded world: 64 x 64 pixels, drawn with Pillow ----------------------------------------------------------
+
+SIZE = 64
+
+COLORS = {
+    "red": (215, 30, 40), "green": (35, 160, 60), "blue": (35, 75, 220), "yellow": (245, 220, 30),
+    "orange": (250, 130, 20), "purple": (125, 40, 170), "pink": (250, 140, 195), "brown": (125, 72, 35),
+}  # fmt: skip
+
+
+def _ring(n, outer=1.0, inner=None, turn=-90.0):
+    """n points around the origin, the first at the top; with `inner` every second one is at that radius."""
+    radii = [inner if inner and i % 2 else outer for i in range(n)]
+    angles = [math.radians(turn + 360 * i / n) for i in range(n)]
+    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles)]
+
+
+def _heart(n=40):
+    ts = [2 * math.pi * i / n for i in range(n)]
+    ys = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in ts]
+    return [(math.sin(t) ** 3, -(y + 2.5) / 15.5) for t, y in zip(ts, ys)]
+
+
+SHAPES = {  # polygons inside the unit circle, y down
+    "circle": _ring(48, 0.9),
+    "square": _ring(4, 0.9, turn=45),
+    "triangle": _ring(3),
+    "star": _ring(10, inner=0.42),
+    "heart": _heart(),
+    "cross": [(-.28, -.9), (.28, -.9), (.28, -.28), (.9, -.28), (.9, .28), (.28, .28),
+              (.28, .9), (-.28, .9), (-.28, .28), (-.9, .28), (-.9, -.28), (-.28, -.28)],
+    "diamond": [(0, -1), (.6, 0), (0, 1), (-.6, 0)],
+    "hexagon": _ring(6),
+}  # fmt: skip
+
+# 13 of the 64 combinations are never drawn in split "train", and make up half of split "test".
+# Every color and every shape is still seen in training: 3 * i + k runs through all 8 shapes.
+_c, _s = list(COLORS), list(SHAPES)
+HELD_OUT = {(_c[i], _s[(3 * i + 1) % 8]) for i in range(8)} | {(_c[i], _s[(3 * i + 4) % 8]) for i in range(5)}
+_SEEN = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT]
+
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "China": "Beijing",
+    "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens", "England": "London", "Austria": "Vienna",
+    "Ireland": "Dublin", "Norway": "Oslo", "Sweden": "Stockholm", "Portugal": "Lisbon", "Poland": "Warsaw",
+    "Hungary": "Budapest", "Cuba": "Havana", "Peru": "Lima", "Kenya": "Nairobi",
+}  # fmt: skip
+CLASSES = {
+    "mammal": ["Dog", "Horse", "Lion", "Monkey"], "bird": ["Eagle", "Duck", "Owl", "Parrot"],
+    "fish": ["Salmon", "Shark", "Tuna", "Trout"], "insect": ["Ant", "Beetle", "Mosquito", "Wasp"],
+    "reptile": ["Snake", "Lizard", "Turtle", "Gecko"],
+}  # fmt: skip
+WORDS = {
+    "country": list(CAPITALS),
+    "animal": [animal for animals in CLASSES.values() for animal in animals],
+    "food": ["Bread", "Cheese", "Apple", "Banana", "Pizza", "Soup", "Rice", "Salad",
+             "Cake", "Honey", "Lemon", "Potato", "Butter", "Pasta", "Carrot", "Cookie"],
+    "thing": ["Chair", "Table", "Lamp", "Clock", "Book", "Door", "Window", "Bottle",
+              "Guitar", "Camera", "Hammer", "Pencil", "Bicycle", "Ladder", "Mirror", "Umbrella"],
+}  # fmt: skip
+
+DARK_PANELS = [(20, 60, 140), (10, 90, 50), (140, 20, 30), (80, 30, 110), (25, 25, 30), (95, 50, 20)]
+LIGHT_PANELS = [(250, 250, 245), (250, 225, 95), (190, 225, 250), (205, 240, 195), (250, 210, 205)]
+
+
+def _jitter(rng, color, by):
+    return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in color)
+
+
+def _background(rng):
+    """Light or dark, near grey (so that it never competes with the shape's color); plain, graded, cloudy or grainy."""
+    grey = rng.choice([rng.randint(12, 36), rng.randint(215, 245)])
+    one, two = (_jitter(rng, (grey + d,) * 3, 6) for d in (-10, 10))
+    kind = rng.randrange(4)
+    if kind == 0:
+        return Image.new("RGB", (SIZE, SIZE), one)
+    if kind == 1:
+        mask = Image.linear_gradient("L").resize((SIZE, SIZE)).rotate(90 * rng.randrange(4))
+    elif kind == 2:
+        mask = Image.frombytes("L", (6, 6), rng.randbytes(36)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    else:
+        mask = Image.frombytes("L", (SIZE, SIZE), rng.randbytes(SIZE * SIZE))
+    return Image.composite(Image.new("RGB", (SIZE, SIZE), one), Image.new("RGB", (SIZE, SIZE), two), mask)
+
+
+def draw_shape(rng, color, shape):
+    """One shape with random size, place, slight rotation and shade. Drawn 4x too large and averaged: smooth edges."""
+    radius, angle = rng.uniform(15, 27), math.radians(rng.uniform(-12, 12))
+    cx, cy = (rng.uniform(radius + 2, SIZE - radius - 2) for _ in "xy")
+    cos, sin = 4 * radius * math.cos(angle), 4 * radius * math.sin(angle)
+    points = [(4 * cx + x * cos - y * sin, 4 * cy + x * sin + y * cos) for x, y in SHAPES[shape]]
+    mask = Image.new("L", (4 * SIZE, 4 * SIZE))
+    ImageDraw.Draw(mask).polygon(points, 255)
+    image = _background(rng)
+    image.paste(_jitter(rng, COLORS[color], 12), mask=mask.reduce(4))
+    return image
+
+
+@lru_cache(maxsize=None)
+def _font(size):
+    return ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=None)
+def _fit(text, width):
+    """The largest font size, up to 40, at which `text` is at most `width` wide."""
+    return next(size for size in range(40, 5, -1) if _font(size).getlength(text) <= width)
+
+
+def draw_sign(rng, word):
+    """A colored panel with `word` in Title or UPPER case. Drawn 2x too large, turned by a few degrees and averaged."""
+    text = word.upper() if rng.random() < 0.5 else word
+    size = round(_fit(text, 108) * rng.uniform(0.9, 1))
+    w, h = _font(size).getlength(text) / 2 + 8, size * 0.5 + rng.uniform(4, 14)  # half width and height of the panel
+    cx, cy = (64 + rng.uniform(-1, 1) * min(18, 62 - half) for half in (w, h))
+    panel, letters = Image.new("L", (128, 128)), Image.new("L", (128, 128))
+    ImageDraw.Draw(panel).rounded_rectangle((cx - w, cy - h, cx + w, cy + h), rng.randint(0, 12), 255)
+    bold = int(text.isupper())  # lower case stays thin, or the dot of an i melts into its stem
+    ImageDraw.Draw(letters).text((cx, cy), text, 255, _font(size), "mm", stroke_width=bold)
+    angle = rng.uniform(-3, 3)
+    if rng.random() < 0.5:
+        ground, ink = rng.choice(DARK_PANELS), rng.choice([(255, 255, 255), (255, 245, 170)])
+    else:
+        ground, ink = rng.choice(LIGHT_PANELS), rng.choice([(5, 5, 5), (15, 25, 100), (100, 10, 20)])
+    image = _background(rng)
+    for mask, color in ((panel, _jitter(rng, ground, 10)), (letters, ink)):
+        image.paste(color, mask=mask.rotate(angle, Image.Resampling.BILINEAR, center=(cx, cy)).reduce(2))
+    return image
+
+
+def _a(*words):
+    """("orange", "star") -> "an orange star"."""
+    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+
+
+def world(task, index, seed=0, split="train"):
+    """
+    Sample number `index` of a task (TRAINED_TASKS or KNOWLEDGE_TASKS). The same arguments always give the same sample;
+    different ones never share a random stream, so "test" is unseen whatever was trained on.
+    Split "train" never shows a combination of HELD_OUT; in "test" half of the shapes are one.
+    """
+    if task not in QUESTIONS:
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(QUESTIONS)}")
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: choose 'train' or 'test'")
+    rng = random.Random(f"{split}/{seed}/{task}/{index}")
+
+    if task in ("color", "shape") or (task == "describe" and rng.random() < 0.5):
+        held_out = split == "test" and rng.random() < 0.5
+        color, shape = rng.choice(sorted(HELD_OUT) if held_out else _SEEN)
+        image, caption = draw_shape(rng, color, shape), _a(color, shape)
+    else:
+        kind = {"capital": "country", "class": "animal"}.get(task) or rng.choice(list(WORDS))
+        word = rng.choice(WORDS[kind])
+        image, caption = draw_sign(rng, word), f"a sign with the word {word}"
+        rivals = WORDS[kind] if rng.random() < 0.5 else [w for words in WORDS.values() for w in words]
+
+    # What goes into the answer's sentence: the true one first, then its rivals
+    if task == "color":
+        options = [color, *(c for c in COLORS if c != color)]
+    elif task == "shape":
+        options = [_a(shape), *(_a(s) for s in SHAPES if s != shape)]
+    elif task == "describe" and "sign" not in caption:  # near misses: one of the two attributes is right
+        same_color = [_a(color, s) for s in SHAPES if s != shape]
+        same_shape = [_a(c, shape) for c in COLORS if c != color]
+        others = [_a(c, s) for c in COLORS for s in SHAPES if c != color and s != shape]
+        options = [caption, *rng.sample(same_color, 3), *rng.sample(same_shape, 3), *rng.sample(others, 3)]
+    elif task == "capital":
+        options = [CAPITALS[word], *rng.sample([c for w, c in CAPITALS.items() if w != word], 9)]
+    elif task == "class":
+        options = [_a(c) for c in sorted(CLASSES, key=lambda c: word not in CLASSES[c])]
+    else:
+        options = [word, *rng.sample([w for w in rivals if w != word], 9)]
+        if task == "describe":
+            options = [f"a sign with the word {w}" for w in options]
+    options = [ANSWERS[task].format(option) for option in options]
+    options = [option[0].upper() + option[1:] for option in options]
+    answer = options[0]
+    rng.shuffle(options)
+
+    question = wrap(rng.choice(QUESTIONS[task]), rng) if split == "train" else wrap(QUESTIONS[task][0])
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Sample(image, messages, task, answer, options, caption)
+
+
+# ---- Images: from a file to what CLIP expects -----------------------------------------------------------------------
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS, MAX_SIDE = 64_000_000, 10_000  # padded to a square, the longest side alone decides: 400 MB at 10,000
+
+
+def open_image(source):
+    """
+    A path or a PIL image of any mode -> PIL image in RGB. Transparency is laid over white, 16-bit is scaled to 8,
+    a photo is turned as its EXIF says. FileNotFoundError: no such file. ValueError: not an image, damaged or too large.
+    """
+    name = "image" if isinstance(source, Image.Image) else str(source)
+    if not isinstance(source, Image.Image) and not os.path.exists(source):
+        raise FileNotFoundError(f"{name}: no such image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name}: more than {MAX_PIXELS / 1e6:.0f} megapixels; scale the image down first") from None
+    except Exception:  # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
+        raise ValueError(f"{name}: not an image that Pillow can read (try PNG or JPEG)") from None
+    w, h = image.size
+    if not 0 < w * h <= MAX_PIXELS or max(w, h) > MAX_SIDE:
+        limits = f"1 pixel to {MAX_PIXELS / 1e6:.0f} megapixels and at most {MAX_SIDE:,} pixels a side"
+        raise ValueError(f"{name}: {w} x {h} pixels, but must have {limits}; scale or crop it first")
+    try:
+        image.load()
+        if image is not source:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except Exception as error:
+        raise ValueError(f"{name}: the image is damaged or truncated ({error})") from None
+
+
+def _to_rgb(image):
+    if image.mode == "RGB":
+        return image
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel: Pillow's own convert would clip at 255
+        values = np.nan_to_num(np.asarray(image).astype(np.float32))
+        scale = 1 / 257 if image.mode[0] == "I" and (";" in image.mode or values.max() > 255) else 1
+        if image.mode[0] == "F" and values.max() <= 1:
+            scale = 255
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image, size=SIZE, mean=CLIP_MEAN, std=CLIP_STD):
+    """
+    PIL image or path -> float32 (3, size, size). Padded to a centred square with the mean color (as LLaVA does), then
+    what transformers' CLIPImageProcessor does: bicubic resize, scale to 0..1, subtract mean, divide by std.
+    """
+    image = open_image(image)
+    w, h = image.size
+    if w != h:
+        square = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * m) for m in mean))
+        square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
+        image = square
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (H, W, 3) -> (3, H, W)
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+# ---- LLaVA-format JSON ----------------------------------------------------------------------------------------------
+# [{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}]
+
+
+class LlavaRecords:
+    """
+    The records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
+    All records are checked at once when the file is loaded, so that a long run does not stop at record 500,000.
+    """
+
+    def __init__(self, json_path, image_folder, seed=0):
+        self.path, self.image_folder, self.seed = str(json_path), str(image_folder), seed
+        if not os.path.isfile(json_path):
+            raise FileNotFoundError(f"{json_path}: no such file")
+        try:
+            with open(json_path, encoding="utf-8") as f:
+                self.records = json.load(f)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{json_path}: not valid JSON ({error})") from None
+        if not isinstance(self.records, list) or not self.records:
+            raise ValueError(f"{json_path}: expected a non-empty JSON list of records (LLaVA's format)")
+        for index in range(len(self.records)):
+            self._messages(index)
+
+    def __len__(self):
+        return len(self.records)
+
+    def _name(self, index):
+        record = self.records[index]
+        return f"{self.path}: record {index} (id {record.get('id') if isinstance(record, dict) else None!r})"
+
+    def _messages(self, index):
+        """Check record `index`; return its image path (or None) and its turns, "<image>" taken out of the first one."""
+        record, name = self.records[index], self._name(index)
+        turns = record.get("conversations") if isinstance(record, dict) else None
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f'{name}: needs "conversations", a non-empty list')
+        messages, marks = [], []
+        for t, turn in enumerate(turns):
+            speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+            if speaker not in ("human", "gpt") or not isinstance(text, str):
+                raise ValueError(f'{name}: turn {t} needs "from": "human" or "gpt", and a text "value"')
+            if speaker != ("human", "gpt")[t % 2]:
+                raise ValueError(f"{name}: turn {t} is from {speaker!r}; human and gpt must alternate, human first")
+            marks.append(text.count("<image>"))
+            text = text.replace("<image>", "").strip()  # LLaVA puts it at the start or the end, with a newline
+            if not text:
+                raise ValueError(f"{name}: turn {t} has no text")
+            messages.append({"role": ("user", "assistant")[t % 2], "content": text})
+        if len(messages) % 2:
+            raise ValueError(f"{name}: ends with a human turn; there is no answer to learn from")
+        if sum(marks) > 1 or sum(marks[1:]):
+            raise ValueError(f'{name}: one "<image>" at most, and in the first turn; found {marks} over the turns')
+        image = record.get("image")
+        if image is None:
+            if sum(marks):
+                raise ValueError(f'{name}: the text has "<image>" but the record names no "image"')
+            return None, messages
+        if not isinstance(image, str) or not image:
+            raise ValueError(f'{name}: "image" must be one file name, not {image!r}')
+        path = os.path.join(self.image_folder, image)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{name}: image file {path} not found")
+        return path, messages
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]  # negative indices; IndexError past the end, which ends a for loop
+        path, messages = self._messages(index)
+        image, caption = None, ""
+        if path:
+            try:
+                image = open_image(path)
+            except (ValueError, OSError) as error:
+                raise type(error)(f"{self._name(index)}: {error}") from None
+            rng = None if self.seed is None else random.Random(f"llava/{self.seed}/{index}")
+            messages[0]["content"] = wrap(messages[0]["content"], rng)
+            caption = messages[1]["content"]
+        return Sample(image, messages, "llava", messages[-1]["content"], [], caption)
+
+
+def load_llava(json_path, image_folder, seed=0):
+    """
+    LLaVA-format JSON file -> list-like of Samples, images opened on access. `seed` draws the openings (None: default).
+    ValueError / FileNotFoundError name the file, the record's index and its id.
+    """
+    return LlavaRecords(json_path, image_folder, seed)
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}  # stages 1-2, stage 3; kinds as in Tokenizer.chat_targets
+
+
+def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", max_length=None,
+            mean=CLIP_MEAN, std=CLIP_STD):  # fmt: skip
+    """
+    Samples -> a batch, padded on the right to its longest sequence:
+        tokens  (B, T) int64    IMAGE stands n_visual times where the image goes; padding is tokenizer.pad
+        targets (B, T) int64    the token to predict AT position t, i.e. token t + 1; -100 where there is no loss
+        pixels  (images, 3, size, size) float32, the existing images in order; None if there are none
+        lengths (B,) int64      positions that are not padding
+    max_length cuts a sequence at its end; ValueError if the image would not fit.
+    """
+    if loss_on not in LOSS_KINDS:
+        raise ValueError(f"unknown loss_on {loss_on!r}: choose one of {', '.join(LOSS_KINDS)}")
+    rows, pixels = [], []
+    for i, sample in enumerate(samples):
+        ids, kinds = tokenizer.chat_targets(sample.messages)
+        if ids.count(IMAGE) != (sample.image is not None):
+            given = "one image" if sample.image is not None else "no image"
+            raise ValueError(f'sample {i}: {ids.count(IMAGE)} times "<image>" in the chat, but {given} given')
+        if sample.image is not None:
+            at = ids.index(IMAGE)
+            ids = ids[:at] + [IMAGE] * n_visual + ids[at + 1 :]
+            kinds = kinds[:at] + [0] * n_visual + kinds[at + 1 :]
+            if max_length is not None and at + n_visual > max_length:
+                raise ValueError(f"sample {i}: max_length {max_length} would cut the image; it needs {at + n_visual}")
+            pixels.append(preprocess(sample.image, size, mean, std))
+        next_ids = [t if kind in LOSS_KINDS[loss_on] else -100 for t, kind in zip(ids[1:], kinds[1:])] + [-100]
+        rows.append((ids[:max_length], next_ids[:max_length]))
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), tokenizer.pad)
+    targets = torch.full_like(tokens, -100)
+    for b, (ids, next_ids) in enumerate(rows):
+        tokens[b, : len(ids)] = torch.tensor(ids)
+        targets[b, : len(ids)] = torch.tensor(next_ids)
+    return {"tokens": tokens, "targets": targets, "pixels": torch.stack(pixels) if pixels else None, "lengths": lengths}

@@ -1,0 +1,522 @@
+"""
+Llama, CLIP's vision tower (ViT), and the vision language model (VLM) that joins them, from scratch in one file.
+
+    image -> ViT -> projector -> visual tokens -> Llama -> text
+
+Read top to bottom: 1) Llama, 2) ViT, 3) VLM. Parameter names are those of the official checkpoints, so that loading is a
+plain `load_state_dict`; weights.py knows where the official files are and how each format spells those names.
+
+References:
+1) Llama 3: https://arxiv.org/abs/2407.21783, code at https://github.com/meta-llama/llama-models
+2) CLIP: https://arxiv.org/abs/2103.00020, parameter names of Hugging Face's `CLIPVisionModel`
+3) The method: https://arxiv.org/abs/2505.22664 (Zero-Shot Vision Encoder Grafting via LLM Surrogates)
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import kernels
+import weights
+from tokenizer import IMAGE, Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Llama
+
+
+@dataclass
+class LlamaConfig:
+    """Sizes of a Llama, named as in Hugging Face's config.json. The defaults are SmolLM2-135M's."""
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536       # width of the MLP
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9        # query heads
+    num_key_value_heads: int = 3        # each key/value head serves a group of query heads
+    head_dim: int = 64                  # not always hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 100000.0
+    rope_scaling: dict | None = None    # Llama 3.1 and 3.2 stretch the slow frequencies to read longer texts
+    tie_word_embeddings: bool = True    # is the LM head the embedding matrix itself?
+    max_position_embeddings: int = 8192
+
+
+def rope_frequencies(config):
+    """Rotation speed of each pair of channels, in radians per position: (head_dim / 2,) float32.
+
+    With Llama 3.1's scaling, as `apply_scaling` in Meta's model.py: wavelengths beyond the context that the model was first
+    trained on turn `factor` times slower, short ones stay, and those between are blended.
+    """
+    D = config.head_dim
+    freqs = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+    s = config.rope_scaling
+    if s is None:
+        return freqs
+    if "divisors" in s:                                                     # as a .gguf file says the same
+        return freqs / torch.tensor(s["divisors"])
+    turns = s["original_max_position_embeddings"] * freqs / (2 * math.pi)   # full turns within the original context
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)                     # 0: slow, scaled; 1: fast, untouched
+    return (1 - smooth) * freqs / s["factor"] + smooth * freqs
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x, residual=None):
+        # with a residual: returns (norm(x + residual), x + residual), one pass over memory instead of two
+        return kernels.rms_norm(x, self.weight, self.eps, residual)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary position embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)    # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
+        if cache is None:                                   # training: the kernel rotates q and k while it loads them
+            out = kernels.attention(q, k, v, causal=True, rope=(cos, sin))
+        else:                                               # generation: keys are stored rotated, once and for all
+            q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
+            k, v, lengths = cache.append(layer, k, v)       # (B, S, Hkv, D): all keys and values so far
+            out = kernels.attention(q, k, v, causal=True, lengths=lengths)
+        return self.o_proj(out.reshape(B, T, -1))           # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None, layer=0):
+        attn = self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        h, x = self.post_attention_layernorm(attn, residual=x)      # x = x + attn, h = norm(x)
+        return x + self.mlp(h)
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers)),
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        ))
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rope_cache = None      # (cos, sin), built when first needed
+
+    @classmethod
+    def from_pretrained(cls, path=weights.DEFAULT_LLM, dtype=torch.float32, device="cpu"):
+        """Load official weights, frozen. `path` is a folder (Hugging Face's or Meta's layout), a .gguf file or a hub name.
+
+        Raises FileNotFoundError or ValueError, each with one line, for files that are missing, damaged or of another model.
+        """
+        path = weights.find(path)
+        config = LlamaConfig(**weights.llama_config(path))
+        with torch.device("meta"):                  # no memory yet: every tensor goes straight to its place, one by one
+            model = cls(config)
+        weights.load(model, weights.llama_tensors(path), dtype, device, path)
+        return model.requires_grad_(False).eval()
+
+    @property
+    def lm_head_weight(self):
+        """(vocab, C): what turns a hidden state into logits."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def dtype(self):
+        return self.model.norm.weight.dtype
+
+    @property
+    def device(self):
+        return self.model.norm.weight.device
+
+    def rope(self, positions):
+        """cos and sin for `positions` (T,) or (B, T), or for the positions 0 … n-1 if it is a number: (…, D / 2) float32."""
+        n = positions if isinstance(positions, int) else self.config.max_position_embeddings
+        if self.rope_cache is None or len(self.rope_cache[0]) < n or self.rope_cache[0].device != self.device:
+            angles = torch.arange(max(n, 2048)).float()[:, None] * rope_frequencies(self.config)    # (n, D / 2)
+            self.rope_cache = (angles.cos().to(self.device), angles.sin().to(self.device))
+        cos, sin = self.rope_cache
+        return (cos[:n], sin[:n]) if isinstance(positions, int) else (cos[positions], sin[positions])
+
+    def embed(self, tokens):
+        return self.model.embed_tokens(tokens)                              # (B, T) -> (B, T, C)
+
+    def run(self, x, start=0, stop=None, cache=None):
+        """Hidden states (B, T, C) through the layers start … stop-1. In pieces, so that two models can share a trunk."""
+        cos, sin = self.rope(x.shape[1] if cache is None else cache.positions(x.shape[1]))
+        for i, layer in list(enumerate(self.model.layers))[start:stop]:
+            x = layer(x, cos, sin, cache, i)
+        return x
+
+    def logits(self, x):
+        """Hidden states (…, C) -> logits (…, vocab): the final norm and the LM head."""
+        return F.linear(self.model.norm(x), self.lm_head_weight)
+
+    def forward(self, tokens=None, embeds=None, cache=None):
+        """Token ids (B, T), or embeddings (B, T, C) in their place -> logits (B, T, vocab)."""
+        x = self.run(self.embed(tokens) if embeds is None else embeds, cache=cache)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.logits(x)
+
+    def loss(self, x, targets):
+        """Sum of -log p(target) after the last layer's x (B, T, C), over the positions where targets (B, T) is not negative.
+
+        Only those positions meet the LM head: with 579 visual tokens and a vocabulary of 128,256, logits for all positions
+        would be most of the memory of a training step. Keep `targets` on the CPU: then finding them does not stall a GPU.
+        """
+        index = (targets.flatten() >= 0).nonzero().squeeze(1)               # (N,) positions with a target
+        wanted = targets.flatten()[index].to(x.device, non_blocking=True)   # (N,)
+        h = x.flatten(0, 1)[index.to(x.device, non_blocking=True)]          # (B*T, C) -> (N, C)
+        return kernels.linear_cross_entropy(self.model.norm(h), self.lm_head_weight, wanted)
+
+    @torch.no_grad()
+    def stream(self, embeds, lengths=None, max_new_tokens=64, temperature=0.0, top_p=1.0, generator=None, use_cache=True):
+        """Yield the next token of every row, (B,) at a time. embeds (B, T, C), padded on the right; lengths (B,) if ragged.
+
+        temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach that sum.
+        """
+        B, T, _ = embeds.shape
+        assert use_cache or lengths is None, "rows of different length need the cache"
+        cache = KVCache(self, B, T + max_new_tokens) if use_cache else None
+        x = self.run(embeds, cache=cache)
+        if cache is not None:
+            cache.advance(T, lengths)
+        last = torch.full((B,), T - 1, device=x.device) if lengths is None else lengths.to(x.device) - 1
+        x = x[torch.arange(B, device=x.device), last]                       # (B, C): only the last position asks for logits
+        for step in range(max_new_tokens):
+            token = sample(self.logits(x), temperature, top_p, generator)   # (B,)
+            yield token
+            if step == max_new_tokens - 1:
+                return
+            new = self.embed(token[:, None])                                # (B, 1, C)
+            if cache is not None:
+                x = self.run(new, cache=cache)[:, -1]
+                cache.advance(1)
+            else:
+                embeds = torch.cat([embeds, new], dim=1)
+                x = self.run(embeds)[:, -1]
+
+    def generate(self, prompts=None, embeds=None, lengths=None, stop=(), **options):
+        """Continue prompts (a list of token lists, of any lengths) or embeds: a list of new token lists, stop token excluded."""
+        if embeds is None:
+            lengths = torch.tensor([len(p) for p in prompts])
+            padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+            for row, p in zip(padded, prompts):
+                row[:len(p)] = torch.tensor(p)
+            embeds = self.embed(padded.to(self.device))
+        if lengths is not None and int(lengths.min()) == embeds.shape[1]:
+            lengths = None                                                  # all of one length: nothing to mask
+        out, done = [[] for _ in range(len(embeds))], [False] * len(embeds)
+        for tokens in self.stream(embeds, lengths, **options):
+            for i, t in enumerate(tokens.tolist()):
+                done[i] = done[i] or t in stop
+                if not done[i]:
+                    out[i].append(t)
+            if all(done):
+                break
+        return out
+
+
+def sample(logits, temperature=0.0, top_p=1.0, generator=None):
+    """Choose a token per row: logits (B, vocab) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        sorted_probs, order = probs.sort(-1, descending=True)
+        before = sorted_probs.cumsum(-1) - sorted_probs                     # mass of the tokens that come before each one
+        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0))
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+class KVCache:
+    """Keys and values of the positions read so far, so that a new token does not recompute them.
+
+    Room for `size` positions is taken at once. Rows may differ in length: they are padded on the right, and a row's next
+    token overwrites its padding.
+    """
+
+    def __init__(self, llm, batch, size):
+        c = llm.config
+        shape = (batch, size, c.num_key_value_heads, c.head_dim)
+        self.keys = [torch.zeros(shape, dtype=llm.dtype, device=llm.device) for _ in llm.model.layers]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.used = 0               # positions used in the longest row: known to the host, so that slicing needs no sync
+        self.lengths = None         # (B,) positions used in each row, where they differ
+
+    def positions(self, T):
+        """Positions of the next T tokens: (T,), or (B, T) where rows differ."""
+        new = torch.arange(T, device=self.keys[0].device)
+        return new + self.used if self.lengths is None else self.lengths[:, None] + new
+
+    def append(self, layer, k, v):
+        """Store k and v (B, T, Hkv, D) behind what is there. Returns all keys, all values, and the lengths where rows differ."""
+        T = k.shape[1]
+        K, V = self.keys[layer], self.values[layer]
+        if self.lengths is None:
+            K[:, self.used:self.used + T], V[:, self.used:self.used + T] = k, v
+        else:
+            rows = torch.arange(len(k), device=k.device)[:, None]           # (B, 1) beside positions (B, T)
+            K[rows, self.positions(T)], V[rows, self.positions(T)] = k, v
+        return K[:, :self.used + T], V[:, :self.used + T], None if self.lengths is None else self.lengths + T
+
+    def advance(self, T, lengths=None):
+        """Count the T positions just stored; `lengths` (B,) says how many of them are real, row by row (prompts padded)."""
+        if lengths is not None:
+            self.lengths = lengths.to(self.keys[0].device) + self.used
+        elif self.lengths is not None:
+            self.lengths = self.lengths + T
+        self.used += T
+
+    def repeat(self, n, room):
+        """A new cache with every row n times, side by side, and `room` more positions: n continuations of one prompt."""
+        new = object.__new__(KVCache)
+        grow = lambda x: F.pad(x[:, :self.used].repeat_interleave(n, 0), (0, 0, 0, 0, 0, room))   # (B*n, used + room, Hkv, D)
+        new.keys, new.values = [grow(k) for k in self.keys], [grow(v) for v in self.values]
+        new.used, new.lengths = self.used, None if self.lengths is None else self.lengths.repeat_interleave(n)
+        return new
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. ViT
+
+
+@dataclass
+class ViTConfig:
+    """Sizes of a vision tower, named as in CLIP's config.json. The defaults are the small ViT's for the embedded world."""
+    image_size: int = 64
+    patch_size: int = 16
+    hidden_size: int = 192
+    intermediate_size: int = 768
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 3
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ViTEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_size
+        self.class_embedding = nn.Parameter(torch.randn(C) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, C, config.patch_size, stride=config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, C)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+
+    def forward(self, pixels):
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)         # (N, 3, S, S) -> (N, C, P) -> (N, P, C)
+        cls = self.class_embedding.expand(len(x), 1, -1)                    # (N, 1, C)
+        return torch.cat([cls, x], dim=1) + self.position_embedding.weight  # (N, 1 + P, C)
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
+
+    def forward(self, x):
+        N, T, C = x.shape
+        q, k, v = (p(x).view(N, T, self.num_heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))    # (N, T, H, D)
+        return self.out_proj(kernels.attention(q, k, v, causal=False).reshape(N, T, C))
+
+
+class ViTLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_size
+        self.self_attn = ViTAttention(config)
+        self.layer_norm1 = nn.LayerNorm(C, eps=config.layer_norm_eps)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(C, config.intermediate_size), fc2=nn.Linear(config.intermediate_size, C)))
+        self.layer_norm2 = nn.LayerNorm(C, eps=config.layer_norm_eps)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))               # CLIP's "quick GELU"
+
+
+class ViT(nn.Module):
+    """CLIP's vision tower. `pre_layrnorm` is spelled as in the official checkpoints."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, eps = config.hidden_size, config.layer_norm_eps
+        self.vision_model = nn.ModuleDict(dict(
+            embeddings=ViTEmbeddings(config),
+            pre_layrnorm=nn.LayerNorm(C, eps=eps),
+            encoder=nn.ModuleDict(dict(layers=nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers)))),
+            post_layernorm=nn.LayerNorm(C, eps=eps),
+        ))
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Load an official CLIP vision tower (folder or hub name), e.g. openai/clip-vit-large-patch14-336, frozen."""
+        path = weights.find(path)
+        config = ViTConfig(**weights.vit_config(path))
+        with torch.device("meta"):
+            model = cls(config)
+        weights.load(model, weights.vit_tensors(path), dtype, device, path)
+        return model.requires_grad_(False).eval()
+
+    @property
+    def layers(self):
+        return self.vision_model.encoder.layers
+
+    def forward(self, pixels):
+        """pixels (N, 3, S, S), normalised -> hidden states of the last layer (N, 1 + patches, C), before post_layernorm."""
+        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. VLM
+
+
+class VLM(nn.Module):
+    """An encoder, a projector and a decoder: images become visual tokens in the embedding space of the LLM.
+
+    The names `encoder`, `adapter` (the projector), `embd_soi`, `embd_eoi` and `decoder` are those of the checkpoints that
+    the paper released. Grafting is nothing more than calling this with another decoder.
+    """
+
+    def __init__(self, encoder, decoder, tokenizer=None):
+        super().__init__()
+        C, d = encoder.config.hidden_size, decoder.config.hidden_size
+        self.encoder = encoder
+        self.adapter = nn.Sequential(nn.Linear(C, d), nn.GELU(), nn.Linear(d, d))
+        self.embd_soi = nn.Parameter(torch.randn(1, d) * 0.02)      # start of image
+        self.embd_eoi = nn.Parameter(torch.randn(1, d) * 0.02)      # end of image
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+
+    @property
+    def n_visual(self):
+        """How many positions an image takes in the LLM: all patches, CLS, start and end (579 for CLIP ViT-L/14-336)."""
+        return self.encoder.config.num_patches + 3
+
+    def visual_tokens(self, pixels):
+        """pixels (N, 3, S, S) -> (N, n_visual, d), where d is the width of the LLM (paper, section 3)."""
+        x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
+        x = self.adapter(x)                                                 # (N, 1 + P, d)
+        soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
+        return torch.cat([soi, x, eoi], dim=1)
+
+    def embed(self, tokens, pixels=None):
+        """Token ids (B, T), with IMAGE at every place of a visual token, and pixels (N, 3, S, S) -> embeddings (B, T, d)."""
+        is_image = tokens == IMAGE
+        x = self.decoder.embed(tokens.masked_fill(is_image, 0))             # (B, T, d)
+        if pixels is None:
+            return x
+        visual = self.visual_tokens(pixels).to(x.dtype)
+        return x.masked_scatter(is_image[..., None], visual)                # visual tokens fill the places in order
+
+    def loss(self, tokens, targets, pixels=None):
+        """Sum of -log p over the targets of a batch as data.collate makes it; divide by the targets of the global batch."""
+        x = self.decoder.run(self.embed(tokens, pixels))
+        return self.decoder.loss(x, targets)
+
+    @classmethod
+    def from_pretrained(cls, llm=weights.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32, device="cpu"):
+        """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage `encoder`.
+
+        The checkpoint holds only what was trained; its metadata names the ViT that it started from.
+        """
+        tensors, about = weights.read_checkpoint(encoder)
+        name = about.get("llm", weights.DEFAULT_LLM) if isinstance(llm, Llama) else llm
+        decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
+        vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
+        with torch.device(decoder.device):
+            vlm = cls(vit, decoder, Tokenizer.from_pretrained(weights.find(name)))
+        vlm.to(decoder.dtype)
+        # whatever the checkpoint holds of a decoder belongs to the surrogate, not to this LLM
+        weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, encoder)
+        return vlm.requires_grad_(False).eval()
+
+    def prompt(self, messages):
+        """Chat messages (data.wrap puts "<image>" into a question) -> token ids, every image as n_visual IMAGE places."""
+        ids = []
+        for t in self.tokenizer.chat(messages):
+            ids += [t] * (self.n_visual if t == IMAGE else 1)
+        return ids
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts, images):
+        """Prompts (lists of ids) and their images, in order -> embeddings (B, T, d), padded on the right, and lengths (B,)."""
+        lengths = torch.tensor([len(p) for p in prompts])
+        tokens = torch.full((len(prompts), int(lengths.max())), self.tokenizer.pad)
+        for row, p in zip(tokens, prompts):
+            row[:len(p)] = torch.tensor(p)
+        size = self.encoder.config.image_size
+        pixels = torch.stack([data.preprocess(i, size) for i in images]) if images else None
+        pixels = None if pixels is None else pixels.to(self.decoder.device, self.embd_soi.dtype)
+        return self.embed(tokens.to(self.decoder.device), pixels), lengths
+
+    def generate(self, prompts, images, **options):
+        """Continue prompts (lists of ids, as `prompt` makes them) with images: lists of new ids. Options as Llama.generate."""
+        embeds, lengths = self.embed_prompts(prompts, images)
+        return self.decoder.generate(embeds=embeds, lengths=lengths, stop=self.tokenizer.stop_tokens, **options)
+
+    def chat(self, image, question, **options):
+        """Ask `question` about an image (path or PIL image): the answer as a string."""
+        prompt = self.prompt([{"role": "user", "content": data.wrap(question)}])
+        return self.tokenizer.decode(self.generate([prompt], [image], **options)[0]).strip()
+
+
+def base_vit(name, beside, dtype=torch.float32, device="cpu"):
+    """The ViT that a checkpoint starts from: a file of train.py's stage `vit` (looked for beside that checkpoint), else CLIP."""
+    for file in (Path(name), Path(beside).parent / name):
+        if file.suffix == ".safetensors" and file.exists():
+            tensors, about = weights.read_checkpoint(file)
+            if about.get("stage") != "vit":
+                raise ValueError(f"{file} holds the stage {about.get('stage', 'of nothing known')}, not a ViT: make one with `python train.py vit`")
+            vit = ViT(ViTConfig(**about["vit_config"]))
+            weights.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)
+            return vit.to(device, dtype).requires_grad_(False).eval()
+    if str(name).endswith(".safetensors"):
+        raise FileNotFoundError(f"no such ViT: {name} (nor beside {beside}); make one with `python train.py vit`")
+    return ViT.from_pretrained(name, dtype, device)

@@ -1,0 +1,210 @@
+"""
+From an LLM to its surrogate: where does the early phase end, and what is left when the late phase is replaced?
+
+    python surrogate.py                         # the default LLM: table, cut, plot
+    python surrogate.py --replace 20-28         # what a surrogate of your choice keeps
+
+1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then falling.
+2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last layer.
+"""
+import argparse
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import weights
+from model import Llama
+from tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Prediction trajectory
+
+
+@torch.no_grad()
+def prediction_trajectory(llm, tokens, progress=False):
+    """KL divergence of each layer's prediction from the last layer's, averaged over texts: (layers,) float32, the last is 0.
+
+    tokens (B, T). The paper's measure: read every layer's hidden state through the final norm and the LM head, take at each
+    position the probability of the token that really comes next, and normalise these T - 1 numbers over the sequence.
+    """
+    total = torch.zeros(len(llm.model.layers))
+    for row in tqdm(tokens, desc="trajectory", unit="text", disable=not progress):
+        x, logp = llm.embed(row[None].to(llm.device)), []                       # (1, T, C)
+        for i in range(len(llm.model.layers)):
+            x = llm.run(x, i, i + 1)
+            all_logp = llm.logits(x)[0, :-1].float().log_softmax(-1)            # (T - 1, vocab)
+            next_logp = all_logp.gather(1, row[1:, None].to(llm.device))[:, 0]  # (T - 1,)
+            logp.append(next_logp.log_softmax(0).cpu())                         # normalised over the sequence
+        logp = torch.stack(logp)                                                # (layers, T - 1)
+        total += (logp.exp() * (logp - logp[-1])).sum(1)
+    return total / len(tokens)
+
+
+def find_transition(trajectory):
+    """First layer of the late phase: where "flat, then falling in a straight line" fits the trajectory best (least squares)."""
+    y = torch.as_tensor(trajectory, dtype=torch.float64)
+    best, best_error = 0, float("inf")
+    for cut in range(1, len(y) - 1):
+        steps = (torch.arange(len(y)) - (cut - 1)).clamp(min=0).double()        # 0 … 0, 1, 2, 3 …: the late phase falls from `cut` on
+        A = torch.stack([torch.ones_like(y), steps], dim=1)                     # (layers, 2): a level and a slope
+        error = (A @ torch.linalg.lstsq(A, y[:, None]).solution - y[:, None]).square().sum()
+        if error < best_error:
+            best, best_error = cut, error
+    return best
+
+
+def text_tokens(tokenizer, text, length=96):
+    """Cut a text into rows of `length` tokens, each beginning a paragraph: (B, length)."""
+    rows = [tokenizer.encode(p, bos=True)[:length] for p in text.split("\n\n")]
+    rows = [r for r in rows if len(r) == length]
+    if not rows:
+        raise ValueError(f"the text has no paragraph of {length} tokens: give a longer one")
+    return torch.tensor(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Surrogate
+
+
+def check_ranges(ranges, num_layers):
+    """Sorted [(first, last), …], both ends included, or a ValueError that says what is wrong."""
+    ranges = sorted((int(a), int(b)) for a, b in ranges)
+    for first, last in ranges:
+        if not 0 < first <= last < num_layers - 1:
+            raise ValueError(f"cannot replace layers {first}-{last}: this model has layers 0-{num_layers - 1}, "
+                             f"of which 1-{num_layers - 2} may be replaced (the first and the last stay)")
+    for (_, last), (first, _) in zip(ranges, ranges[1:]):
+        if first <= last:
+            raise ValueError(f"the ranges {ranges} overlap")
+    return ranges
+
+
+def kept_layers(ranges, num_layers):
+    """Layers of the LLM that the surrogate's layers start from, in order: of each replaced range only the first."""
+    dropped = {i for first, last in ranges for i in range(first + 1, last + 1)}
+    return [i for i in range(num_layers) if i not in dropped]
+
+
+def build_surrogate(llm, ranges):
+    """The surrogate of an LLM: each range (first, last) of layers, ends included, becomes one translator (paper, section 3.2).
+
+    The translator starts as a copy of the range's first layer. All other layers, the embeddings and the head *are* the
+    LLM's (shared, not copied). `surrogate.translators` lists the translators' positions in the surrogate, `surrogate.ranges`
+    what they replace, and `surrogate.trunk` says how many first layers it has in common with the LLM.
+    ranges = [] gives a surrogate that is the LLM.
+    """
+    L = llm.config.num_hidden_layers
+    ranges = check_ranges(ranges, L)
+    kept = kept_layers(ranges, L)
+    with torch.device("meta"):                          # an empty shell: all its modules come from the LLM
+        surrogate = Llama(dataclasses.replace(llm.config, num_hidden_layers=0))
+    surrogate.config.num_hidden_layers = len(kept)
+    firsts = {first for first, _ in ranges}
+    layers = [copy.deepcopy(llm.model.layers[i]) if i in firsts else llm.model.layers[i] for i in kept]
+    surrogate.model.update(dict(llm.model.items()) | {"layers": torch.nn.ModuleList(layers)})
+    if not llm.config.tie_word_embeddings:
+        surrogate.lm_head = llm.lm_head
+    surrogate.ranges = ranges
+    surrogate.translators = [kept.index(first) for first, _ in ranges]
+    surrogate.trunk = min(firsts, default=L)
+    return surrogate.train(llm.training)
+
+
+def fork(surrogate, llm, embeds, caches=(None, None)):
+    """Last hidden states (B, T, C) of the surrogate and of the LLM for the same input, running their common trunk once.
+
+    `caches`: a key/value cache for each, filled as if each had run alone; the trunk's entries are one and the same.
+    """
+    ours, theirs = caches
+    x = surrogate.run(embeds, 0, surrogate.trunk, ours)
+    if ours is not None:
+        for i in range(surrogate.trunk):
+            theirs.keys[i], theirs.values[i] = ours.keys[i], ours.values[i]
+    return surrogate.run(x, surrogate.trunk, None, ours), llm.run(x, surrogate.trunk, None, theirs)
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_ranges(text):
+    """"16-26" or "12-17,20-28" -> [(16, 26)], [(12, 17), (20, 28)]; "none" -> []."""
+    if text in ("", "none"):
+        return []
+    try:
+        return [tuple(int(n) for n in part.split("-")) if "-" in part else (int(part),) * 2 for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"cannot read the layer ranges {text!r}: write them like 16-26 or 12-17,20-28") from None
+
+
+def plot_trajectory(trajectory, cut, ranges, title, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 3.6), dpi=120)
+    ax.plot(range(len(trajectory)), trajectory, "o-", color="#2a6f97", ms=4)
+    ax.axvline(cut, color="#c1121f", ls="--", lw=1)
+    ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points", color="#c1121f", va="top")
+    for i, (first, last) in enumerate(ranges):
+        ax.axvspan(first - 0.5, last + 0.5, color="#f4a261", alpha=0.25, label="replaced by a translator" if i == 0 else None)
+    ax.set(xlabel="layer", ylabel="KL(layer || last layer)", title=title)
+    ax.grid(alpha=0.3)
+    if ranges:
+        ax.legend(loc="lower left", frameon=False)
+    fig.tight_layout()
+    weights.write_whole(path, lambda part: fig.savefig(part, format="png"))
+    plt.close(fig)
+
+
+def default_ranges(num_layers, cut):
+    """As in the paper: everything from the turn (rounded to the layer after it) up to the last but one."""
+    return [(cut, num_layers - 2)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="folder, .gguf file or hub name of a Llama (default: %(default)s)")
+    parser.add_argument("--text", default="assets/text.txt", help="text to read, paragraphs apart by empty lines (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=96, help="tokens of each paragraph to read (default: %(default)s)")
+    parser.add_argument("--replace", help="layers to replace, e.g. 20-28 or 12-17,20-28 (default: from the turn to the last but one)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
+    args = parser.parse_args(argv)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    path = weights.find(args.llm)
+    if not Path(args.text).exists():
+        raise FileNotFoundError(f"no such text file: {args.text}")
+    tokens = text_tokens(Tokenizer.from_pretrained(path), Path(args.text).read_text(encoding="utf-8"), args.length)
+    llm = Llama.from_pretrained(path, dtype, args.device)
+    L = llm.config.num_hidden_layers
+    ranges = check_ranges(parse_ranges(args.replace), L) if args.replace else None
+
+    trajectory = prediction_trajectory(llm, tokens, progress=True)
+    cut = find_transition(trajectory)
+    ranges = default_ranges(L, cut) if ranges is None else ranges
+    kept = kept_layers(ranges, L)
+    firsts = {first for first, _ in ranges}
+    print(f"\n{args.llm}: KL(layer || last layer) over {len(tokens)} texts of {args.length} tokens\n")
+    print("layer      KL   surrogate")
+    for i, kl in enumerate(trajectory.tolist()):
+        role = "translator starts here" if i in firsts else "kept" if i in kept else "dropped"
+        print(f"{i:5d} {kl:7.3f}   {role}{'   <- the prediction turns' if i == cut else ''}")
+    surrogate = build_surrogate(llm, ranges)
+    full, small = count_parameters(llm), count_parameters(surrogate)
+    # embeddings and head serve both: what the paper saves is layers, so count those too
+    print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   layers {L} -> {len(kept)}   "
+          f"parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
+    plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}", args.out)
+    print(f"plot: {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(weights.run_cli(main))

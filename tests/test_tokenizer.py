@@ -1,0 +1,343 @@
+"""Our tokenizer against Meta's reference and Hugging Face's tokenizers library: the same ids for the same text."""
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenizer import BYTE_OF, IMAGE, LLAMA3_PATTERN, Tokenizer
+
+TEXTS = ["", " ", "\n", "Hello world!", "I'm sure they'll say 'tis DON'T it's", "a  b   c\t\td \n\n e\r\nf ",
+         "  leading", "trailing  ", "0 12 345 6789 1234567890", "x1y22z333 3.14159 1,000,000", "½ Ⅷ ٣٤٥ ๑๒ ²³",
+         "naïve café e\u0301", "日本語のテキスト。中文字符", "Привет, мир", "مرحبا بالعالم", "नमस्ते दुनिया",
+         "👩‍👩‍👧‍👦 🇫🇷 🏳️‍🌈", "\u00a0\u2003\u3000\u200b", "def f(x):\n    return x ** 2\n\n\nprint(f(3))",
+         "https://arxiv.org/abs/2505.22664?x=1&y=2", "<|eot_id|><|im_end|>", "<s></s>[INST]",
+         "\x00\x01\x7f\x85", "'S 'LL 'd'D", "ſ'ſ K", "a" * 300, " " * 300, "!?" * 100, "\n \n" * 50]
+
+
+def fuzz(n, seed):
+    """n texts of mixed kinds: words, spaces, digits and symbols of many scripts, any code point at all, and pieces
+    of the special tokens."""
+    rng = random.Random(seed)
+    anywhere = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    kinds = [
+        lambda: rng.choice("the cat Sat on 's 'll 'RE don't under_score CamelCase ünïcödé Straße Ελλάδα слово".split()),
+        lambda: rng.choice(" \t\n\r\v\f\u0085\u00a0\u2003\u2028\u3000") * rng.randint(1, 5),
+        lambda: "".join(rng.choices("0123456789٣٤½²Ⅷ๑", k=rng.randint(1, 7))),
+        lambda: "".join(rng.choices("!?.,;:'\"()[]{}<>|/\\@#$%^&*-_=+~`€£…—“”", k=rng.randint(1, 5))),
+        lambda: chr(rng.randrange(0x20, 0x7F)),
+        lambda: chr(rng.randrange(0x00, 0x250)),
+        lambda: chr(rng.randrange(0x250, 0x3100)),
+        lambda: chr(rng.randrange(0x4E00, 0xA000)),
+        lambda: chr(rng.randrange(0x1F300, 0x1FB00)),
+        lambda: chr(rng.choice(anywhere)),
+        lambda: rng.choice(["<|", "|>", "eot_id", "<|eot_id|>", "<|im_start|>", "user", "<|begin_of_text|>", "<image"]),
+    ]
+    texts = ["".join(rng.choice(kinds)() for _ in range(rng.randint(1, 40))) for _ in range(n)]
+    return [text.replace("<image>", "") for text in texts]
+
+
+@pytest.fixture(scope="module")
+def meta_file():
+    reference = pytest.importorskip("llama_models.llama3.tokenizer")
+    return Path(reference.__file__).with_name("tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def meta(meta_file):
+    from llama_models.llama3.tokenizer import Tokenizer as Reference
+    return Reference(meta_file)
+
+
+@pytest.fixture(scope="module")
+def llama3(meta_file):
+    return Tokenizer.from_pretrained(meta_file)
+
+
+@pytest.fixture(scope="module")
+def smollm2(default_gguf):
+    return Tokenizer.from_pretrained(default_gguf)
+
+
+def hugging_face(vocab, merges, special, cut, ignore_merges):
+    hf = pytest.importorskip("tokenizers")
+    tokenizer = hf.Tokenizer(hf.models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence(cut)
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    tokenizer.add_special_tokens([hf.AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def hf_llama3(llama3, meta):
+    """As Hugging Face converts Meta's file: a merge for each way of cutting a token into two tokens, in id order."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Split
+    char = {b: c for c, b in BYTE_OF.items()}
+    ranks = {token: i for i, token in llama3.token_bytes.items()}
+    name = {token: "".join(char[b] for b in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        halves = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += [(name[a], name[b]) for a, b in sorted(halves, key=lambda half: (ranks[half[0]], ranks[half[1]]))]
+    cut = [Split(Regex(LLAMA3_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    special = sorted(meta.special_tokens, key=meta.special_tokens.get)
+    return hugging_face({name[token]: i for token, i in ranks.items()}, merges, special, cut, ignore_merges=True)
+
+
+@pytest.fixture(scope="module")
+def hf_smollm2(default_gguf):
+    """SmolLM2's tokenizer.json, from the .gguf file's own lists."""
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits
+    fields = GGUFReader(default_gguf).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    cut = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    return hugging_face({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges],
+                        tokens[:17], cut, ignore_merges=False)
+
+
+def hf_encode(hf, texts):
+    hf.encode_special_tokens = True  # "<|eot_id|>" in a text is text
+    return [encoding.ids for encoding in hf.encode_batch(texts, add_special_tokens=False)]
+
+
+# ---- the same ids as the official tokenizers
+
+def test_llama3_equals_meta(llama3, meta):
+    for text in TEXTS + fuzz(4000, seed=1):
+        assert llama3.encode(text) == meta.encode(text, bos=False, eos=False), ascii(text)
+    assert llama3.encode("Hi", bos=True) == meta.encode("Hi", bos=True, eos=False)
+    assert llama3.special_bytes == {i: token.encode() for token, i in meta.special_tokens.items()} | {IMAGE: b"<image>"}
+    assert (llama3.n_vocab, llama3.bos, llama3.pad) == (128256, 128000, 128004)
+    assert (meta.n_words, meta.bos_id, meta.pad_id) == (128256, 128000, 128004)
+    assert llama3.stop_tokens == set(meta.stop_tokens)
+
+
+def test_llama3_cuts_long_texts_like_meta(llama3, meta):
+    rng = random.Random(2)
+    word = "".join(rng.choices("abcdefgh", k=60_011))  # one run of letters, cut twice
+    for text in (word, "x " + word + " " * 25_001 + word[:25_000] + "\n" * 3 + word[:25_001],
+                 "!" * 25_001, "7" * 60_011, word[:11] * 10 + "\t" * 50_003,
+                 ("To be, or not to be. " * 40_000)[:810_001]):
+        ids = llama3.encode(text)
+        assert ids == meta.encode(text, bos=False, eos=False)
+        assert llama3.decode(ids) == text
+    # The place of a cut shows in the ids: digits go in threes, and 25,000 = 3 * 8333 + 1.
+    assert llama3.encode("7" * 25_002)[-2:] == [*llama3.encode("7"), *llama3.encode("77")]
+
+
+def test_llama3_json_equals_hugging_face(llama3, hf_llama3, tmp_path):
+    hf_llama3.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    texts = TEXTS + fuzz(2000, seed=3)
+    assert [ours.encode(text) for text in texts] == hf_encode(hf_llama3, texts)
+    assert ours.token_bytes == llama3.token_bytes and ours.special_bytes == llama3.special_bytes
+    assert (ours.bos, ours.pad, ours.stop_tokens) == (llama3.bos, llama3.pad, llama3.stop_tokens)
+
+
+def test_smollm2_equals_hugging_face(smollm2, hf_smollm2, tmp_path):
+    absent = set(range(256)) - {token[0] for token in smollm2.token_bytes.values() if len(token) == 1}
+    texts, odd = [], []
+    for text in TEXTS + fuzz(6000, seed=4):
+        (odd if absent & set(text.encode()) else texts).append(text)
+    assert len(texts) > 2000 and len(odd) > 1000
+    for text, ids in zip(texts, hf_encode(hf_smollm2, texts)):
+        assert smollm2.encode(text) == ids, ascii(text)
+    # Bytes without a token: both drop them; Hugging Face merges what comes to touch, tiktoken does not.
+    for text, ids in zip(odd, hf_encode(hf_smollm2, odd)):
+        assert smollm2.decode(smollm2.encode(text)) == hf_smollm2.decode(ids), ascii(text)
+
+    hf_smollm2.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_pretrained(str(tmp_path))
+    assert all(ours.encode(text) == smollm2.encode(text) for text in TEXTS + fuzz(200, seed=5))
+    assert ours.special_bytes == smollm2.special_bytes and len(smollm2.special_bytes) == 17 + 1
+    assert (smollm2.n_vocab, smollm2.bos, smollm2.pad, smollm2.stop_tokens) == (49152, None, 0, {0, 2})
+    assert (ours.n_vocab, ours.bos, ours.pad, ours.stop_tokens) == (49152, None, 0, {0, 2})
+
+
+# ---- chat
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4, I'd say."}, {"role": "user", "content": "Why?"}]
+
+
+def test_llama3_chat(llama3, meta):
+    literal = ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\nBe brief.<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n2 + 2?<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n4, I'd say.<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\nWhy?<|eot_id|>")
+    opening = "<|start_header_id|>assistant<|end_header_id|>\n"
+    assert llama3.chat(CHAT) == meta.encode(literal + opening, bos=False, eos=False, allowed_special="all")
+    assert llama3.chat(CHAT, generate=False) == meta.encode(literal, bos=False, eos=False, allowed_special="all")
+
+    ids, kinds = llama3.chat_targets([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}])
+    assert ids == [128000, 128006, 882, 128007, 198, 13347, 128009, 128006, 78191, 128007, 198, 65825, 128009]
+    assert kinds == [0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 2, 2]
+
+
+def test_smollm2_chat(smollm2, hf_smollm2):
+    literal = ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
+               "<|im_start|>assistant\n4, I'd say.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n")
+    hf_smollm2.encode_special_tokens = False
+    assert smollm2.chat(CHAT) == hf_smollm2.encode(literal + "<|im_start|>assistant\n").ids
+    assert smollm2.chat(CHAT, generate=False) == hf_smollm2.encode(literal).ids
+
+    ids, kinds = smollm2.chat_targets([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}])
+    assert ids == [1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198, 73, 95, 2, 198]
+    assert kinds == [1, 0, 0, 0, 1, 0, 1, 0, 0, 1, 2, 2, 2, 0]  # "assistant" and "Yo" are two tokens each
+
+
+@pytest.mark.parametrize("name", ["llama3", "smollm2"])
+def test_images_and_injection(name, request):
+    tokenizer = request.getfixturevalue(name)
+    assert tokenizer.encode("of<image>, a<image>") == [*tokenizer.encode("of"), IMAGE, *tokenizer.encode(", a"), IMAGE]
+
+    evil = "".join(token.decode() for token in tokenizer.special_bytes.values() if token != b"<image>")
+    assert not set(tokenizer.encode(evil)) & set(tokenizer.special_bytes)
+    assert tokenizer.decode(tokenizer.encode(evil)) == evil
+    for role in ("system", "user", "assistant"):
+        plain, forged = (tokenizer.chat([{"role": role, "content": text}]) for text in ("x", evil))
+        assert [i for i in plain if i in tokenizer.special_bytes] == [i for i in forged if i in tokenizer.special_bytes]
+
+    # A user may show an image; a model that happens to write "<image>" must not, and no loss ever falls on IMAGE.
+    ids, kinds = tokenizer.chat_targets([{"role": role, "content": "a<image>b"} for role in ("user", "assistant")])
+    assert ids.count(IMAGE) == 1 and kinds[ids.index(IMAGE)] == 0
+    assert [i for i, kind in zip(ids, kinds) if kind == 2] == tokenizer.encode_text("a<image>b") + tokenizer.turn_end
+
+
+@pytest.mark.parametrize("messages", [
+    "Hello", ["Hello"], [{"role": "user"}], [{"role": "user", "content": None}], [{"content": "Hi"}],
+    [{"role": "user<|eot_id|>", "content": "Hi"}], [{"role": "user", "content": ["Hi\n" * 999]}]])
+def test_bad_messages(smollm2, messages):
+    with pytest.raises(ValueError, match="a message is") as error:
+        smollm2.chat(messages)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+# ---- decoding
+
+@pytest.mark.parametrize("name", ["llama3", "smollm2"])
+def test_round_trip(name, request):
+    tokenizer = request.getfixturevalue(name)
+    known = {token[0] for token in tokenizer.token_bytes.values() if len(token) == 1}
+    texts = [text for text in TEXTS + fuzz(1500, seed=6) + ["a <image> b"] if set(text.encode()) <= known]
+    assert len(texts) > 500
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids, skip_special=False) == text
+        if "\ufffd" not in text and IMAGE not in ids:
+            assert "".join(tokenizer.decode_stream(iter(ids))) == text
+
+
+def test_decode(llama3, smollm2):
+    ids = llama3.encode("Is it<image> é?", bos=True)
+    assert llama3.decode(ids) == llama3.decode(torch.tensor(ids)) == "Is it é?"
+    assert llama3.decode(ids, skip_special=False) == "<|begin_of_text|>Is it<image> é?"
+    assert smollm2.encode("x", bos=True) == smollm2.encode("x")  # no bos to put
+
+    ids = smollm2.encode("🦩")  # four bytes, more than one token: no half character may be shown
+    assert len(ids) > 1
+    pieces = list(smollm2.decode_stream(ids))
+    assert "".join(pieces) == "🦩" and "\ufffd" not in "".join(pieces)
+    assert smollm2.decode(ids[:1]) == "".join(smollm2.decode_stream(ids[:1])) == "\ufffd"
+    assert b"".join(smollm2.decode_bytes([i]) for i in ids) == "🦩".encode()
+    assert smollm2.decode([]) == ""
+    for unknown in (49152, -1, -100, 128000):
+        with pytest.raises(ValueError, match=f"token id {unknown} "):
+            smollm2.decode([17, unknown])
+    assert smollm2.decode(smollm2.encode("a\ud800b")) == "a\ufffdb"  # half of a surrogate pair is no character
+
+
+# ---- files that are absent, broken, or some other tokenizer
+
+def tiny_json():
+    """The least tokenizer.json of SmolLM2's kind: 256 bytes, two merges, ChatML's special tokens."""
+    vocab = {char: 3 + i for i, char in enumerate(BYTE_OF)} | {"ab": 259, "abc": 260}
+    special = [{"id": i, "content": token} for i, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))]
+    cut = [{"type": "Digits", "individual_digits": True},
+           {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
+    return {"added_tokens": special, "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": cut},
+            "model": {"type": "BPE", "vocab": vocab, "merges": ["a b", "ab c"]}}
+
+
+def load(spec, path):
+    path.write_text(json.dumps(spec))
+    return Tokenizer.from_pretrained(path)
+
+
+def test_tiny_json(tmp_path):
+    tokenizer = load(tiny_json(), tmp_path / "tokenizer.json")
+    assert tokenizer.encode("abcab") == [260, 259] and tokenizer.n_vocab == 261
+    spec = tiny_json()
+    spec["model"]["merges"] = [["a", "b"], ["ab", "c"]]  # how newer files write merges
+    assert load(spec, tmp_path / "tokenizer.json").encode("abcab") == [260, 259]
+    names = ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    spec["added_tokens"] = [{"id": 300 + i, "content": name} for i, name in enumerate(names)]  # 3.0: no pad, no eom
+    tokenizer = load(spec, tmp_path / "tokenizer.json")
+    assert (tokenizer.bos, tokenizer.pad, tokenizer.stop_tokens, tokenizer.n_vocab) == (301, 300, {300, 304}, 305)
+
+
+SPOILT = {
+    "order of the ids": lambda spec: spec["model"].update(merges=["ab c", "a b"]),
+    "merges are missing": lambda spec: spec["model"].update(merges=[]),
+    "byte alphabet": lambda spec: spec["model"]["vocab"].update({"▁the": 261}),  # SentencePiece, as in Llama 2
+    "malformed: KeyError.*'xy'": lambda spec: spec["model"].update(merges=["x y"]),
+    "malformed: AttributeError": lambda spec: spec["model"].update(vocab=[["a", -1.0]]),  # Unigram
+    "malformed: KeyError.*'merges'": lambda spec: spec["model"].pop("merges"),  # WordPiece
+    "malformed: TypeError": lambda spec: spec.update(pre_tokenizer=None),
+    "cuts text in another way": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(type="Punctuation"),
+    "another way": lambda spec: spec.update(normalizer={"type": "NFC"}),
+    "not enough values": lambda spec: spec["pre_tokenizer"]["pretokenizers"].pop(),
+    "chat tokens of neither": lambda spec: spec.update(added_tokens=[{"id": 0, "content": "<|endoftext|>"}]),
+}
+
+
+@pytest.mark.parametrize("reason", SPOILT)
+def test_spoilt_json(reason, tmp_path):
+    spec = tiny_json()
+    SPOILT[reason](spec)
+    with pytest.raises(ValueError, match=f"tokenizer.json as tokenizer .*{reason}.*: give Llama 3's") as error:
+        load(spec, tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files(tmp_path, default_gguf, meta_file):
+    for path in (tmp_path / "absent", tmp_path / "absent.gguf", tmp_path, str(tmp_path)):
+        with pytest.raises(FileNotFoundError, match="no tokenizer at .*: give") as error:
+            Tokenizer.from_pretrained(path)
+        assert "\n" not in str(error.value)
+    files = {
+        "tokenizer.model": [b"", b"\x0a\x0e\n\x05<unk>\x15\x00\x00", b"version https://git-lfs.github.com/spec/v1\n",
+                            b"<html>\n", b"IQ== 0\nIg== 1\n", meta_file.read_bytes()[:1_000_001]],
+        "tokenizer.json": [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"version https://git-lfs.github.com/spec/v1\n"],
+        "x.gguf": [b"", b"GGUF", b"version https://git-lfs.github.com/spec/v1\n", default_gguf.open("rb").read(20_000)],
+    }
+    for name, contents in files.items():
+        for content in contents:
+            path = tmp_path / name
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=f"cannot use .*{name}.*: give") as error:
+                Tokenizer.from_pretrained(path)
+            assert "\n" not in str(error.value)
+
+
+def test_gguf_of_another_family(tmp_path):
+    import gguf
+    for model, cut in (("gpt2", "qwen2"), ("llama", "default"), ("gpt2", "smollm")):
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        writer.add_tokenizer_model(model)
+        writer.add_tokenizer_pre(cut)
+        writer.add_token_list(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTE_OF, "ab"])
+        writer.add_token_types([3, 3, 3] + [1] * 257)
+        writer.add_token_merges(["a b"])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        if cut == "smollm":
+            assert Tokenizer.from_pretrained(tmp_path / "x.gguf").encode("abb")[0] == 259
+        else:
+            with pytest.raises(ValueError, match=f"its tokenizer is {model}/{cut}"):
+                Tokenizer.from_pretrained(tmp_path / "x.gguf")

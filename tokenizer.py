@@ -1,0 +1,194 @@
+"""Llama 3 and SmolLM2 tokenizers on tiktoken, and their chat formats: text or messages in, token ids out.
+
+Both are byte-level BPE: a regular expression cuts text into pieces; within a piece, neighbouring tokens are merged in
+the order in which training learnt the merges. Ids were given out in that order, so tiktoken needs {bytes: id} only.
+"""
+import base64
+import codecs
+import json
+import re
+from pathlib import Path
+
+import tiktoken
+
+IMAGE = -200  # LLaVA's number for an image among the ids, where the visual tokens go; in text it is written "<image>"
+
+# The same in Meta's llama-models (llama3/tokenizer.py) and in Hugging Face's tokenizer.json. Digits go in threes.
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_NAMES = ("begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
+                "step_id start_header_id end_header_id eom_id eot_id python_tag image").split()
+LLAMA3_NAMES += [f"reserved_special_token_{i}" for i in range(2, 246)]  # 256 special tokens in all
+# GPT-2's pattern where every digit was cut out beforehand, so that white space before a digit ends a piece.
+SMOLLM2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+
+# tiktoken's regex engine fails on huge texts and crawls on endless runs; Meta's reference cuts at these lengths.
+MAX_CHARS = 400_000
+RUN = re.compile(r"(\s{25000}(?=\s)|\S{25000}(?=\S))|\s+|\S+")  # group 1: 25,000 of a kind, and more to come
+
+# GPT-2 writes each byte as one visible character (a space as "Ġ") so that a vocabulary can be printed.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = {chr(b): b for b in VISIBLE}
+BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in VISIBLE)}
+
+
+def bpe_ranks(vocab, merges):
+    """GPT-2-style vocab {token: id} and merges ("left right" or [left, right]) -> tiktoken's {bytes: id}."""
+    if odd := {char for token in vocab for char in token} - BYTE_OF.keys():
+        raise ValueError(f"not a byte-level BPE: {min(odd)!r} is outside GPT-2's byte alphabet")
+    made = [vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
+    if not made or made != sorted(made):  # tiktoken merges in id order: any other order would give other ids
+        raise ValueError("its merges are missing or not in the order of the ids")
+    return {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
+
+
+def read_meta(path):
+    """Meta's tokenizer.model: a line "base64 id" per token; the special tokens follow by convention."""
+    lines = [line.split() for line in path.read_bytes().splitlines() if line]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    if sorted(ranks.values()) != list(range(128_000)):
+        raise ValueError(f"Llama 3 has 128000 tokens, this file {len(ranks)}")
+    return ranks, {f"<|{name}|>": 128_000 + i for i, name in enumerate(LLAMA3_NAMES)}, LLAMA3_PATTERN
+
+
+def read_json(path):
+    """Hugging Face's tokenizer.json. It also says how to cut text; only the two ways that we know are taken."""
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
+    ranks = bpe_ranks(vocab, spec["model"]["merges"])
+    first, last = spec["pre_tokenizer"]["pretokenizers"]
+    steps = first["type"], last["type"], last["add_prefix_space"], last.get("use_regex", True), spec.get("normalizer")
+    if steps == ("Split", "ByteLevel", False, False, None) and first["behavior"] == "Isolated":
+        return ranks, special, first["pattern"]["Regex"]
+    if steps == ("Digits", "ByteLevel", False, True, None) and first["individual_digits"]:
+        return ranks, special, SMOLLM2_PATTERN
+    raise ValueError("it cuts text in another way than Llama 3 and SmolLM2")
+
+
+def read_gguf(path):
+    """The vocabulary inside a .gguf file."""
+    from gguf import GGUFReader
+    fields = GGUFReader(path).fields
+    tokens, types, merges, model, cut = (fields[f"tokenizer.ggml.{name}"].contents()
+                                         for name in ("tokens", "token_type", "merges", "model", "pre"))
+    if model != "gpt2" or cut not in ("smollm", "llama-bpe"):
+        raise ValueError(f"its tokenizer is {model}/{cut}, neither gpt2/smollm nor gpt2/llama-bpe")
+    special = {token: i for i, token in enumerate(tokens) if types[i] in (3, 4)}  # 3: control, 4: user defined
+    ranks = bpe_ranks({token: i for i, token in enumerate(tokens) if token not in special}, merges)
+    return ranks, special, SMOLLM2_PATTERN if cut == "smollm" else LLAMA3_PATTERN
+
+
+class Tokenizer:
+    """bos: id that opens a text, None if the model has none (SmolLM2). pad: fills batches, never part of a chat.
+    stop_tokens: set of ids that end an answer. n_vocab: how many ids there are, special tokens included."""
+
+    def __init__(self, ranks, special, pattern):
+        self.n_vocab = 1 + max([*ranks.values(), *special.values()])
+        # SmolLM2 lacks 21 bytes: six control characters, the rest in no or hardly any text. tiktoken needs all 256, so
+        # they get ids past the vocabulary, which encode drops. Hugging Face's tokenizer drops these bytes too.
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        extra = {byte: self.n_vocab + i for i, byte in enumerate(missing)}
+        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks | extra, special_tokens={})
+        self.token_bytes = {i: token for token, i in ranks.items()}
+        self.special_bytes = {i: token.encode() for token, i in special.items()} | {IMAGE: b"<image>"}
+        self.newline = self.encode("\n")
+        # A turn is: turn_start ROLE header_end newline TEXT turn_end after_turn
+        if "<|start_header_id|>" in special:  # Llama 3
+            self.bos, text_end = special["<|begin_of_text|>"], special["<|end_of_text|>"]
+            self.turn_start, self.header_end = [special["<|start_header_id|>"]], [special["<|end_header_id|>"]]
+            self.turn_end, self.after_turn = [special["<|eot_id|>"]], []
+        elif "<|im_start|>" in special:  # ChatML
+            self.bos, text_end = None, special["<|endoftext|>"]
+            self.turn_start, self.header_end = [special["<|im_start|>"]], []
+            self.turn_end, self.after_turn = [special["<|im_end|>"]], self.newline
+        else:
+            raise ValueError("it has the chat tokens of neither Llama 3 nor SmolLM2")
+        self.pad = special.get("<|finetune_right_pad_id|>", text_end)  # Llama 3.0 names none in tokenizer.json
+        self.stop_tokens = {text_end, *self.turn_end, special.get("<|eom_id|>", text_end)}
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """path: a folder with tokenizer.json (Hugging Face) or tokenizer.model (Meta), either file, or a .gguf file.
+
+        FileNotFoundError if there is none; ValueError if it is malformed or not a Llama 3 or SmolLM2 tokenizer."""
+        path = Path(path).expanduser()
+        file = next((f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"no tokenizer at {path}: give a folder that holds the model's tokenizer.json or "
+                                    "tokenizer.model, or a .gguf file")
+        try:
+            return cls(*{".json": read_json, ".gguf": read_gguf}.get(file.suffix, read_meta)(file))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # all that a malformed file can cause
+            reason = " ".join(str(error).split()) if isinstance(error, ValueError) else f"malformed: {error!r}"
+            raise ValueError(f"cannot use {file} as tokenizer ({reason}): give Llama 3's or SmolLM2's official "
+                             "tokenizer.json, tokenizer.model or .gguf file") from error
+
+    def encode_text(self, text):
+        """text -> ids of plain text, whatever it spells: neither a special token nor IMAGE can come out."""
+        ids = []
+        for block in (text[i:i + MAX_CHARS] for i in range(0, len(text), MAX_CHARS)):
+            cuts = [0, *(run.end() for run in RUN.finditer(block) if run[1]), len(block)]
+            for start, end in zip(cuts, cuts[1:]):
+                ids += self.bpe.encode_ordinary(block[start:end])
+        return [i for i in ids if i < self.n_vocab]
+
+    def encode(self, text, bos=False):
+        """text -> list of ids: "<image>" becomes IMAGE, all else is plain text, so typing "<|eot_id|>" forges no turn.
+
+        bos=True puts the model's bos first, if it has one. Same ids as Meta's reference and Hugging Face's tokenizers,
+        save that the latter do not cut runs of 25,000, and merge what a dropped byte stood between."""
+        ids = [self.bos] if bos and self.bos is not None else []
+        for n, part in enumerate(text.split("<image>")):
+            ids += [IMAGE] * (n > 0) + self.encode_text(part)
+        return ids
+
+    def decode_bytes(self, ids, skip_special=True):
+        """ids (list or 1-D tensor) -> UTF-8 bytes; they may end inside a character. ValueError for an unknown id.
+
+        Special tokens and IMAGE are dropped, or written out if skip_special=False."""
+        text = bytearray()
+        for i in map(int, ids):
+            if i not in self.special_bytes and i not in self.token_bytes:
+                raise ValueError(f"token id {i} is not in the tokenizer's vocabulary: use the model's own tokenizer")
+            text += self.token_bytes[i] if i in self.token_bytes else b"" if skip_special else self.special_bytes[i]
+        return bytes(text)
+
+    def decode(self, ids, skip_special=True):
+        """ids -> str, as decode_bytes; bytes that form no character become U+FFFD."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids):
+        """Iterator of ids -> iterator of str, whole characters each, to print an answer while it is generated."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        yield from filter(None, (decoder.decode(self.decode_bytes([i])) for i in ids))
+        yield decoder.decode(b"", final=True)
+
+    def chat(self, messages, generate=True):
+        """messages [{"role": "user" | "assistant" | "system", "content": str}, ...] -> ids.
+
+        Llama 3: <|begin_of_text|>, then per turn <|start_header_id|>ROLE<|end_header_id|>\\nTEXT<|eot_id|>, with one
+        newline as in the paper. SmolLM2: per turn <|im_start|>ROLE\\nTEXT<|im_end|>\\n. No system prompt unless given.
+        generate=True opens an assistant turn at the end. "<image>" is an image, except in an assistant's text."""
+        opening = self.turn_start + self.encode("assistant") + self.header_end + self.newline
+        return self.chat_targets(messages)[0] + (opening if generate else [])
+
+    def chat_targets(self, messages):
+        """messages -> (ids of chat(generate=False), kinds): which tokens carry loss, per token.
+
+        2: answers, i.e. an assistant's text and end of turn. 1: other chat tokens, with loss in stages 1 and 2 only.
+        0: never."""
+        ids, kinds = [] if self.bos is None else [self.bos], [] if self.bos is None else [0]
+        for message in messages:
+            role, text = map(message.get, ("role", "content")) if isinstance(message, dict) else (None, None)
+            if role not in ("user", "assistant", "system") or not isinstance(text, str):
+                raise ValueError("a message is {'role': 'user', 'assistant' or 'system', 'content': str}, "
+                                 f"not {message!r:.80}")
+            answer = role == "assistant"
+            for part, kind in ((self.turn_start, 1), (self.encode(role), 0), (self.header_end, 1),
+                               (self.newline, 1 if answer else 0),
+                               (self.encode_text(text) if answer else self.encode(text), 2 if answer else 0),
+                               (self.turn_end, 2 if answer else 1), (self.after_turn, 0)):
+                ids += part
+                kinds += [kind] * len(part)
+        return ids, kinds

@@ -1,0 +1,452 @@
+"""
+Train the vision encoder against the surrogate, stage by stage.
+
+    python train.py vit             # stage 0: pre-train the small ViT, CLIP's way; it stands in for CLIP
+    python train.py translator      # stage 1: heal the surrogate's translator, and a first projector
+    python train.py encoder         # stage 2: train projector and upper ViT through the frozen surrogate
+    python graft.py --encoder runs/encoder/encoder.safetensors      # plug the result into the full LLM
+    python train.py decoder         # stage 3 (optional): go on training the full LLM behind the grafted encoder
+
+Without options a stage makes a short run that starts from what assets/ holds. The recipe of a stage (what is trained, on
+which data, which tokens carry loss, optimiser and schedule) is the paper's, table 6 and section 4; its size is the small world's.
+"""
+import argparse
+import csv
+import functools
+import hashlib
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import weights
+from model import VLM, Llama, ViT, ViTConfig, base_vit
+from surrogate import build_surrogate, check_ranges, parse_ranges
+from tokenizer import Tokenizer
+
+# What differs between the stages. Everything else is the same in all: AdamW (0.9, 0.999) without weight decay, linear
+# warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (paper, table 6).
+RECIPES = {
+    "vit":        dict(steps=600, batch=128, lr=1e-3),
+    "translator": dict(steps=120, batch=16, lr=1e-4, loss_on="answers+special"),
+    "encoder":    dict(steps=120, batch=16, lr=5e-5, loss_on="answers+special"),
+    "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers"),
+}
+WARMUP = 0.0305
+
+
+def lr_at(step, steps, lr):
+    """Linear warm-up, then a cosine to 0."""
+    warmup = math.ceil(WARMUP * steps)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which parameters a stage trains (DESIGN of the paper, table 1)
+
+
+def trained_parameters(vlm, stage, distill=False):
+    """{name: parameter} that a stage trains; these get gradients, all others are frozen."""
+    L = vlm.encoder.config.num_hidden_layers
+    prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."]
+    if stage in ("encoder", "decoder"):         # the last third of the ViT: 8 of CLIP-L's 24 layers
+        prefixes += [f"encoder.vision_model.encoder.layers.{i}." for i in range(L - max(1, L // 3), L)]
+    if stage == "translator" or (stage == "encoder" and distill):
+        prefixes += [f"decoder.model.layers.{i}." for i in vlm.decoder.translators]
+    if stage == "decoder":
+        prefixes += ["decoder."]
+    if stage == "vit":
+        prefixes = ["encoder."]
+    vlm.requires_grad_(False)
+    chosen = {n: p.requires_grad_(True) for n, p in vlm.named_parameters() if n.startswith(tuple(prefixes))}
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data of a step: a function of (seed, step) alone, so that a resumed run sees what an uninterrupted one would have seen
+
+
+def image_batch(vlm, records, step, size, recipe, seed):
+    """Batch number `step` of image samples, from the embedded world or from LLaVA-format records."""
+    if records is None:
+        tasks = data.TRAINED_TASKS
+        samples = [data.world(tasks[j % len(tasks)], step * size + j, seed) for j in range(size)]
+    else:
+        samples = [records[i] for i in shuffled(len(records), step * size, size, seed)]
+    return data.collate(samples, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size, recipe["loss_on"])
+
+
+def shuffled(n, start, count, seed):
+    """Indices number start … start+count-1 of an endless walk over n records, in a new order every epoch."""
+    return [order_of_epoch(n, i // n, seed)[i % n] for i in range(start, start + count)]
+
+
+@functools.lru_cache(maxsize=4)
+def order_of_epoch(n, epoch, seed):
+    order = list(range(n))
+    random.Random(f"order/{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def text_batch(vlm, chats, step, size, recipe, seed):
+    """Batch number `step` of text instructions."""
+    samples = [data.Sample(None, chats[i]) for i in shuffled(len(chats), step * size, size, seed)]
+    return data.collate(samples, vlm.tokenizer, vlm.n_visual, loss_on=recipe["loss_on"], max_length=128)
+
+
+@torch.no_grad()
+def own_chats(llm, tokenizer, n, seed, batch=32):
+    """Text instructions for stage 1, written by the LLM itself: it invents a user's question, then answers it.
+
+    Sampled once, then kept in the cache folder. Returns n conversations as lists of messages.
+    """
+    fingerprint = hashlib.sha256(llm.model.norm.weight.float().cpu().numpy().tobytes()).hexdigest()[:8]
+    file = weights.cache_folder() / f"chats-{fingerprint}-{n}-{seed}.json"
+    if file.exists():
+        return weights.read_json(file)
+    generator = torch.Generator(llm.device).manual_seed(seed)
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    start = bos + tokenizer.turn_start + tokenizer.encode("user") + tokenizer.header_end + tokenizer.newline
+    chats, bar = [], tqdm(total=n, desc="the LLM writes text for stage 1", unit="chat")
+    while len(chats) < n:
+        sample = dict(temperature=1.0, top_p=0.9, stop=tokenizer.stop_tokens, generator=generator)
+        questions = [tokenizer.decode(q) for q in llm.generate([start] * batch, max_new_tokens=48, **sample)]
+        questions = [q.strip() for q in questions if q.strip()]
+        prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in questions]
+        answers = llm.generate(prompts, max_new_tokens=64, **sample)
+        new = [[{"role": "user", "content": q}, {"role": "assistant", "content": tokenizer.decode(a).strip()}]
+               for q, a in zip(questions, answers) if tokenizer.decode(a).strip()]
+        chats += new
+        bar.update(len(new))
+    bar.close()
+    weights.write_whole(file, lambda part: part.write_text(json.dumps(chats[:n])))
+    return chats[:n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def surrogate_loss(vlm, batch, stage, llm=None):
+    """(cross-entropy summed over the targets, distillation loss or None) of one batch through the surrogate.
+
+    The paper's loss is the first. With `llm` given, the second pulls the translator towards the full LLM *on the visual tokens
+    that the encoder makes now* (on-policy): the encoder cannot learn to please a translator that the LLM disagrees with.
+    The LLM only runs forward, and only the layers that the surrogate lacks.
+    """
+    s, device = vlm.decoder, vlm.decoder.device
+    pixels = batch["pixels"].to(device) if batch["pixels"] is not None else None
+    x = s.run(vlm.embed(batch["tokens"].to(device), pixels), 0, s.trunk)                # (B, T, C): layers shared with the LLM
+    translators = [s.model.layers[i] for i in s.translators]
+    for t in translators if stage == "encoder" else []:
+        t.requires_grad_(False)         # stage 2: the answers' loss teaches the encoder, never the translator
+    ce = s.loss(s.run(x, s.trunk), batch["targets"])
+    if llm is None:
+        return ce, None
+    for t in translators:
+        t.requires_grad_(True)
+    x = x.detach()                      # and the distillation teaches the translator, never the encoder
+    last = s.translators[-1] + 1
+    ours = s.run(x, s.trunk, last)                                                      # behind the last translator
+    with torch.no_grad():
+        theirs = llm.run(x, s.trunk, s.ranges[-1][1] + 1)                               # behind the layers that it replaces
+        real = (torch.arange(x.shape[1]) < batch["lengths"][:, None]).to(device)        # (B, T): not padding
+    error = (ours - theirs).float().square().sum(-1)[real].sum() / theirs.float().square().sum(-1)[real].sum()
+    index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(device)           # where a prediction matters
+    ours = s.logits(s.run(ours, last).flatten(0, 1)[index]).float().log_softmax(-1)     # (N, vocab)
+    with torch.no_grad():
+        theirs = llm.logits(llm.run(theirs, s.ranges[-1][1] + 1).flatten(0, 1)[index]).float().log_softmax(-1)
+    return ce, error + F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+def contrastive_loss(image, text, same, logit_scale):
+    """CLIP's loss: image features (B, d) and text features (B, d), both of length 1. same (B, B): captions that are equal."""
+    logits = logit_scale.exp() * image @ text.T                                         # (B, B)
+    targets = same.float() / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimiser with float32 master weights, and what a resumed run needs
+
+
+class Trainer:
+    """AdamW on float32 copies of the trained parameters, whatever the dtype in which the model computes (bf16 on GPUs)."""
+
+    def __init__(self, parameters, lr, steps):
+        self.parameters, self.lr, self.steps, self.step = parameters, lr, steps, 0
+        self.master = {n: p.detach().float().clone().requires_grad_(True) for n, p in parameters.items()}
+        self.adam = torch.optim.AdamW(self.master.values(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+
+    def update(self):
+        """One step with the gradients that lie on the parameters. Returns the learning rate used."""
+        lr = lr_at(self.step, self.steps, self.lr)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        for n, p in self.parameters.items():
+            self.master[n].grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        torch.nn.utils.clip_grad_norm_([m for m in self.master.values() if m.grad is not None], 1.0)
+        self.adam.step()
+        self.write_back()
+        self.step += 1
+        return lr
+
+    @torch.no_grad()
+    def write_back(self):
+        for n, p in self.parameters.items():
+            p.copy_(self.master[n])
+
+    def state(self):
+        """Everything as flat named tensors, for safetensors."""
+        out = {f"master.{n}": m for n, m in self.master.items()}
+        for n, m in self.master.items():
+            for k, v in self.adam.state.get(m, {}).items():
+                out[f"adam.{n}.{k}"] = v
+        return out
+
+    def load_state(self, tensors, step, path):
+        ours = {n.removeprefix("master.") for n in tensors if n.startswith("master.")}
+        if ours != set(self.master):
+            odd = sorted(ours ^ set(self.master))[0]
+            raise ValueError(f"{path} does not belong to this run: {odd} is trained in only one of the two")
+        self.step = step
+        with torch.no_grad():
+            for n, m in self.master.items():
+                m.copy_(tensors[f"master.{n}"])
+                keys = {k: v for k, v in tensors.items() if k.startswith(f"adam.{n}.")}
+                if keys:
+                    self.adam.state[m] = {k.removeprefix(f"adam.{n}."): v.to(m.device) if v.dim() else v for k, v in keys.items()}
+        self.write_back()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages
+
+
+def default_dtype(device):
+    """bf16 where the chip multiplies it in hardware (GPUs, and CPUs with AMX), else float32."""
+    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return torch.bfloat16 if str(device).startswith("cuda") or amx else torch.float32
+
+
+def build(stage, llm_name, ranges, vit, start, dtype, device):
+    """(VLM with a surrogate as its decoder, full LLM): the models of the stages 1 to 3, with the weights that they start from."""
+    path = weights.find(llm_name)
+    llm, tokenizer = Llama.from_pretrained(path, dtype, device), Tokenizer.from_pretrained(path)
+    tensors, about = weights.read_checkpoint(start) if start else ({}, {})
+    if stage != "translator" and about.get("llm", llm_name) != llm_name:
+        raise ValueError(f"{start} was trained for {about['llm']}, not for {llm_name}")
+    if ranges is None:
+        ranges = about.get("ranges") or DEFAULT_RANGES
+    decoder = llm if stage == "decoder" else build_surrogate(llm, ranges)
+    if stage == "decoder":
+        decoder.translators = []
+    torch.manual_seed(0)
+    vlm = VLM(base_vit(vit or about.get("vit", "vit.safetensors"), start or "assets/vit.safetensors", dtype, device), decoder, tokenizer)
+    vlm.to(device=device, dtype=dtype)
+    if start:
+        if ranges and stage == "encoder" and about.get("ranges") and check_ranges(about["ranges"], llm.config.num_hidden_layers) != decoder.ranges:
+            raise ValueError(f"{start} replaces the layers {about['ranges']}, not {decoder.ranges}: train a translator for these first")
+        keep = {n: t for n, t in tensors.items() if stage == "encoder" and decoder.ranges or not n.startswith("decoder.")}
+        weights.load_checkpoint(vlm, keep, start)
+    return vlm, llm
+
+
+DEFAULT_RANGES = [(20, 28)]     # of SmolLM2-135M: with an earlier cut its surrogate cannot copy a word any more (README, "The cut")
+
+
+def train_vit(steps, batch, lr, seed, device, out, resume, llm_name=weights.DEFAULT_LLM, save_every=200):
+    """Stage 0. CLIP's contrastive pre-training of the small ViT: an image's CLS against its caption, in the batch.
+
+    A caption's features are the mean of its tokens' embeddings in the LLM, so no LLM pass is needed. Returns the ViT.
+    """
+    path = weights.find(llm_name)
+    tokenizer = Tokenizer.from_pretrained(path)
+    embeddings = Llama.from_pretrained(path).model.embed_tokens.weight
+    torch.manual_seed(seed)
+    vit = ViT(ViTConfig())
+    model = torch.nn.ModuleDict(dict(encoder=vit, visual_projection=torch.nn.Linear(vit.config.hidden_size, embeddings.shape[1], bias=False)))
+    model.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    model.to(device)
+    captions, features = {}, None
+
+    def text_features(caption):         # the words that all captions share say nothing: features are centred over the world
+        if caption not in captions:
+            captions[caption] = embeddings[torch.tensor(tokenizer.encode(" " + caption))].mean(0)
+        return captions[caption]
+
+    centre = torch.stack([text_features(data.world("describe", i, seed).caption) for i in range(512)]).mean(0)
+
+    def loss_of(step):
+        samples = [data.world("describe", step * batch + j, seed) for j in range(batch)]
+        pixels = torch.stack([data.preprocess(s.image) for s in samples]).to(device)    # (B, 3, S, S)
+        x = vit.vision_model.post_layernorm(vit(pixels))[:, 0]                          # (B, C): CLS
+        image = F.normalize(model.visual_projection(x), dim=-1)                         # (B, d)
+        text = F.normalize(torch.stack([text_features(s.caption) for s in samples]) - centre, dim=-1).to(device)
+        same = torch.tensor([[a.caption == b.caption for b in samples] for a in samples], device=device)
+        right = same.gather(1, (image @ text.T).argmax(1, keepdim=True)).float().mean()
+        return contrastive_loss(image, text, same, model.logit_scale), 1, {"right": right}
+
+    about = dict(stage="vit", llm=llm_name, vit_config=vars(vit.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
+    run(dict(model.named_parameters()), loss_of, steps, lr, out, "vit", about, resume, save_every, saved=lambda n: n.startswith("encoder."))
+    return vit
+
+
+def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, loss_on, llm_name, vit_name,
+                distill_every=0, records=None, chats=None, save_every=100):
+    """Stages 1 to 3. Returns the VLM, trained."""
+    recipe = dict(steps=steps, batch=batch, lr=lr, loss_on=loss_on)
+    params = trained_parameters(vlm, stage, distill_every > 0)
+
+    def loss_of(step):
+        distil = llm if distill_every and step % distill_every == 0 else None
+        # stage 1 mixes images and text evenly. A batch of text alone needs no gradient below the translator, and autograd
+        # sees that by itself: nothing there requires one, so the trunk keeps no activations
+        n_text = int(batch * 0.4) if stage == "translator" else 0
+        batches = [image_batch(vlm, records, step, batch - n_text, recipe, seed)]
+        if n_text:
+            batches.append(text_batch(vlm, chats, step, n_text, recipe, seed))
+        n = sum(int((b["targets"] >= 0).sum()) for b in batches)
+        total, notes = 0.0, {}
+        for b in batches:
+            if stage == "decoder":
+                ce, kl = vlm.loss(b["tokens"].to(device), b["targets"], b["pixels"].to(device)), None
+            else:
+                ce, kl = surrogate_loss(vlm, b, stage, distil)
+            total = total + ce / n
+            if kl is not None:
+                total = total + kl
+                notes["distill"] = kl.detach() + notes.get("distill", 0)
+        return total, n, notes
+
+    about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, vit_config=vars(vlm.encoder.config),
+                 recipe=recipe | dict(distill_every=distill_every), seed=seed)
+    run(params, loss_of, steps, lr, out, stage, about, resume, save_every)
+    return vlm
+
+
+def run(parameters, loss_of, steps, lr, out, stage, about, resume, save_every, saved=lambda name: True):
+    """The loop of every stage: loss_of(step) -> (loss, targets, notes). Writes to the folder `out`
+
+    STAGE.safetensors   what was trained (float16), with `about` as its metadata
+    state.safetensors   float32 weights and the optimiser, for --resume
+    log.csv, loss.png   one row a step
+    """
+    out = Path(out)
+    trainer = Trainer(parameters, lr, steps)
+    rows, state = [], out / "state.safetensors"
+    if resume:
+        tensors, was = weights.read_checkpoint(state)
+        if was["about"] != json.loads(json.dumps(about)):
+            key = next(k for k in about if json.loads(json.dumps(about))[k] != was["about"].get(k))
+            raise ValueError(f"{state} is of another run: {key} was {was['about'].get(key)}, is {about[key]}")
+        trainer.load_state(tensors, was["step"], state)
+        with open(out / "log.csv") as f:
+            rows = [r for r in csv.DictReader(f) if int(r["step"]) < trainer.step]
+    start = time.time() - (float(rows[-1]["seconds"]) if rows else 0)
+
+    def save():
+        about_now = about | dict(steps_done=trainer.step, seconds=round(time.time() - start, 1))
+        weights.save_checkpoint(out / f"{stage}.safetensors",
+                                {n: m.half() for n, m in trainer.master.items() if saved(n)}, about_now)
+        weights.save_checkpoint(state, trainer.state(), dict(step=trainer.step, about=about))
+        fields = ["step", "loss", "lr", "targets", "seconds", *dict.fromkeys(k for r in rows for k in r if k not in ("step", "loss", "lr", "targets", "seconds"))]
+
+        def write(part):
+            with open(part, "w", newline="") as f:
+                writer = csv.DictWriter(f, fields)
+                writer.writeheader()
+                writer.writerows(rows)
+        weights.write_whole(out / "log.csv", write)
+
+    bar = tqdm(range(trainer.step, steps), desc=stage, unit="step", initial=trainer.step, total=steps)
+    for step in bar:
+        loss, n, notes = loss_of(step)
+        loss.backward()
+        lr_now = trainer.update()
+        # .item() waits for the GPU, so it comes after the whole step has been queued
+        rows.append(dict(step=step, loss=round(loss.item(), 5), lr=f"{lr_now:.3g}", targets=n, seconds=round(time.time() - start, 2),
+                         **{k: round(v.item(), 4) for k, v in notes.items()}))
+        bar.set_postfix({k: rows[-1][k] for k in ("loss", *notes)})
+        if not math.isfinite(rows[-1]["loss"]):
+            raise ValueError(f"the loss became {rows[-1]['loss']} at step {step}: try a smaller --lr (the last checkpoint in {out} is intact)")
+        if (step + 1) % save_every == 0 or step == steps - 1:
+            save()
+    plot_loss(rows, stage, out / "loss.png")
+    print(f"{stage}: {steps} steps, loss {rows[0]['loss']} -> {rows[-1]['loss']}, {rows[-1]['seconds']:.0f} s; see {out}/")
+
+
+def plot_loss(rows, stage, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 3.2), dpi=120)
+    steps, losses = [int(r["step"]) for r in rows], [float(r["loss"]) for r in rows]
+    smooth, mean = [], losses[0]
+    for x in losses:
+        mean = 0.95 * mean + 0.05 * x
+        smooth.append(mean)
+    ax.plot(steps, losses, color="#2a6f97", alpha=0.3, lw=0.8)
+    ax.plot(steps, smooth, color="#2a6f97", lw=1.6)
+    ax.set(xlabel="step", ylabel="loss", title=f"stage {stage}")
+    ax.grid(alpha=0.3)
+    fig.tight_layout()
+    weights.write_whole(path, lambda part: fig.savefig(part, format="png"))
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=list(RECIPES), help="which stage to run")
+    parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="target LLM: folder, .gguf file or hub name (default: %(default)s)")
+    parser.add_argument("--replace", help="layers that the translator replaces, e.g. 20-28; 'none' trains on the full LLM (default: the start's, else 20-28)")
+    parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: the start's, else assets/vit.safetensors)")
+    parser.add_argument("--start", help="checkpoint to start from (default: assets/encoder.safetensors for encoder and decoder); 'none' for a new projector")
+    parser.add_argument("--data", help="LLaVA-format JSON in place of the embedded world")
+    parser.add_argument("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: the stage's short run)")
+    parser.add_argument("--batch", type=int, help="samples a step (default: the stage's)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's)")
+    parser.add_argument("--chats", type=int, default=256, help="stage translator: text instructions that the LLM writes (default: %(default)s)")
+    parser.add_argument("--distill-every", type=int, default=0, metavar="K", help="every K-th step, pull the translator to the full LLM on the encoder's own visual tokens; 0: never, as in the paper (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in which the models compute (default: bfloat16 where the hardware has it)")
+    parser.add_argument("--out", help="folder for checkpoint, log and plot (default: runs/STAGE)")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
+    args = parser.parse_args(argv)
+
+    recipe = dict(RECIPES[args.stage])
+    recipe |= {k: getattr(args, k) for k in ("steps", "batch", "lr") if getattr(args, k) is not None}
+    out = args.out or f"runs/{args.stage}"
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
+    common = dict(seed=args.seed, device=args.device, out=out, resume=args.resume, save_every=args.save_every)
+    if args.stage == "vit":
+        train_vit(**recipe, **common, llm_name=args.llm)
+        return
+    start = args.start or ("assets/encoder.safetensors" if args.stage != "translator" else "none")
+    ranges = parse_ranges(args.replace) if args.replace is not None else None
+    vlm, llm = build(args.stage, args.llm, ranges, args.vit, None if start == "none" else start, dtype, args.device)
+    records = data.load_llava(args.data, args.images, args.seed) if args.data else None
+    chats = own_chats(llm, vlm.tokenizer, args.chats, args.seed) if args.stage == "translator" else None
+    train_stage(args.stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=args.llm, vit_name=args.vit or "vit.safetensors",
+                distill_every=args.distill_every, records=records, chats=chats)
+
+
+if __name__ == "__main__":
+    sys.exit(weights.run_cli(main))
