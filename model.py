@@ -213,25 +213,28 @@ class Llama(nn.Module):
         temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach that sum.
         """
         B, T, _ = embeds.shape
-        assert use_cache or lengths is None, "rows of different length need the cache"
-        cache = KVCache(self, B, T + max_new_tokens) if use_cache else None
+        last = torch.full((B,), T - 1) if lengths is None else lengths.cpu() - 1
+        if not use_cache:       # slow, and simple: the whole sequence anew for every token
+            assert lengths is None, "rows of different length need the cache"
+            for _ in range(max_new_tokens):
+                token = sample(self.logits(self.run(embeds)[:, -1]), temperature, top_p, generator)
+                yield token
+                embeds = torch.cat([embeds, self.embed(token[:, None])], dim=1)
+            return
+        cache = KVCache(self, B, T + max_new_tokens)
         x = self.run(embeds, cache=cache)
-        if cache is not None:
-            cache.advance(T, lengths)
-        last = torch.full((B,), T - 1, device=x.device) if lengths is None else lengths.to(x.device) - 1
-        x = x[torch.arange(B, device=x.device), last]                       # (B, C): only the last position asks for logits
+        cache.advance(T, lengths)
+        yield from self.decode(x[torch.arange(B), last], cache, max_new_tokens, temperature, top_p, generator)
+
+    @torch.no_grad()
+    def decode(self, x, cache, max_new_tokens, temperature=0.0, top_p=1.0, generator=None):
+        """Yield tokens (B,), given the last position's hidden state x (B, C) and a cache of everything up to it."""
         for step in range(max_new_tokens):
-            token = sample(self.logits(x), temperature, top_p, generator)   # (B,)
+            token = sample(self.logits(x), temperature, top_p, generator)   # only the last position meets the LM head
             yield token
-            if step == max_new_tokens - 1:
-                return
-            new = self.embed(token[:, None])                                # (B, 1, C)
-            if cache is not None:
-                x = self.run(new, cache=cache)[:, -1]
+            if step < max_new_tokens - 1:
+                x = self.run(self.embed(token[:, None]), cache=cache)[:, -1]
                 cache.advance(1)
-            else:
-                embeds = torch.cat([embeds, new], dim=1)
-                x = self.run(embeds)[:, -1]
 
     def generate(self, prompts=None, embeds=None, lengths=None, stop=(), **options):
         """Continue prompts (a list of token lists, of any lengths) or embeds: a list of new token lists, stop token excluded."""
@@ -243,15 +246,21 @@ class Llama(nn.Module):
             embeds = self.embed(padded.to(self.device))
         if lengths is not None and int(lengths.min()) == embeds.shape[1]:
             lengths = None                                                  # all of one length: nothing to mask
-        out, done = [[] for _ in range(len(embeds))], [False] * len(embeds)
-        for tokens in self.stream(embeds, lengths, **options):
-            for i, t in enumerate(tokens.tolist()):
-                done[i] = done[i] or t in stop
-                if not done[i]:
-                    out[i].append(t)
-            if all(done):
-                break
-        return out
+        return collect(self.stream(embeds, lengths, **options), stop)
+
+
+def collect(stream, stop=()):
+    """Tokens (B,) at a time -> a list of tokens per row, each up to its stop token."""
+    out = done = None
+    for tokens in stream:
+        out, done = out or [[] for _ in tokens], done or [False for _ in tokens]
+        for i, t in enumerate(tokens.tolist()):
+            done[i] = done[i] or t in stop
+            if not done[i]:
+                out[i].append(t)
+        if all(done):
+            break
+    return out
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -441,6 +450,7 @@ class VLM(nn.Module):
 
     def visual_tokens(self, pixels):
         """pixels (N, 3, S, S) -> (N, n_visual, d), where d is the width of the LLM (paper, section 3)."""
+        pixels = pixels.to(self.embd_soi)                                   # device and dtype of the weights
         x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
         x = self.adapter(x)                                                 # (N, 1 + P, d)
         soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
@@ -461,18 +471,17 @@ class VLM(nn.Module):
         return self.decoder.loss(x, targets)
 
     @classmethod
-    def from_pretrained(cls, llm=weights.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, llm=weights.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32, device="cpu", tokenizer=None):
         """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage `encoder`.
 
         The checkpoint holds only what was trained; its metadata names the ViT that it started from.
         """
         tensors, about = weights.read_checkpoint(encoder)
-        name = about.get("llm", weights.DEFAULT_LLM) if isinstance(llm, Llama) else llm
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
         vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
-        with torch.device(decoder.device):
-            vlm = cls(vit, decoder, Tokenizer.from_pretrained(weights.find(name)))
-        vlm.to(decoder.dtype)
+        if tokenizer is None:
+            tokenizer = Tokenizer.from_pretrained(weights.find(about.get("llm", weights.DEFAULT_LLM) if isinstance(llm, Llama) else llm))
+        vlm = cls(vit, decoder, tokenizer).to(decoder.device, decoder.dtype)
         # whatever the checkpoint holds of a decoder belongs to the surrogate, not to this LLM
         weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, encoder)
         return vlm.requires_grad_(False).eval()
@@ -493,7 +502,6 @@ class VLM(nn.Module):
             row[:len(p)] = torch.tensor(p)
         size = self.encoder.config.image_size
         pixels = torch.stack([data.preprocess(i, size) for i in images]) if images else None
-        pixels = None if pixels is None else pixels.to(self.decoder.device, self.embd_soi.dtype)
         return self.embed(tokens.to(self.decoder.device), pixels), lengths
 
     def generate(self, prompts, images, **options):
@@ -507,16 +515,14 @@ class VLM(nn.Module):
         return self.tokenizer.decode(self.generate([prompt], [image], **options)[0]).strip()
 
 
-def base_vit(name, beside, dtype=torch.float32, device="cpu"):
-    """The ViT that a checkpoint starts from: a file of train.py's stage `vit` (looked for beside that checkpoint), else CLIP."""
-    for file in (Path(name), Path(beside).parent / name):
-        if file.suffix == ".safetensors" and file.exists():
-            tensors, about = weights.read_checkpoint(file)
-            if about.get("stage") != "vit":
-                raise ValueError(f"{file} holds the stage {about.get('stage', 'of nothing known')}, not a ViT: make one with `python train.py vit`")
-            vit = ViT(ViTConfig(**about["vit_config"]))
-            weights.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)
-            return vit.to(device, dtype).requires_grad_(False).eval()
-    if str(name).endswith(".safetensors"):
-        raise FileNotFoundError(f"no such ViT: {name} (nor beside {beside}); make one with `python train.py vit`")
-    return ViT.from_pretrained(name, dtype, device)
+def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
+    """The ViT that a checkpoint started from: a file of train.py's stage `vit`, or a CLIP (folder or hub name)."""
+    if Path(name).suffix != ".safetensors":
+        return ViT.from_pretrained(name, dtype, device)
+    file = weights.beside(name, checkpoint)
+    tensors, about = weights.read_checkpoint(file)
+    if about.get("stage") != "vit":
+        raise ValueError(f"{file} holds {about.get('stage', 'nothing that train.py wrote')}, not a ViT: make one with `python train.py vit`")
+    vit = ViT(ViTConfig(**about["vit_config"]))
+    weights.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)
+    return vit.to(device, dtype).requires_grad_(False).eval()

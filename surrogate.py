@@ -114,6 +114,25 @@ def build_surrogate(llm, ranges):
     return surrogate.train(llm.training)
 
 
+def load_surrogate(llm, checkpoint):
+    """The surrogate that a checkpoint of train.py was trained with. A checkpoint that holds no translator (stage 2 of the
+    paper leaves it frozen) names the one that it started from."""
+    _, about = weights.read_checkpoint(checkpoint)
+    if not about.get("ranges"):
+        raise ValueError(f"{checkpoint} (stage {about.get('stage', 'unknown')}) was not trained with a surrogate: it names no replaced layers")
+    surrogate = build_surrogate(llm, about["ranges"])
+    file = checkpoint
+    while True:
+        tensors, about = weights.read_checkpoint(file)
+        if any(n.startswith("decoder.") for n in tensors):
+            break
+        if not about.get("start"):
+            raise ValueError(f"{file} holds no translator, and names no checkpoint that does")
+        file = weights.beside(about["start"], file)
+    weights.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), {n: t for n, t in tensors.items() if n.startswith("decoder.")}, file)
+    return surrogate
+
+
 def fork(surrogate, llm, embeds, caches=(None, None)):
     """Last hidden states (B, T, C) of the surrogate and of the LLM for the same input, running their common trunk once.
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import weights
 from model import VLM, Llama, ViT, ViTConfig, base_vit
-from surrogate import build_surrogate, check_ranges, parse_ranges
+from surrogate import build_surrogate, check_ranges, load_surrogate, parse_ranges
 from tokenizer import Tokenizer
 
 # What differs between the stages. Everything else is the same in all: AdamW (0.9, 0.999) without weight decay, linear
@@ -40,6 +40,7 @@ RECIPES = {
     "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers"),
 }
 WARMUP = 0.0305
+DEFAULT_RANGES = [(20, 28)]     # of SmolLM2-135M: with an earlier cut its surrogate cannot copy a word any more
 
 
 def lr_at(step, steps, lr):
@@ -144,8 +145,7 @@ def surrogate_loss(vlm, batch, stage, llm=None):
     The LLM only runs forward, and only the layers that the surrogate lacks.
     """
     s, device = vlm.decoder, vlm.decoder.device
-    pixels = batch["pixels"].to(device) if batch["pixels"] is not None else None
-    x = s.run(vlm.embed(batch["tokens"].to(device), pixels), 0, s.trunk)                # (B, T, C): layers shared with the LLM
+    x = s.run(vlm.embed(batch["tokens"].to(device), batch["pixels"]), 0, s.trunk)       # (B, T, C): layers shared with the LLM
     translators = [s.model.layers[i] for i in s.translators]
     for t in translators if stage == "encoder" else []:
         t.requires_grad_(False)         # stage 2: the answers' loss teaches the encoder, never the translator
@@ -240,29 +240,32 @@ def default_dtype(device):
 
 
 def build(stage, llm_name, ranges, vit, start, dtype, device):
-    """(VLM with a surrogate as its decoder, full LLM): the models of the stages 1 to 3, with the weights that they start from."""
+    """(VLM, full LLM) for the stages 1 to 3, with the weights that they start from; the VLM's decoder is the surrogate.
+
+    `start` None begins with a new projector, and with translators that are copies of the layers they stand for.
+    """
     path = weights.find(llm_name)
-    llm, tokenizer = Llama.from_pretrained(path, dtype, device), Tokenizer.from_pretrained(path)
     tensors, about = weights.read_checkpoint(start) if start else ({}, {})
-    if stage != "translator" and about.get("llm", llm_name) != llm_name:
+    if about.get("llm", llm_name) != llm_name:
         raise ValueError(f"{start} was trained for {about['llm']}, not for {llm_name}")
-    if ranges is None:
-        ranges = about.get("ranges") or DEFAULT_RANGES
-    decoder = llm if stage == "decoder" else build_surrogate(llm, ranges)
+    llm, tokenizer = Llama.from_pretrained(path, dtype, device), Tokenizer.from_pretrained(path)
     if stage == "decoder":
-        decoder.translators = []
-    torch.manual_seed(0)
-    vlm = VLM(base_vit(vit or about.get("vit", "vit.safetensors"), start or "assets/vit.safetensors", dtype, device), decoder, tokenizer)
-    vlm.to(device=device, dtype=dtype)
+        decoder = llm
+    elif ranges == [] or stage == "translator" or not about.get("ranges"):
+        decoder = build_surrogate(llm, DEFAULT_RANGES if ranges is None else ranges)
+        if stage == "encoder" and decoder.ranges:
+            raise ValueError("stage encoder needs a trained translator: run `python train.py translator` first and give its "
+                             "checkpoint as --start, or train on the full LLM with --replace none")
+    else:
+        decoder = load_surrogate(llm, start)
+        if ranges is not None and check_ranges(ranges, llm.config.num_hidden_layers) != decoder.ranges:
+            raise ValueError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: train a translator for these first")
+    vit = vit or about.get("vit") or "assets/vit.safetensors"
+    torch.manual_seed(0)                    # the projector's first values
+    vlm = VLM(base_vit(vit, start or vit), decoder, tokenizer).to(device=device, dtype=dtype)
     if start:
-        if ranges and stage == "encoder" and about.get("ranges") and check_ranges(about["ranges"], llm.config.num_hidden_layers) != decoder.ranges:
-            raise ValueError(f"{start} replaces the layers {about['ranges']}, not {decoder.ranges}: train a translator for these first")
-        keep = {n: t for n, t in tensors.items() if stage == "encoder" and decoder.ranges or not n.startswith("decoder.")}
-        weights.load_checkpoint(vlm, keep, start)
-    return vlm, llm
-
-
-DEFAULT_RANGES = [(20, 28)]     # of SmolLM2-135M: with an earlier cut its surrogate cannot copy a word any more (README, "The cut")
+        weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, start)
+    return vlm, llm, vit
 
 
 def train_vit(steps, batch, lr, seed, device, out, resume, llm_name=weights.DEFAULT_LLM, save_every=200):
@@ -278,7 +281,7 @@ def train_vit(steps, batch, lr, seed, device, out, resume, llm_name=weights.DEFA
     model = torch.nn.ModuleDict(dict(encoder=vit, visual_projection=torch.nn.Linear(vit.config.hidden_size, embeddings.shape[1], bias=False)))
     model.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
     model.to(device)
-    captions, features = {}, None
+    captions = {}
 
     def text_features(caption):         # the words that all captions share say nothing: features are centred over the world
         if caption not in captions:
@@ -302,7 +305,7 @@ def train_vit(steps, batch, lr, seed, device, out, resume, llm_name=weights.DEFA
     return vit
 
 
-def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, loss_on, llm_name, vit_name,
+def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, loss_on, llm_name, vit_name, start=None,
                 distill_every=0, records=None, chats=None, save_every=100):
     """Stages 1 to 3. Returns the VLM, trained."""
     recipe = dict(steps=steps, batch=batch, lr=lr, loss_on=loss_on)
@@ -320,7 +323,7 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
         total, notes = 0.0, {}
         for b in batches:
             if stage == "decoder":
-                ce, kl = vlm.loss(b["tokens"].to(device), b["targets"], b["pixels"].to(device)), None
+                ce, kl = vlm.loss(b["tokens"].to(device), b["targets"], b["pixels"]), None
             else:
                 ce, kl = surrogate_loss(vlm, b, stage, distil)
             total = total + ce / n
@@ -329,8 +332,8 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
                 notes["distill"] = kl.detach() + notes.get("distill", 0)
         return total, n, notes
 
-    about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, vit_config=vars(vlm.encoder.config),
-                 recipe=recipe | dict(distill_every=distill_every), seed=seed)
+    about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, start=start,
+                 vit_config=vars(vlm.encoder.config), recipe=recipe | dict(distill_every=distill_every), seed=seed)
     run(params, loss_of, steps, lr, out, stage, about, resume, save_every)
     return vlm
 
@@ -441,10 +444,10 @@ def main(argv=None):
         return
     start = args.start or ("assets/encoder.safetensors" if args.stage != "translator" else "none")
     ranges = parse_ranges(args.replace) if args.replace is not None else None
-    vlm, llm = build(args.stage, args.llm, ranges, args.vit, None if start == "none" else start, dtype, args.device)
+    vlm, llm, vit = build(args.stage, args.llm, ranges, args.vit, None if start == "none" else start, dtype, args.device)
     records = data.load_llava(args.data, args.images, args.seed) if args.data else None
     chats = own_chats(llm, vlm.tokenizer, args.chats, args.seed) if args.stage == "translator" else None
-    train_stage(args.stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=args.llm, vit_name=args.vit or "vit.safetensors",
+    train_stage(args.stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=args.llm, vit_name=vit, start=start,
                 distill_every=args.distill_every, records=records, chats=chats)
 
 

@@ -343,18 +343,23 @@ def read_checkpoint(path):
     return {n: read() for n, read in tensors.items()}, about
 
 
-def load_checkpoint(module, tensors, path, only=""):
-    """Copy the tensors whose names start with `only` into `module`; every name and shape must fit, else one line says what differs."""
+def beside(name, checkpoint):
+    """The file that a checkpoint's metadata names: as written there, or else in the checkpoint's own folder."""
+    for file in (Path(name), Path(checkpoint).parent / Path(name).name):
+        if file.exists():
+            return file
+    raise FileNotFoundError(f"{checkpoint} needs {name}, which is neither there nor beside it")
+
+
+def load_checkpoint(module, tensors, path):
+    """Copy named tensors into `module`; every name and shape must fit, else one line says what differs."""
     wanted = dict(module.named_parameters())
-    tensors = {n: t for n, t in tensors.items() if n.startswith(only)}
     for name, tensor in tensors.items():
         if name not in wanted:
             raise ValueError(f"{path} does not belong to this model: it holds {name}, which the model does not have")
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{path} does not belong to this model: {name} is {tuple(tensor.shape)} there, "
                              f"{tuple(wanted[name].shape)} here")
-    if not tensors:
-        raise ValueError(f"{path} holds no weights named {only}…: it is not the checkpoint of this stage")
     with torch.no_grad():
         for name, tensor in tensors.items():
             wanted[name].copy_(tensor)
