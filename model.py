@@ -11,6 +11,7 @@ References:
 2) CLIP: https://arxiv.org/abs/2103.00020, parameter names of Hugging Face's `CLIPVisionModel`
 3) The method: https://arxiv.org/abs/2505.22664 (Zero-Shot Vision Encoder Grafting via LLM Surrogates)
 """
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +216,8 @@ class Llama(nn.Module):
         B, T, _ = embeds.shape
         last = torch.full((B,), T - 1) if lengths is None else lengths.cpu() - 1
         if not use_cache:       # slow, and simple: the whole sequence anew for every token
-            assert lengths is None, "rows of different length need the cache"
+            if lengths is not None:
+                raise ValueError("prompts of different lengths need the cache: use_cache=True, or give one at a time")
             for _ in range(max_new_tokens):
                 token = sample(self.logits(self.run(embeds)[:, -1]), temperature, top_p, generator)
                 yield token
@@ -239,6 +241,8 @@ class Llama(nn.Module):
     def generate(self, prompts=None, embeds=None, lengths=None, stop=(), **options):
         """Continue prompts (a list of token lists, of any lengths) or embeds: a list of new token lists, stop token excluded."""
         if embeds is None:
+            if not prompts or not all(prompts):
+                raise ValueError("an empty prompt cannot be continued: give at least one token, as Tokenizer.chat does")
             lengths = torch.tensor([len(p) for p in prompts])
             padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
             for row, p in zip(padded, prompts):
@@ -246,11 +250,11 @@ class Llama(nn.Module):
             embeds = self.embed(padded.to(self.device))
         if lengths is not None and int(lengths.min()) == embeds.shape[1]:
             lengths = None                                                  # all of one length: nothing to mask
-        return collect(self.stream(embeds, lengths, **options), stop)
+        return collect(self.stream(embeds, lengths, **options), stop) or [[] for _ in embeds]
 
 
 def collect(stream, stop=()):
-    """Tokens (B,) at a time -> a list of tokens per row, each up to its stop token."""
+    """Tokens (B,) at a time -> a list of tokens per row, each up to its stop token (None if nothing came)."""
     out = done = None
     for tokens in stream:
         out, done = out or [[] for _ in tokens], done or [False for _ in tokens]
@@ -268,11 +272,13 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        sorted_probs, order = probs.sort(-1, descending=True)
-        before = sorted_probs.cumsum(-1) - sorted_probs                     # mass of the tokens that come before each one
-        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs.masked_fill(before >= top_p, 0))
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    if top_p >= 1:
+        return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    probs, order = probs.sort(-1, descending=True)
+    cum = probs.cumsum(-1)
+    kept = cum.masked_fill(cum - probs >= top_p, 0).amax(-1, keepdim=True)  # mass of the tokens kept: the least that reaches top_p
+    point = torch.rand(len(probs), 1, generator=generator, device=probs.device) * kept      # somewhere in that mass ...
+    return order.gather(1, torch.searchsorted(cum, point)).squeeze(1)                       # ... lies one token
 
 
 class KVCache:
@@ -284,6 +290,8 @@ class KVCache:
 
     def __init__(self, llm, batch, size):
         c = llm.config
+        if size > c.max_position_embeddings:
+            raise ValueError(f"{size} positions are too many: this LLM reads at most {c.max_position_embeddings}")
         shape = (batch, size, c.num_key_value_heads, c.head_dim)
         self.keys = [torch.zeros(shape, dtype=llm.dtype, device=llm.device) for _ in llm.model.layers]
         self.values = [torch.zeros_like(k) for k in self.keys]
@@ -308,10 +316,9 @@ class KVCache:
 
     def advance(self, T, lengths=None):
         """Count the T positions just stored; `lengths` (B,) says how many of them are real, row by row (prompts padded)."""
-        if lengths is not None:
-            self.lengths = lengths.to(self.keys[0].device) + self.used
-        elif self.lengths is not None:
-            self.lengths = self.lengths + T
+        if lengths is not None or self.lengths is not None:
+            new = T if lengths is None else lengths.to(self.keys[0].device)
+            self.lengths = new + (self.used if self.lengths is None else self.lengths)
         self.used += T
 
     def repeat(self, n, room):
@@ -477,13 +484,19 @@ class VLM(nn.Module):
         The checkpoint holds only what was trained; its metadata names the ViT that it started from.
         """
         tensors, about = weights.read_checkpoint(encoder)
+        if "adapter.0.weight" not in tensors:
+            raise ValueError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no projector: give a checkpoint of "
+                             "train.py's stage translator, encoder or decoder")
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
         vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
         if tokenizer is None:
             tokenizer = Tokenizer.from_pretrained(weights.find(about.get("llm", weights.DEFAULT_LLM) if isinstance(llm, Llama) else llm))
+        if about.get("stage") == "decoder":         # stage 3 trained the full LLM itself: a copy takes the new weights
+            decoder = copy.deepcopy(decoder)
+        else:                                       # what other stages hold of a decoder belongs to the surrogate
+            tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
         vlm = cls(vit, decoder, tokenizer).to(decoder.device, decoder.dtype)
-        # whatever the checkpoint holds of a decoder belongs to the surrogate, not to this LLM
-        weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, encoder)
+        weights.load_checkpoint(vlm, tensors, encoder)
         return vlm.requires_grad_(False).eval()
 
     def prompt(self, messages):
@@ -496,6 +509,9 @@ class VLM(nn.Module):
     @torch.no_grad()
     def embed_prompts(self, prompts, images):
         """Prompts (lists of ids) and their images, in order -> embeddings (B, T, d), padded on the right, and lengths (B,)."""
+        places = sum(p.count(IMAGE) for p in prompts)
+        if places != len(images) * self.n_visual:
+            raise ValueError(f"{len(images)} images given, but the prompts have places for {places / self.n_visual:g}")
         lengths = torch.tensor([len(p) for p in prompts])
         tokens = torch.full((len(prompts), int(lengths.max())), self.tokenizer.pad)
         for row, p in zip(tokens, prompts):

@@ -10,6 +10,7 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
 import argparse
 import copy
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -136,7 +137,8 @@ def load_surrogate(llm, checkpoint):
 def fork(surrogate, llm, embeds, caches=(None, None)):
     """Last hidden states (B, T, C) of the surrogate and of the LLM for the same input, running their common trunk once.
 
-    `caches`: a key/value cache for each, filled as if each had run alone; the trunk's entries are one and the same.
+    `caches`: a key/value cache for each, filled as if each had run alone; the trunk's entries are one and the same
+    tensors, so before the two go on with different tokens, give each its own: `cache.repeat(1, room)`.
     """
     ours, theirs = caches
     x = surrogate.run(embeds, 0, surrogate.trunk, ours)
@@ -158,10 +160,10 @@ def parse_ranges(text):
     """"16-26" or "12-17,20-28" -> [(16, 26)], [(12, 17), (20, 28)]; "none" -> []."""
     if text in ("", "none"):
         return []
-    try:
-        return [tuple(int(n) for n in part.split("-")) if "-" in part else (int(part),) * 2 for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"cannot read the layer ranges {text!r}: write them like 16-26 or 12-17,20-28") from None
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", "")):
+        raise ValueError(f"cannot read the layer ranges {text!r}: write them like 16-26 or 12-17,20-28")
+    ends = [part.split("-") for part in text.split(",")]
+    return [(int(e[0]), int(e[-1])) for e in ends]
 
 
 def plot_trajectory(trajectory, cut, ranges, title, path):
@@ -184,7 +186,7 @@ def plot_trajectory(trajectory, cut, ranges, title, path):
 
 
 def default_ranges(num_layers, cut):
-    """As in the paper: everything from the turn (rounded to the layer after it) up to the last but one."""
+    """As in the paper: everything from `cut`, the first layer of the late phase, up to the last layer but one."""
     return [(cut, num_layers - 2)]
 
 

@@ -11,6 +11,7 @@ Without options a stage makes a short run that starts from what assets/ holds. T
 which data, which tokens carry loss, optimiser and schedule) is the paper's, table 6 and section 4; its size is the small world's.
 """
 import argparse
+import collections
 import csv
 import functools
 import hashlib
@@ -105,7 +106,7 @@ def text_batch(vlm, chats, step, size, recipe, seed):
 
 
 @torch.no_grad()
-def own_chats(llm, tokenizer, n, seed, batch=32):
+def own_chats(llm, tokenizer, n, seed, batch=64):
     """Text instructions for stage 1, written by the LLM itself: it invents a user's question, then answers it.
 
     Sampled once, then kept in the cache folder. Returns n conversations as lists of messages.
@@ -120,10 +121,10 @@ def own_chats(llm, tokenizer, n, seed, batch=32):
     chats, bar = [], tqdm(total=n, desc="the LLM writes text for stage 1", unit="chat")
     while len(chats) < n:
         sample = dict(temperature=1.0, top_p=0.9, stop=tokenizer.stop_tokens, generator=generator)
-        questions = [tokenizer.decode(q) for q in llm.generate([start] * batch, max_new_tokens=48, **sample)]
+        questions = [tokenizer.decode(q) for q in llm.generate([start] * batch, max_new_tokens=32, **sample)]
         questions = [q.strip() for q in questions if q.strip()]
         prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in questions]
-        answers = llm.generate(prompts, max_new_tokens=64, **sample)
+        answers = llm.generate(prompts, max_new_tokens=48, **sample)
         new = [[{"role": "user", "content": q}, {"role": "assistant", "content": tokenizer.decode(a).strip()}]
                for q, a in zip(questions, answers) if tokenizer.decode(a).strip()]
         chats += new
@@ -166,13 +167,6 @@ def surrogate_loss(vlm, batch, stage, llm=None):
     with torch.no_grad():
         theirs = llm.logits(llm.run(theirs, s.ranges[-1][1] + 1).flatten(0, 1)[index]).float().log_softmax(-1)
     return ce, error + F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-
-
-def contrastive_loss(image, text, same, logit_scale):
-    """CLIP's loss: image features (B, d) and text features (B, d), both of length 1. same (B, B): captions that are equal."""
-    logits = logit_scale.exp() * image @ text.T                                         # (B, B)
-    targets = same.float() / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,37 +262,48 @@ def build(stage, llm_name, ranges, vit, start, dtype, device):
     return vlm, llm, vit
 
 
-def train_vit(steps, batch, lr, seed, device, out, resume, llm_name=weights.DEFAULT_LLM, save_every=200):
-    """Stage 0. CLIP's contrastive pre-training of the small ViT: an image's CLS against its caption, in the batch.
+def caption_features(captions, tokenizer, embeddings):
+    """{caption: unit vector (d,)}: the mean of its tokens' embeddings in the LLM, so that no LLM pass is needed.
 
-    A caption's features are the mean of its tokens' embeddings in the LLM, so no LLM pass is needed. Returns the ViT.
+    Tokens are weighted by log(captions / captions that hold it): what all captions say tells no image from another.
     """
+    tokens = {c: sorted(set(tokenizer.encode(" " + c))) for c in captions}
+    frequency = collections.Counter(t for c in captions for t in tokens[c])
+    rarity = {t: math.log(len(captions) / n) for t, n in frequency.items()}
+    centred = embeddings - embeddings.mean(0)
+    return {c: F.normalize(sum(rarity[t] * centred[t] for t in tokens[c]), dim=0) for c in tokens}
+
+
+def contrastive_loss(image, text, same, logit_scale):
+    """CLIP's loss: image features (B, d) and text features (B, d), both of length 1. same (B, B): captions that are equal."""
+    logits = logit_scale.exp() * image @ text.T                                         # (B, B)
+    targets = same.float() / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def train_vit(steps, batch, lr, seed, device, dtype, out, resume, llm_name=weights.DEFAULT_LLM, save_every=200):
+    """Stage 0: CLIP's contrastive pre-training of the small ViT, an image's CLS against its caption. Returns the ViT."""
     path = weights.find(llm_name)
-    tokenizer = Tokenizer.from_pretrained(path)
-    embeddings = Llama.from_pretrained(path).model.embed_tokens.weight
+    world = [data.world("describe", i, seed).caption for i in range(4096)]              # every caption of the world, by frequency
+    text_of = caption_features(world, Tokenizer.from_pretrained(path), Llama.from_pretrained(path).model.embed_tokens.weight)
+    d = len(next(iter(text_of.values())))
     torch.manual_seed(seed)
     vit = ViT(ViTConfig())
-    model = torch.nn.ModuleDict(dict(encoder=vit, visual_projection=torch.nn.Linear(vit.config.hidden_size, embeddings.shape[1], bias=False)))
-    model.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-    model.to(device)
-    captions = {}
-
-    def text_features(caption):         # the words that all captions share say nothing: features are centred over the world
-        if caption not in captions:
-            captions[caption] = embeddings[torch.tensor(tokenizer.encode(" " + caption))].mean(0)
-        return captions[caption]
-
-    centre = torch.stack([text_features(data.world("describe", i, seed).caption) for i in range(512)]).mean(0)
+    model = torch.nn.ModuleDict(dict(encoder=vit, visual_projection=torch.nn.Linear(vit.config.hidden_size, d, bias=False)))
+    model.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.03)))
+    model.to(device, dtype)
 
     def loss_of(step):
-        samples = [data.world("describe", step * batch + j, seed) for j in range(batch)]
-        pixels = torch.stack([data.preprocess(s.image) for s in samples]).to(device)    # (B, 3, S, S)
+        tasks = ["describe", "read"]                                                    # three quarters signs: they are harder
+        samples = [data.world(tasks[j % 2], step * batch + j, seed) for j in range(batch)]
+        pixels = torch.stack([data.preprocess(s.image) for s in samples]).to(device, dtype)     # (B, 3, S, S)
         x = vit.vision_model.post_layernorm(vit(pixels))[:, 0]                          # (B, C): CLS
-        image = F.normalize(model.visual_projection(x), dim=-1)                         # (B, d)
-        text = F.normalize(torch.stack([text_features(s.caption) for s in samples]) - centre, dim=-1).to(device)
-        same = torch.tensor([[a.caption == b.caption for b in samples] for a in samples], device=device)
-        right = same.gather(1, (image @ text.T).argmax(1, keepdim=True)).float().mean()
-        return contrastive_loss(image, text, same, model.logit_scale), 1, {"right": right}
+        image = F.normalize(model.visual_projection(x).float(), dim=-1)                 # (B, d)
+        text = torch.stack([text_of[s.caption] for s in samples]).to(device)            # (B, d)
+        names = [s.caption for s in samples]
+        same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
+        right = same.gather(1, (image @ text.T).argmax(1, keepdim=True)).float().mean() # finds its caption in the batch
+        return contrastive_loss(image, text, same, model.logit_scale.float()), batch, {"right": right}
 
     about = dict(stage="vit", llm=llm_name, vit_config=vars(vit.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
     run(dict(model.named_parameters()), loss_of, steps, lr, out, "vit", about, resume, save_every, saved=lambda n: n.startswith("encoder."))
@@ -440,7 +445,7 @@ def main(argv=None):
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     common = dict(seed=args.seed, device=args.device, out=out, resume=args.resume, save_every=args.save_every)
     if args.stage == "vit":
-        train_vit(**recipe, **common, llm_name=args.llm)
+        train_vit(**recipe, **common, dtype=dtype, llm_name=args.llm)
         return
     start = args.start or ("assets/encoder.safetensors" if args.stage != "translator" else "none")
     ranges = parse_ranges(args.replace) if args.replace is not None else None

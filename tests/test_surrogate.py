@@ -1,0 +1,263 @@
+"""surrogate.py: the surrogate and the fork against the full model, the prediction trajectory against transformers."""
+
+import pytest
+import torch
+from transformers import LlamaConfig as HFLlamaConfig
+from transformers import LlamaForCausalLM
+
+import surrogate
+import weights
+from model import KVCache, Llama, LlamaConfig, collect
+from surrogate import (build_surrogate, default_ranges, find_transition, fork, kept_layers, load_surrogate,
+                       parse_ranges, prediction_trajectory, text_tokens)  # fmt: skip
+
+L = 8
+
+
+def tiny_llama(tied=True):
+    torch.manual_seed(0)
+    llm = Llama(LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=L,
+                            num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied))
+    for p in llm.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return llm.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def llm():
+    return tiny_llama()
+
+
+def shake(surrogate):
+    """Translators as after training: no longer copies."""
+    with torch.no_grad():
+        for i in surrogate.translators:
+            for p in surrogate.model.layers[i].parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+    return surrogate
+
+
+# ---- the surrogate --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranges", [[], [(3, 3)], [(2, 2), (5, 5)]])
+def test_all_layers_kept_is_the_full_model_bit_for_bit(llm, ranges):
+    tokens = torch.randint(60, (2, 12))
+    s = build_surrogate(llm, ranges)
+    assert len(s.model.layers) == L
+    assert torch.equal(s(tokens), llm(tokens))
+    assert s.generate([[1, 2, 3]], max_new_tokens=10) == llm.generate([[1, 2, 3]], max_new_tokens=10)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_kept_are_shared_and_translators_are_copies(tied):
+    llm = tiny_llama(tied)
+    s = build_surrogate(llm, [(5, 6), (2, 3)])  # in any order
+    assert s.ranges == [(2, 3), (5, 6)] and s.translators == [2, 4] and s.trunk == 2
+    assert s.config.num_hidden_layers == len(s.model.layers) == 6 and llm.config.num_hidden_layers == L
+    for ours, theirs in enumerate([0, 1, 2, 4, 5, 7]):
+        for a, b in zip(s.model.layers[ours].parameters(), llm.model.layers[theirs].parameters()):
+            assert torch.equal(a, b)
+            assert (a.data_ptr() == b.data_ptr()) == (ours not in s.translators)
+    assert s.model.embed_tokens is llm.model.embed_tokens and s.model.norm is llm.model.norm
+    assert s.lm_head_weight is llm.lm_head_weight
+    assert not any(p.is_meta for p in s.parameters()) and not s.training
+    tokens = torch.randint(60, (1, 9))
+    before = llm(tokens)
+    x = llm.embed(tokens)
+    for i in [0, 1, 2, 4, 5, 7]:
+        x = llm.run(x, i, i + 1)
+    assert torch.equal(s(tokens), llm.logits(x))  # the dropped layers are gone, the rest is in order
+    shake(s)  # training a translator leaves the LLM alone
+    assert torch.equal(llm(tokens), before) and not torch.equal(s(tokens), llm.logits(x))
+
+
+def test_only_translators_get_gradients(llm):
+    s = build_surrogate(llm, [(2, 6)])
+    s.model.layers[2].requires_grad_(True)
+    s(torch.randint(60, (1, 9))).square().sum().backward()
+    assert all(p.grad is not None for p in s.model.layers[2].parameters())
+    assert all(p.grad is None for p in llm.parameters())
+
+
+@pytest.mark.parametrize("ranges, words", [
+    ([(0, 3)], "first and the last stay"), ([(5, 7)], "layers 0-7"), ([(4, 3)], "4-3"), ([(-1, 3)], "cannot replace"),
+    ([(2, 20)], "2-20"), ([(2, 4), (4, 5)], "overlap"), ([(5, 6), (2, 5)], "overlap"),
+])  # fmt: skip
+def test_wrong_ranges(llm, ranges, words):
+    with pytest.raises(ValueError, match=words) as error:
+        build_surrogate(llm, ranges)
+    assert "\n" not in str(error.value)
+
+
+def test_papers_cuts():
+    """Table 1 of the paper: Llama-3.2-3B keeps 0-15 and 27, Llama-3.1-8B 0-16 and 31, 70B 0-39 and 79."""
+    for layers, cut, last in [(28, 16, 26), (32, 17, 30), (80, 40, 78)]:
+        assert default_ranges(layers, cut) == [(cut, last)]
+        assert kept_layers([(cut, last)], layers) == [*range(cut), cut, layers - 1]
+
+
+def test_parse_ranges():
+    assert parse_ranges("16-26") == [(16, 26)] and parse_ranges("none") == []
+    assert parse_ranges("12-17,20") == parse_ranges("12-17, 20") == [(12, 17), (20, 20)]
+    for bad in ("a-b", "3-", "-3", "1-2-3", "3;4", ","):
+        with pytest.raises(ValueError, match="write them like 16-26"):
+            parse_ranges(bad)
+
+
+def test_command_line_says_what_is_wrong(capsys, monkeypatch, llm, smollm_tokenizer):
+    monkeypatch.setattr(surrogate.weights, "find", lambda name: name)
+    monkeypatch.setattr(surrogate.Llama, "from_pretrained", lambda *a: llm)
+    monkeypatch.setattr(surrogate.Tokenizer, "from_pretrained", lambda path: smollm_tokenizer)
+    for argument, words in [("--replace=5-20", "cannot replace layers 5-20"), ("--length=5000", "no paragraph of 5000"),
+                            ("--replace=x", "cannot read the layer"), ("--text=nowhere.txt", "no such text file")]:
+        assert weights.run_cli(lambda: surrogate.main([argument])) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ") and words in printed and printed.count("\n") == 1
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_load_surrogate(tmp_path, llm):
+    s = shake(build_surrogate(llm, [(2, 3), (5, 6)]))
+    trained = ("model.layers.2.", "model.layers.4.")
+    translator = {f"decoder.{n}": p for n, p in s.named_parameters() if n.startswith(trained)}
+    about = dict(stage="translator", ranges=s.ranges)
+    weights.save_checkpoint(tmp_path / "translator.safetensors", translator | {"embd_soi": torch.zeros(1, 32)}, about)
+    # stage 2 leaves the translator frozen: its file names the one it started from, which may have moved along with it
+    about = dict(stage="encoder", ranges=s.ranges, start="elsewhere/translator.safetensors")
+    weights.save_checkpoint(tmp_path / "encoder.safetensors", {"embd_soi": torch.zeros(1, 32)}, about)
+    tokens = torch.randint(60, (1, 9))
+    for name in ("translator", "encoder"):
+        loaded = load_surrogate(llm, tmp_path / f"{name}.safetensors")
+        assert loaded.ranges == s.ranges and torch.equal(loaded(tokens), s(tokens))
+
+
+def test_load_surrogate_refuses(tmp_path, llm):
+    file = tmp_path / "c.safetensors"
+    def refuses(tensors, about, *words):
+        weights.save_checkpoint(file, tensors, about)
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            load_surrogate(llm, file)
+        assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)
+    soi = {"embd_soi": torch.zeros(1, 32)}
+    refuses(soi, dict(stage="vit"), "c.safetensors", "stage vit", "surrogate")
+    refuses(soi, dict(stage="encoder", ranges=[[2, 6]]), "c.safetensors", "no translator")
+    refuses(soi, dict(stage="encoder", ranges=[[2, 6]], start="gone.safetensors"), "gone.safetensors")
+    refuses(soi, dict(stage="translator", ranges=[[20, 28]]), "cannot replace layers 20-28")  # another LLM's
+    name = "decoder.model.layers.2.mlp.up_proj.weight"
+    about = dict(stage="translator", ranges=[[2, 6]])
+    refuses({name: torch.zeros(9, 32)}, about, "does not belong", name, "(9, 32)", "(48, 32)")
+
+
+# ---- the fork -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranges", [[(3, 6)], [(2, 3), (5, 6)], []])
+def test_fork_equals_two_passes(llm, ranges):
+    s = shake(build_surrogate(llm, ranges))
+    embeds = llm.embed(torch.randint(60, (2, 11)))
+    ours, theirs = fork(s, llm, embeds)
+    assert torch.equal(ours, s.run(embeds)) and torch.equal(theirs, llm.run(embeds))
+    assert torch.equal(ours, theirs) == (ranges == [])
+
+
+def test_fork_with_caches_equals_two_passes(llm):
+    """Ranking and answering as graft.py does: prompts of different lengths, options behind each, then decoding."""
+    s = shake(build_surrogate(llm, [(3, 4), (6, 6)]))
+    prompts, options, K = [[5, 17, 3, 8, 41], [7, 1], [9, 9, 30]], [[11, 12], [13], [14, 15, 16]], 3
+    pad = lambda rows: torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows])
+    lengths = torch.tensor([len(p) for p in prompts])
+    x, behind = llm.embed(pad(prompts)), llm.embed(pad(options * len(prompts)))  # (B, T, C), (B*K, 3, C)
+
+    def full(decoder, tokens):  # the reference: no batch, no padding, no cache
+        return decoder.run(decoder.embed(torch.tensor([tokens])))[0]
+
+    caches = [KVCache(d, 3, 5) for d in (s, llm)]
+    alone = [KVCache(d, 3, 5) for d in (s, llm)]
+    prompt_states = fork(s, llm, x, caches)
+    for cache, own, decoder, state in zip(caches, alone, (s, llm), prompt_states):
+        assert torch.equal(state, decoder.run(x, cache=own))
+        cache.advance(5, lengths)
+        own.advance(5, lengths)
+        assert all(torch.equal(a, b) for a, b in zip(cache.keys + cache.values, own.keys + own.values))
+
+    wide = [c.repeat(K, 4) for c in caches]
+    states = fork(s, llm, behind, wide)
+    for decoder, state, own, cache in zip((s, llm), states, alone, wide):
+        assert torch.equal(state, decoder.run(behind, cache=own.repeat(K, 4)))
+        for row, (p, o) in enumerate((p, o) for p in prompts for o in options):
+            expected = full(decoder, p + o)[len(p):]
+            assert (state[row, :len(o)] - expected).abs().max() < 1e-4
+        cache.advance(3, torch.tensor([len(o) for o in options] * 3))
+    token = llm.embed(torch.full((9, 1), 20))  # one behind every option
+    for state, decoder in zip(fork(s, llm, token, wide), (s, llm)):
+        for row, (p, o) in enumerate((p, o) for p in prompts for o in options):
+            assert (state[row, 0] - full(decoder, p + o + [20])[-1]).abs().max() < 1e-4
+
+    # each decoder's own continuation of the prompts, side by side: neither may write into the other's cache
+    last = [x[torch.arange(3), lengths - 1] for x in prompt_states]  # (B, C)
+    streams = [d.decode(h, c.repeat(1, 6), 6) for d, h, c in zip((s, llm), last, caches)]
+    steps = list(zip(*streams))  # one token of each in turn
+    got = [collect(tokens) for tokens in zip(*steps)]
+    assert got == [d.generate(prompts, max_new_tokens=6) for d in (s, llm)] and got[0] != got[1]
+
+
+# ---- prediction trajectory ------------------------------------------------------------------------------------------
+
+
+def test_trajectory_against_transformers(tmp_path):
+    """The paper's measure, computed anew in float64 from transformers' hidden states."""
+    config = HFLlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+                           num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.3)  # fmt: skip
+    theirs = LlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(theirs.model.norm.weight, mean=1, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(60, (3, 20))
+    got = prediction_trajectory(Llama.from_pretrained(tmp_path), tokens)
+    expected = torch.zeros(5, dtype=torch.float64)
+    with torch.no_grad():
+        for row in tokens:
+            states = theirs(row[None], output_hidden_states=True).hidden_states[1:]  # the embeddings are no layer's
+            shares = []
+            for i, x in enumerate(states):
+                x = x if i == 4 else theirs.model.norm(x)  # transformers gives the last one behind the norm
+                p = (x.double() @ theirs.lm_head.weight.double().T).softmax(-1)[0, torch.arange(19), row[1:]]
+                shares.append(p / p.sum())
+            expected += torch.stack([(q * (q / shares[-1]).log()).sum() for q in shares]) / 3
+    assert got.shape == (5,) and got[-1] == 0 and (got[:-1] > 0.01).all()
+    assert (got - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layers", [3, 12, 30, 80])
+def test_find_transition_on_clean_curves(layers):
+    for cut in range(1, layers - 1):
+        late = layers - cut  # flat up to layer cut - 1, then down to 0
+        curve = [5.0] * cut + [5.0 * (1 - (i + 1) / late) for i in range(late)]
+        assert find_transition(torch.tensor(curve)) == find_transition(curve) == cut
+
+
+def test_find_transition_with_noise():
+    g = torch.Generator().manual_seed(0)
+    for cut in (10, 17, 22):
+        for _ in range(20):
+            curve = torch.cat([torch.full((cut,), 5.0), torch.linspace(5, 0, 31 - cut)[1:]])
+            assert abs(find_transition(curve + 0.25 * torch.randn(30, generator=g)) - cut) <= 2
+
+
+def test_text_tokens(smollm_tokenizer):
+    long, short = "one two three four five six seven eight nine ten", "too short"
+    rows = text_tokens(smollm_tokenizer, f"{long}\n\n{short}\n\n{long} eleven", length=8)
+    assert rows.shape == (2, 8) and torch.equal(rows[0], rows[1])
+    assert smollm_tokenizer.decode(rows[0]) == "one two three four five six seven eight"
+
+
+def test_smollm_turns_in_the_middle(smollm, smollm_tokenizer):
+    """On its real weights the default LLM has the two phases that the method rests on."""
+    tokens = text_tokens(smollm_tokenizer, open("assets/text.txt", encoding="utf-8").read(), length=64)[:2]
+    trajectory = prediction_trajectory(smollm, tokens)
+    assert trajectory.shape == (30,) and trajectory[-1] == 0
+    assert 12 <= find_transition(trajectory) <= 20
+    assert trajectory[:12].mean() > 2 * trajectory[24:].mean()

