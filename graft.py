@@ -42,7 +42,7 @@ def option_logp(logits, first_logits, tokens, lengths):
 
 @torch.no_grad()
 def answer(vlm, surrogate, samples, max_new_tokens=16):
-    """What pair and graft make of the same samples (all with the same number of options, or none).
+    """What pair and graft make of the same samples (all with the same number of options).
 
     Returns {"pair": …, "graft": …}, each a list of (index of the likeliest option, greedy answer). Both decoders run in one
     pass through their common trunk: once over image and question, once over all options behind it.
@@ -152,7 +152,8 @@ def plot_examples(examples, path):
         question = sample.messages[0]["content"].split("<image>, ")[-1]
         ax.set_title(("* " if sample.task in data.KNOWLEDGE_TASKS else "") + question[:1].upper() + question[1:], fontsize=8, wrap=True)
         for i, (name, text) in enumerate(answers.items()):
-            ax.text(0.0, -0.04 - 0.09 * i, f"{name}: {text[:44]}", transform=ax.transAxes, fontsize=8, va="top",
+            ax.text(0.0, -0.04 - 0.09 * i, f"{name}: {' '.join(text.split())[:44]}", transform=ax.transAxes, fontsize=8, va="top",
+                    parse_math=False,       # an answer with two $ is no formula
                     color="#2d6a4f" if same(text, sample.answer) else "#c1121f")
     fig.suptitle("green: the expected answer   red: another   * never trained", fontsize=9)
     fig.tight_layout()
@@ -184,8 +185,8 @@ def ask(vlm, image, messages, max_new_tokens=128, temperature=0.0, top_p=1.0, sh
         text += piece
         show(piece)
     end = time.perf_counter()
-    rate = (count - 1) / (end - first) if count > 1 else float("nan")
-    return text.strip(), f"first token after {first - start:.2f} s, then {rate:.1f} tokens/s"
+    rate = f", then {(count - 1) / (end - first):.1f} tokens/s" if count > 1 else ""
+    return text.strip(), f"first token after {first - start:.2f} s{rate}"
 
 
 def show_piece(piece):
@@ -233,8 +234,10 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", default="runs/graft", help="folder for results.json and examples.png (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.eval < 1 or args.batch < 1:
-        raise ValueError("--eval and --batch must be at least 1")
+    if min(args.eval, args.batch, args.max_new_tokens) < 1:
+        raise ValueError("--eval, --batch and --max-new-tokens must be at least 1")
+    if args.temperature < 0:
+        raise ValueError("--temperature must be 0 (greedy) or more")
     image = data.open_image(args.image) if args.image else None
 
     start = time.perf_counter()
@@ -260,7 +263,8 @@ def main(argv=None):
         return
 
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
-    full = VLM.from_pretrained(llm, args.full, tokenizer=vlm.tokenizer) if args.full and Path(args.full).exists() else None
+    full_llm = weights.read_checkpoint(args.full)[1].get("llm") if args.full and Path(args.full).exists() else None
+    full = VLM.from_pretrained(llm, args.full, tokenizer=vlm.tokenizer) if full_llm == name else None
     loaded = time.perf_counter() - start
     rows, examples = compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, full=full)
     layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers" if surrogate else "no surrogate"

@@ -166,23 +166,28 @@ class Llama(nn.Module):
     def device(self):
         return self.model.norm.weight.device
 
-    def rope(self, positions):
-        """cos and sin for `positions` (T,) or (B, T), or for the positions 0 … n-1 if it is a number: (…, D / 2) float32."""
-        n = positions if isinstance(positions, int) else self.config.max_position_embeddings
+    def rope(self, n):
+        """cos and sin of the angles at the positions 0 … n-1: (n, D / 2) float32 each. Kept, and made anew when too short."""
         if self.rope_cache is None or len(self.rope_cache[0]) < n or self.rope_cache[0].device != self.device:
-            angles = torch.arange(max(n, 2048)).float()[:, None] * rope_frequencies(self.config)    # (n, D / 2)
+            angles = torch.arange(max(n, 1024)).float()[:, None] * rope_frequencies(self.config)
             self.rope_cache = (angles.cos().to(self.device), angles.sin().to(self.device))
-        cos, sin = self.rope_cache
-        return (cos[:n], sin[:n]) if isinstance(positions, int) else (cos[positions], sin[positions])
+        return self.rope_cache[0][:n], self.rope_cache[1][:n]
 
     def embed(self, tokens):
         return self.model.embed_tokens(tokens)                              # (B, T) -> (B, T, C)
 
     def run(self, x, start=0, stop=None, cache=None):
-        """Hidden states (B, T, C) through the layers start … stop-1. In pieces, so that two models can share a trunk."""
-        cos, sin = self.rope(x.shape[1] if cache is None else cache.positions(x.shape[1]))
-        for i, layer in list(enumerate(self.model.layers))[start:stop]:
-            x = layer(x, cos, sin, cache, i)
+        """Hidden states (B, T, C) through the layers start … stop-1: in pieces, so that two models can share a trunk.
+
+        With a cache, whoever calls this calls `cache.advance` when all layers have run.
+        """
+        if cache is None:
+            cos, sin = self.rope(x.shape[1])
+        else:
+            positions = cache.positions(x.shape[1])                         # (T,), or (B, T) where rows differ
+            cos, sin = (table[positions] for table in self.rope(cache.size))
+        for i in range(len(self.model.layers))[start:stop]:
+            x = self.model.layers[i](x, cos, sin, cache, i)
         return x
 
     def logits(self, x):
@@ -211,7 +216,8 @@ class Llama(nn.Module):
     def stream(self, embeds, lengths=None, max_new_tokens=64, temperature=0.0, top_p=1.0, generator=None, use_cache=True):
         """Yield the next token of every row, (B,) at a time. embeds (B, T, C), padded on the right; lengths (B,) if ragged.
 
-        temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach that sum.
+        temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach that sum; `generator` (on the
+        model's device) makes sampling repeatable. use_cache=False recomputes everything for each token, to compare with.
         """
         B, T, _ = embeds.shape
         last = torch.full((B,), T - 1) if lengths is None else lengths.cpu() - 1
@@ -293,6 +299,7 @@ class KVCache:
         if size > c.max_position_embeddings:
             raise ValueError(f"{size} positions are too many: this LLM reads at most {c.max_position_embeddings}")
         shape = (batch, size, c.num_key_value_heads, c.head_dim)
+        self.size = size
         self.keys = [torch.zeros(shape, dtype=llm.dtype, device=llm.device) for _ in llm.model.layers]
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.used = 0               # positions used in the longest row: known to the host, so that slicing needs no sync
@@ -323,10 +330,10 @@ class KVCache:
 
     def repeat(self, n, room):
         """A new cache with every row n times, side by side, and `room` more positions: n continuations of one prompt."""
-        new = object.__new__(KVCache)
         grow = lambda x: F.pad(x[:, :self.used].repeat_interleave(n, 0), (0, 0, 0, 0, 0, room))   # (B*n, used + room, Hkv, D)
-        new.keys, new.values = [grow(k) for k in self.keys], [grow(v) for v in self.values]
-        new.used, new.lengths = self.used, None if self.lengths is None else self.lengths.repeat_interleave(n)
+        new = copy.copy(self)
+        new.keys, new.values, new.size = [grow(k) for k in self.keys], [grow(v) for v in self.values], self.used + room
+        new.lengths = None if self.lengths is None else self.lengths.repeat_interleave(n)
         return new
 
 
@@ -341,7 +348,7 @@ class ViTConfig:
     patch_size: int = 16
     hidden_size: int = 192
     intermediate_size: int = 768
-    num_hidden_layers: int = 6
+    num_hidden_layers: int = 5
     num_attention_heads: int = 3
     layer_norm_eps: float = 1e-5
 
@@ -438,9 +445,12 @@ class VLM(nn.Module):
 
     The names `encoder`, `adapter` (the projector), `embd_soi`, `embd_eoi` and `decoder` are those of the checkpoints that
     the paper released. Grafting is nothing more than calling this with another decoder.
+
+    bound: None as in the paper, or how far a visual token may lie from the mean of the LLM's text embeddings. A small LLM
+    needs it: far from where text lives, its surrogate and the full LLM no longer agree.
     """
 
-    def __init__(self, encoder, decoder, tokenizer=None):
+    def __init__(self, encoder, decoder, tokenizer=None, bound=None):
         super().__init__()
         C, d = encoder.config.hidden_size, decoder.config.hidden_size
         self.encoder = encoder
@@ -449,6 +459,8 @@ class VLM(nn.Module):
         self.embd_eoi = nn.Parameter(torch.randn(1, d) * 0.02)      # end of image
         self.decoder = decoder
         self.tokenizer = tokenizer
+        self.bound = bound
+        self.register_buffer("mean_embedding", decoder.model.embed_tokens.weight.detach().float().mean(0), persistent=False)
 
     @property
     def n_visual(self):
@@ -460,8 +472,10 @@ class VLM(nn.Module):
         pixels = pixels.to(self.embd_soi)                                   # device and dtype of the weights
         x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
         x = self.adapter(x)                                                 # (N, 1 + P, d)
+        if self.bound:                                                      # shorten it smoothly: its length stays below `bound`
+            x = self.mean_embedding + x * (1 + x.float().square().sum(-1, keepdim=True) / self.bound ** 2).rsqrt()
         soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
-        return torch.cat([soi, x, eoi], dim=1)
+        return torch.cat([soi, x.to(soi.dtype), eoi], dim=1)                # (N, 1 + (1 + P) + 1, d)
 
     def embed(self, tokens, pixels=None):
         """Token ids (B, T), with IMAGE at every place of a visual token, and pixels (N, 3, S, S) -> embeddings (B, T, d)."""
@@ -495,7 +509,7 @@ class VLM(nn.Module):
             decoder = copy.deepcopy(decoder)
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
-        vlm = cls(vit, decoder, tokenizer).to(decoder.device, decoder.dtype)
+        vlm = cls(vit, decoder, tokenizer, about.get("bound")).to(decoder.device, decoder.dtype)
         weights.load_checkpoint(vlm, tensors, encoder)
         return vlm.requires_grad_(False).eval()
 
@@ -540,5 +554,5 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
     if about.get("stage") != "vit":
         raise ValueError(f"{file} holds {about.get('stage', 'nothing that train.py wrote')}, not a ViT: make one with `python train.py vit`")
     vit = ViT(ViTConfig(**about["vit_config"]))
-    weights.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)
+    weights.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), {n: t for n, t in tensors.items() if n.startswith("encoder.")}, file)
     return vit.to(device, dtype).requires_grad_(False).eval()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import tiktoken
 
+import weights
+
 IMAGE = -200  # LLaVA's number for an image among the ids, where the visual tokens go; in text it is written "<image>"
 
 # The same in Meta's llama-models (llama3/tokenizer.py) and in Hugging Face's tokenizer.json. Digits go in threes.
@@ -68,8 +70,7 @@ def read_json(path):
 
 def read_gguf(path):
     """The vocabulary inside a .gguf file."""
-    from gguf import GGUFReader
-    fields = GGUFReader(path).fields
+    fields = weights.read_gguf(path).fields
     tokens, types, merges, model, cut = (fields[f"tokenizer.ggml.{name}"].contents()
                                          for name in ("tokens", "token_type", "merges", "model", "pre"))
     if model != "gpt2" or cut not in ("smollm", "llama-bpe"):

@@ -35,7 +35,7 @@ from tokenizer import Tokenizer
 # What differs between the stages. Everything else is the same in all: AdamW (0.9, 0.999) without weight decay, linear
 # warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (paper, table 6).
 RECIPES = {
-    "vit":        dict(steps=600, batch=128, lr=1e-3),
+    "vit":        dict(steps=600, batch=128, lr=1e-3, bound=2.5),
     "translator": dict(steps=120, batch=16, lr=1e-4, loss_on="answers+special"),
     "encoder":    dict(steps=120, batch=16, lr=5e-5, loss_on="answers+special"),
     "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers"),
@@ -67,7 +67,7 @@ def trained_parameters(vlm, stage, distill=False):
     if stage == "decoder":
         prefixes += ["decoder."]
     if stage == "vit":
-        prefixes = ["encoder."]
+        prefixes = ["encoder.", "adapter."]
     vlm.requires_grad_(False)
     chosen = {n: p.requires_grad_(True) for n, p in vlm.named_parameters() if n.startswith(tuple(prefixes))}
     return chosen
@@ -84,7 +84,7 @@ def image_batch(vlm, records, step, size, recipe, seed):
         samples = [data.world(tasks[j % len(tasks)], step * size + j, seed) for j in range(size)]
     else:
         samples = [records[i] for i in shuffled(len(records), step * size, size, seed)]
-    return data.collate(samples, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size, recipe["loss_on"])
+    return data.collate(samples, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size, recipe["loss_on"], max_length=4096)
 
 
 def shuffled(n, start, count, seed):
@@ -122,7 +122,7 @@ def own_chats(llm, tokenizer, n, seed, batch=64):
     while len(chats) < n:
         sample = dict(temperature=1.0, top_p=0.9, stop=tokenizer.stop_tokens, generator=generator)
         questions = [tokenizer.decode(q) for q in llm.generate([start] * batch, max_new_tokens=32, **sample)]
-        questions = [q.strip() for q in questions if q.strip()]
+        questions = [q.strip() for q in questions if q.strip() and "<image>" not in q]
         prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in questions]
         answers = llm.generate(prompts, max_new_tokens=48, **sample)
         new = [[{"role": "user", "content": q}, {"role": "assistant", "content": tokenizer.decode(a).strip()}]
@@ -233,10 +233,11 @@ def default_dtype(device):
     return torch.bfloat16 if str(device).startswith("cuda") or amx else torch.float32
 
 
-def build(stage, llm_name, ranges, vit, start, dtype, device):
+def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None):
     """(VLM, full LLM) for the stages 1 to 3, with the weights that they start from; the VLM's decoder is the surrogate.
 
-    `start` None begins with a new projector, and with translators that are copies of the layers they stand for.
+    `start` is the checkpoint of an earlier stage; None begins with a new projector. A new translator is a copy of the first
+    layer that it stands for.
     """
     path = weights.find(llm_name)
     tensors, about = weights.read_checkpoint(start) if start else ({}, {})
@@ -254,11 +255,12 @@ def build(stage, llm_name, ranges, vit, start, dtype, device):
         decoder = load_surrogate(llm, start)
         if ranges is not None and check_ranges(ranges, llm.config.num_hidden_layers) != decoder.ranges:
             raise ValueError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: train a translator for these first")
-    vit = vit or about.get("vit") or "assets/vit.safetensors"
+    vit = vit or about.get("vit") or start or "assets/vit.safetensors"      # a start of stage vit is the ViT itself
     torch.manual_seed(0)                    # the projector's first values
-    vlm = VLM(base_vit(vit, start or vit), decoder, tokenizer).to(device=device, dtype=dtype)
+    vlm = VLM(base_vit(vit, start or vit), decoder, tokenizer, about.get("bound") if bound is None else bound).to(device=device, dtype=dtype)
     if start:
-        weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, start)
+        go_on = stage == about.get("stage") == "decoder"        # else the start's decoder is the surrogate's, or not wanted
+        weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if go_on or not n.startswith("decoder.")}, start)
     return vlm, llm, vit
 
 
@@ -281,38 +283,43 @@ def contrastive_loss(image, text, same, logit_scale):
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def train_vit(steps, batch, lr, seed, device, dtype, out, resume, llm_name=weights.DEFAULT_LLM, save_every=200):
-    """Stage 0: CLIP's contrastive pre-training of the small ViT, an image's CLS against its caption. Returns the ViT."""
+def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, llm_name=weights.DEFAULT_LLM, save_every=200):
+    """Stage 0: CLIP's contrastive pre-training of the small ViT on images and captions. Returns the VLM.
+
+    CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector is
+    the ViT's head: visual tokens begin where the LLM keeps the words for what is seen. The LLM itself never runs.
+    """
     path = weights.find(llm_name)
+    llm, tokenizer = Llama.from_pretrained(path), Tokenizer.from_pretrained(path)
     world = [data.world("describe", i, seed).caption for i in range(4096)]              # every caption of the world, by frequency
-    text_of = caption_features(world, Tokenizer.from_pretrained(path), Llama.from_pretrained(path).model.embed_tokens.weight)
-    d = len(next(iter(text_of.values())))
+    text_of = caption_features(world, tokenizer, llm.model.embed_tokens.weight)
     torch.manual_seed(seed)
-    vit = ViT(ViTConfig())
-    model = torch.nn.ModuleDict(dict(encoder=vit, visual_projection=torch.nn.Linear(vit.config.hidden_size, d, bias=False)))
-    model.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.03)))
-    model.to(device, dtype)
+    vlm = VLM(ViT(ViTConfig()), llm, tokenizer, bound).to(device, dtype)
+    logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.03), device=device))
+    parameters = trained_parameters(vlm, "vit") | {"logit_scale": logit_scale}
 
     def loss_of(step):
         tasks = ["describe", "read"]                                                    # three quarters signs: they are harder
         samples = [data.world(tasks[j % 2], step * batch + j, seed) for j in range(batch)]
-        pixels = torch.stack([data.preprocess(s.image) for s in samples]).to(device, dtype)     # (B, 3, S, S)
-        x = vit.vision_model.post_layernorm(vit(pixels))[:, 0]                          # (B, C): CLS
-        image = F.normalize(model.visual_projection(x).float(), dim=-1)                 # (B, d)
+        pixels = torch.stack([data.preprocess(s.image) for s in samples])               # (B, 3, S, S)
+        visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - vlm.mean_embedding        # (B, 1 + P, d), without soi and eoi
+        image = F.normalize(visual.mean(1), dim=-1)                                     # (B, d)
         text = torch.stack([text_of[s.caption] for s in samples]).to(device)            # (B, d)
         names = [s.caption for s in samples]
         same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
         right = same.gather(1, (image @ text.T).argmax(1, keepdim=True)).float().mean() # finds its caption in the batch
-        return contrastive_loss(image, text, same, model.logit_scale.float()), batch, {"right": right}
+        return contrastive_loss(image, text, same, logit_scale), batch, {"right": right}
 
-    about = dict(stage="vit", llm=llm_name, vit_config=vars(vit.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
-    run(dict(model.named_parameters()), loss_of, steps, lr, out, "vit", about, resume, save_every, saved=lambda n: n.startswith("encoder."))
-    return vit
+    about = dict(stage="vit", llm=llm_name, bound=bound, vit_config=vars(vlm.encoder.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
+    run(parameters, loss_of, steps, lr, out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
+    return vlm
 
 
 def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, loss_on, llm_name, vit_name, start=None,
                 distill_every=0, records=None, chats=None, save_every=100):
     """Stages 1 to 3. Returns the VLM, trained."""
+    if distill_every and not getattr(vlm.decoder, "translators", None):
+        raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
     recipe = dict(steps=steps, batch=batch, lr=lr, loss_on=loss_on)
     params = trained_parameters(vlm, stage, distill_every > 0)
 
@@ -337,7 +344,7 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
                 notes["distill"] = kl.detach() + notes.get("distill", 0)
         return total, n, notes
 
-    about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, start=start,
+    about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, start=start, bound=vlm.bound,
                  vit_config=vars(vlm.encoder.config), recipe=recipe | dict(distill_every=distill_every), seed=seed)
     run(params, loss_of, steps, lr, out, stage, about, resume, save_every)
     return vlm
@@ -360,14 +367,10 @@ def run(parameters, loss_of, steps, lr, out, stage, about, resume, save_every, s
             raise ValueError(f"{state} is of another run: {key} was {was['about'].get(key)}, is {about[key]}")
         trainer.load_state(tensors, was["step"], state)
         with open(out / "log.csv") as f:
-            rows = [r for r in csv.DictReader(f) if int(r["step"]) < trainer.step]
-    start = time.time() - (float(rows[-1]["seconds"]) if rows else 0)
+            rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(f) if int(r["step"]) < trainer.step]
+    start = time.time() - (rows[-1]["seconds"] if rows else 0)
 
     def save():
-        about_now = about | dict(steps_done=trainer.step, seconds=round(time.time() - start, 1))
-        weights.save_checkpoint(out / f"{stage}.safetensors",
-                                {n: m.half() for n, m in trainer.master.items() if saved(n)}, about_now)
-        weights.save_checkpoint(state, trainer.state(), dict(step=trainer.step, about=about))
         fields = ["step", "loss", "lr", "targets", "seconds", *dict.fromkeys(k for r in rows for k in r if k not in ("step", "loss", "lr", "targets", "seconds"))]
 
         def write(part):
@@ -376,6 +379,11 @@ def run(parameters, loss_of, steps, lr, out, stage, about, resume, save_every, s
                 writer.writeheader()
                 writer.writerows(rows)
         weights.write_whole(out / "log.csv", write)
+        about_now = about | dict(steps_done=trainer.step, seconds=round(time.time() - start, 1))
+        weights.save_checkpoint(out / f"{stage}.safetensors",
+                                {n: m.half() for n, m in trainer.master.items() if saved(n)}, about_now)
+        # last: a run that was killed in here goes on from the state before, and the other two may be ahead of it
+        weights.save_checkpoint(state, trainer.state(), dict(step=trainer.step, about=about))
 
     bar = tqdm(range(trainer.step, steps), desc=stage, unit="step", initial=trainer.step, total=steps)
     for step in bar:
@@ -422,8 +430,9 @@ def main(argv=None):
     parser.add_argument("stage", choices=list(RECIPES), help="which stage to run")
     parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="target LLM: folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--replace", help="layers that the translator replaces, e.g. 20-28; 'none' trains on the full LLM (default: the start's, else 20-28)")
-    parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: the start's, else assets/vit.safetensors)")
-    parser.add_argument("--start", help="checkpoint to start from (default: assets/encoder.safetensors for encoder and decoder); 'none' for a new projector")
+    parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: the start's)")
+    parser.add_argument("--start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
+    parser.add_argument("--bound", type=float, help="how far visual tokens may lie from the mean text embedding, 0: anywhere, as in the paper (default: the start's; stage vit 2.5, a new projector 0)")
     parser.add_argument("--data", help="LLaVA-format JSON in place of the embedded world")
     parser.add_argument("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the stage's short run)")
@@ -440,17 +449,27 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     recipe = dict(RECIPES[args.stage])
-    recipe |= {k: getattr(args, k) for k in ("steps", "batch", "lr") if getattr(args, k) is not None}
+    recipe |= {k: getattr(args, k) for k in ("steps", "batch", "lr", "bound") if getattr(args, k) is not None}
+    for name, least in dict(steps=1, batch=1, chats=1, save_every=1, distill_every=0).items():
+        value = (vars(args) | recipe)[name]
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     out = args.out or f"runs/{args.stage}"
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     common = dict(seed=args.seed, device=args.device, out=out, resume=args.resume, save_every=args.save_every)
     if args.stage == "vit":
         train_vit(**recipe, **common, dtype=dtype, llm_name=args.llm)
         return
-    start = args.start or ("assets/encoder.safetensors" if args.stage != "translator" else "none")
+    start = args.start or ("assets/encoder.safetensors" if args.stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
+    bound = recipe.pop("bound", None)
     ranges = parse_ranges(args.replace) if args.replace is not None else None
-    vlm, llm, vit = build(args.stage, args.llm, ranges, args.vit, None if start == "none" else start, dtype, args.device)
+    vlm, llm, vit = build(args.stage, args.llm, ranges, args.vit, None if start == "none" else start, dtype, args.device, bound)
     records = data.load_llava(args.data, args.images, args.seed) if args.data else None
+    if records is not None and args.stage == "encoder":     # stage 2 learns from images alone
+        pictured = [i for i, r in enumerate(records.records) if r.get("image")]
+        if not pictured:
+            raise ValueError(f"{args.data} has no record with an image, from which alone the stage encoder learns")
+        records = torch.utils.data.Subset(records, pictured)
     chats = own_chats(llm, vlm.tokenizer, args.chats, args.seed) if args.stage == "translator" else None
     train_stage(args.stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=args.llm, vit_name=vit, start=start,
                 distill_every=args.distill_every, records=records, chats=chats)

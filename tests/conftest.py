@@ -6,10 +6,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports triton
 
-import pytest
+import json
 
+import pytest
+from safetensors.torch import save_file
+
+import data
 import weights
-from model import Llama
+from model import Llama, LlamaConfig
 from tokenizer import Tokenizer
 
 
@@ -33,3 +37,65 @@ def smollm_tokenizer(default_gguf):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+# ---- a tiny LLM on disk, and all stages run on it: what train.py and graft.py need, in seconds --------------------------
+
+
+def save_tiny_llm(folder, width=32):
+    """A random Llama of 6 layers in Hugging Face's layout; its byte-level BPE is learnt from the world's questions."""
+    from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers, trainers
+    bpe = HFTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    texts = [m["content"] for task in data.QUESTIONS for i in range(20) for m in data.world(task, i).messages]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=500, hidden_size=width, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2,
+                         num_key_value_heads=1, head_dim=16, max_position_embeddings=512)
+    llm = Llama(config)
+    for p in llm.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)     # large: every layer has a say in the prediction
+    save_file(llm.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(vars(config) | dict(model_type="llama")))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory):
+    """Path of a tiny LLM."""
+    return save_tiny_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A folder in which train.py may keep what the tiny LLM writes, in place of the user's ~/.cache."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def stages(tiny_llm, cache, tmp_path_factory):
+    """Every stage run for three steps from the command line, each from the one before: {stage: its checkpoint}.
+
+    "full" is the encoder trained directly on the full LLM.
+    """
+    import train
+    folder = tmp_path_factory.mktemp("runs")
+    files = {s: str(folder / s / f"{s}.safetensors") for s in ("vit", "translator", "encoder", "decoder")}
+    files["full"] = str(folder / "full" / "encoder.safetensors")
+
+    def run(stage, name, *options):
+        train.main([stage, "--llm", tiny_llm, "--steps", "3", "--batch", "6", "--lr", "1e-3", "--dtype", "float32",
+                    "--out", str(folder / name), *options])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
+        run("vit", "vit")
+        run("translator", "translator", "--vit", files["vit"], "--replace", "2-4", "--chats", "8")
+        run("encoder", "encoder", "--start", files["translator"], "--distill-every", "2")
+        run("decoder", "decoder", "--start", files["encoder"])
+        run("encoder", "full", "--start", "none", "--vit", files["vit"], "--replace", "none")
+    return files

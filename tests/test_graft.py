@@ -1,0 +1,290 @@
+"""graft.py: ranking against brute force, greedy answers, the comparison and its files, asking and conversing, bad input."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import graft
+import weights
+from conftest import save_tiny_llm
+from model import VLM, Llama
+from surrogate import load_surrogate
+
+ROOT = Path(__file__).parent.parent
+Q = "What is it?"
+
+
+@pytest.fixture(scope="module")
+def vlm(stages, tiny_llm):
+    """The graft: an encoder trained with the surrogate, and the full LLM."""
+    return VLM.from_pretrained(tiny_llm, stages["encoder"])
+
+
+@pytest.fixture(scope="module")
+def surrogate(vlm, stages):
+    return load_surrogate(vlm.decoder, stages["encoder"])
+
+
+def as_pair(vlm, surrogate):
+    """The same encoder in front of the surrogate, as a VLM of its own."""
+    pair = copy.copy(vlm)
+    pair._modules = vlm._modules | {"decoder": surrogate}
+    return pair
+
+
+def make_samples(questions, options):
+    """Samples with questions and options of our choice, each about another image."""
+    samples = [data.world("read", i, 7, "test") for i in range(len(questions))]
+    for s, question, o in zip(samples, questions, options):
+        s.messages[0]["content"], s.options, s.answer = data.wrap(question), o, o[0]
+    return samples
+
+
+RAGGED = make_samples(["What?", "What word is on the sign, and what is the color of the sign?", "Which animal is it?"],
+                      [["Yes.", "The word is Bread.", "Not at all, it is a cat."], ["It is a fish.", "No.", "A."],
+                       ["A sign.", "Rome.", "The capital is Paris."]])  # fmt: skip
+
+
+# ---- ranking and answering ------------------------------------------------------------------------------------------
+
+
+def brute_force(vlm, sample):
+    """log p of every option: one forward pass for each, over the whole sequence, without batch, padding or cache."""
+    out = []
+    for option in sample.options:
+        prompt = vlm.prompt(sample.messages[:1])
+        ids = vlm.tokenizer.encode_text(option) + vlm.tokenizer.turn_end
+        embeds, _ = vlm.embed_prompts([prompt + ids], [sample.image])
+        logp = vlm.decoder(embeds=embeds)[0].double().log_softmax(-1)  # (T, vocab)
+        out.append(sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)))
+    return out
+
+
+@pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1], [data.world("color", i, 3, "test") for i in range(2)]], ids=["ragged", "one", "even"])
+def test_ranking_equals_brute_force(vlm, surrogate, samples, monkeypatch):
+    scores = []
+    monkeypatch.setattr(graft, "option_logp", lambda *a, f=graft.option_logp: scores.append(f(*a)) or scores[-1])
+    got = graft.answer(vlm, surrogate, samples)
+    assert list(got) == ["pair", "graft"] and len(scores) == 2
+    for (name, results), logp, system in zip(got.items(), scores, (as_pair(vlm, surrogate), vlm)):
+        with torch.no_grad():
+            expected = torch.tensor([brute_force(system, s) for s in samples])  # (samples, options)
+        assert (logp.view_as(expected) - expected).abs().max() < 1e-3, name
+        assert [choice for choice, _ in results] == expected.argmax(1).tolist()
+    assert (scores[0] - scores[1]).abs().max() > 0.1  # pair and graft are two
+
+
+def test_greedy_answers_equal_generate(vlm, surrogate):
+    got = graft.answer(vlm, surrogate, RAGGED, max_new_tokens=12)
+    for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
+        alone = [system.generate([system.prompt(s.messages[:1])], [s.image], max_new_tokens=12)[0] for s in RAGGED]
+        assert [text for _, text in got[name]] == [vlm.tokenizer.decode(ids).strip() for ids in alone]
+    assert got["pair"] != got["graft"]
+    assert graft.answer(vlm, None, RAGGED, max_new_tokens=12) == {"graft": got["graft"]}  # with no surrogate: the same
+
+
+def test_option_logp_by_hand():
+    """Two options of one and two tokens over three words, all probabilities known."""
+    p = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.7, 0.2])
+    first = torch.stack([p[0], p[0]]).log() + 3  # logits: any constant may be added
+    logits = torch.stack([torch.stack([p[1], p[1]])] * 2).log() - 1
+    got = graft.option_logp(logits, first, torch.tensor([[2, 0], [0, 1]]), torch.tensor([1, 2]))
+    assert torch.allclose(got, torch.tensor([math.log(0.2), math.log(0.5 * 0.7)]))
+
+
+# ---- the comparison -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("right, n, low, high", [(8, 10, 0.490, 0.943), (0, 10, 0, 0.278), (10, 10, 0.722, 1),
+                                                 (50, 100, 0.404, 0.596), (1, 30, 0.006, 0.167), (0, 0, 0, 1)])
+def test_wilson(right, n, low, high):
+    """Against published values of the score interval (R's prop.test with correct=FALSE gives the same)."""
+    assert graft.wilson(right, n) == pytest.approx((low, high), abs=6e-4)
+
+
+def test_same():
+    assert graft.same("The word is Bread.", " the word is bread\n") and not graft.same("Bread.", "The word is Bread.")
+
+
+def test_compare_counts_right(monkeypatch):
+    """Rigged systems: the pair ranks the first two of every three right and says nothing, the graft ranks the third
+    right and says everything; `full` is always right and says it in capitals."""
+    seen = []
+
+    def answer(vlm, surrogate, samples):
+        out = {"pair": [], "graft": []}
+        for s in samples:
+            right, wrong, third = s.options.index(s.answer), s.options.index(s.answer) - 1, len(seen) % 3 == 2
+            out["pair"].append((wrong if third else right, ""))
+            out["graft"].append((right if third else wrong, s.answer))
+            seen.append((vlm, s))
+        if surrogate is None:
+            seen[-len(samples):] = []
+            return {"graft": [(s.options.index(s.answer), s.answer.upper()) for s in samples]}
+        return out
+
+    monkeypatch.setattr(graft, "answer", answer)
+    rows, examples = graft.compare("vlm", "surrogate", n=7, batch=3, tasks=("color", "capital"), seed=5, full="full", progress=False)
+    assert [(r["task"], r["system"], r["trained"]) for r in rows] == [(t, s, t == "color") for t in ("color", "capital") for s in ("pair", "graft", "full")]
+    thirds = [sum(i % 3 == 2 for i in range(a, a + 7)) for a in (0, 7)]
+    for (pair, grafted, full), third, options in zip((rows[:3], rows[3:]), thirds, (8, 10)):
+        assert pair["ranked"] == (7 - third) / 7 and pair["exact"] == 0
+        assert grafted["ranked"] == third / 7 and grafted["exact"] == 1
+        assert full["ranked"] == full["exact"] == 1
+        assert all(r["samples"] == 7 and r["chance"] == pytest.approx(1 / options) for r in (pair, grafted, full))
+        assert (pair["low"], pair["high"]) == graft.wilson(7 - third, 7)
+    assert [s for _, s in seen] == [data.world(task, i, 5, "test") for task in ("color", "capital") for i in range(7)]
+    assert [s.task for s, _ in examples] == ["color"] * 2 + ["capital"] * 2
+    assert all(answers == {"pair": "", "graft": s.answer, "full": s.answer.upper()} for s, answers in examples)
+
+
+def test_table():
+    row = dict(samples=40, low=0.5, high=0.75, chance=0.1)
+    rows = [row | dict(task="read", trained=True, system="pair", ranked=0.625, exact=0.5),
+            row | dict(task="read", trained=True, system="graft", ranked=0.6, exact=0.25),
+            row | dict(task="capital", trained=False, system="pair", ranked=0.1, exact=0),
+            row | dict(task="capital", trained=False, system="graft", ranked=0.2, exact=0.05)]
+    lines = graft.table(rows).split("\n")
+    assert lines[0] == "| task | chance | pair: ranked (95 %) | graft: ranked (95 %) | pair: exact | graft: exact |"
+    assert lines[2] == "| read | 10% | 62.5% (50%–75%) | 60.0% (50%–75%) | 50.0% | 25.0% |"
+    assert lines[3] == "| capital * | 10% | 10.0% (50%–75%) | 20.0% (50%–75%) | 0.0% | 5.0% |"
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+
+
+def test_any_answer_can_be_drawn(tmp_path):
+    """Formulas, many lines, no answer: matplotlib must not read anything into them."""
+    samples = [data.world("read", i, 0, "test") for i in range(5)]
+    answers = ["$5 {and} $6_", "two\nlines\n" * 9, "", samples[3].answer, "long " * 50]
+    graft.plot_examples([(s, {"pair": a, "graft": s.answer}) for s, a in zip(samples, answers)], tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > picture.size[1] > 300
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # a random LLM writes control characters
+def test_comparison_from_the_command_line(stages, tiny_llm, tmp_path, capsys):
+    argv = ["--encoder", stages["encoder"], "--full", stages["full"], "--eval", "3", "--batch", "2", "--out", str(tmp_path)]
+    graft.main(argv)
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["command"] == "python graft.py " + " ".join(argv)
+    assert results["samples"] == 3 and results["llm"] == tiny_llm and results["about"]["stage"] == "encoder"
+    tasks = data.TRAINED_TASKS + data.KNOWLEDGE_TASKS
+    assert [(r["task"], r["system"]) for r in results["rows"]] == [(t, s) for t in tasks for s in ("pair", "graft", "full")]
+    for r in results["rows"]:
+        assert r["samples"] == 3 and round(3 * r["ranked"]) == 3 * r["ranked"] and 0 <= r["low"] <= r["ranked"] <= r["high"] <= 1
+        assert r["chance"] == pytest.approx({"color": 1 / 8, "shape": 1 / 8, "class": 1 / 5}.get(r["task"], 1 / 10))
+    assert graft.table(results["rows"]) in printed and "4 of 6 layers" in printed and "3 held-out images" in printed
+    with Image.open(tmp_path / "examples.png") as picture:
+        picture.load()
+        assert min(picture.size) > 300
+    assert {f.name for f in tmp_path.iterdir()} == {"results.json", "examples.png"}
+    # the same numbers again, whatever the batch; without a surrogate there is no pair
+    graft.main([*argv, "--batch", "3"])
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == results["rows"]
+    graft.main(["--encoder", stages["full"], "--full", "", "--eval", "3", "--out", str(tmp_path)])
+    alone = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [{k: v for k, v in r.items() if k != "system"} for r in alone] == \
+        [{k: v for k, v in r.items() if k != "system"} for r in results["rows"] if r["system"] == "full"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_trained_decoder_is_what_answers(stages, tiny_llm, tmp_path, capsys):
+    """A checkpoint of stage 3 brings its own decoder."""
+    graft.main(["--encoder", stages["decoder"], "--eval", "2", "--full", "", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {r["system"] for r in rows} == {"graft"} and "no surrogate" in capsys.readouterr().out
+    trained = VLM.from_pretrained(tiny_llm, stages["decoder"])
+    expected = graft.answer(trained, None, [data.world("read", i, graft.EVAL_SEED, "test") for i in range(2)])["graft"]
+    right = sum(s.options[c] == s.answer for s, (c, _) in zip([data.world("read", i, graft.EVAL_SEED, "test") for i in range(2)], expected))
+    assert next(r for r in rows if r["task"] == "read")["ranked"] == right / 2
+
+
+# ---- asking ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_seeds_use(stages, tiny_llm, tmp_path):
+    """Load, give an image and a question, print the answer."""
+    data.world("read", 0).image.save(tmp_path / "sign.png")
+    vlm = VLM.from_pretrained(tiny_llm, encoder=stages["encoder"])
+    text = vlm.chat(str(tmp_path / "sign.png"), "What word is on the sign?")
+    assert isinstance(text, str) and text
+    assert text == vlm.chat(data.world("read", 0).image, "what word is on the sign?")  # a PIL image; wrap lowers the first letter
+
+
+def test_streamed_answer_equals_chat(vlm):
+    image, pieces = RAGGED[0].image, []
+    text, timing = graft.ask(vlm, image, [{"role": "user", "content": data.wrap(Q)}], max_new_tokens=40, show=pieces.append)
+    assert text == vlm.chat(image, Q, max_new_tokens=40) == "".join(pieces).strip() and text
+    assert len(pieces) > 3 and "first token after" in timing and "tokens/s" in timing
+    text, _ = graft.ask(vlm, None, [{"role": "user", "content": Q}], max_new_tokens=3, show=pieces.append)  # without image
+    assert text == vlm.tokenizer.decode(vlm.generate([vlm.prompt([{"role": "user", "content": Q}])], [], max_new_tokens=3)[0]).strip()
+
+
+def test_conversation_remembers(vlm, monkeypatch, capsys):
+    """Two turns at the terminal: the second prompt holds the first turn, and only the first question holds the image."""
+    lines, heard = iter([" What is it? ", "Are you sure?", ""]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(graft, "ask", lambda vlm, image, messages, f=graft.ask, **o: heard.append([dict(m) for m in messages]) or f(vlm, image, messages, **o))
+    graft.chat(vlm, RAGGED[0].image, dict(max_new_tokens=8))
+    printed = capsys.readouterr().out
+    first = vlm.chat(RAGGED[0].image, Q, max_new_tokens=8)
+    turns = [{"role": "user", "content": data.wrap(Q)}, {"role": "assistant", "content": first}, {"role": "user", "content": "Are you sure?"}]
+    assert heard == [turns[:1], turns]
+    second = vlm.tokenizer.decode(vlm.generate([vlm.prompt(turns)], [RAGGED[0].image], max_new_tokens=8)[0]).strip()
+    assert printed.index(first) < printed.rindex(second) and printed.count("llm> ") == printed.count("first token after") == 2
+
+
+@pytest.mark.parametrize("system", [[], ["--pair"]])
+def test_question_from_the_command_line(vlm, surrogate, stages, tmp_path, capsys, system):
+    RAGGED[1].image.save(tmp_path / "sign.png")
+    graft.main(["--encoder", stages["encoder"], "--image", str(tmp_path / "sign.png"), "--question", Q, "--max-new-tokens", "9", *system])
+    expected = (as_pair(vlm, surrogate) if system else vlm).chat(RAGGED[1].image, Q, max_new_tokens=9)
+    printed = capsys.readouterr().out
+    assert printed.split("\n[first token after")[0].strip() == expected
+
+
+def test_conversation_as_a_user_sees_it(stages, tmp_path):
+    """A fresh Python, questions through a pipe, until its end."""
+    argv = ["graft.py", "--encoder", stages["encoder"], "--chat", "--max-new-tokens", "5", "--out", str(tmp_path)]
+    got = subprocess.run([sys.executable, *argv], cwd=ROOT, input="What word is on the sign?\nAnd now?\n", capture_output=True, text=True)
+    assert got.returncode == 0 and got.stderr == ""
+    assert got.stdout.count("llm> ") == 2 and (tmp_path / "sign.png").exists()
+
+
+# ---- bad input: one line, exit status 2 -----------------------------------------------------------------------------
+
+
+def test_bad_input(stages, tiny_llm, tmp_path, capsys):
+    def refused(*argv, words):
+        capsys.readouterr()
+        assert weights.run_cli(lambda: graft.main([*argv, "--out", str(tmp_path / "out")])) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        for word in words:
+            assert word in err, f"{word!r} is not in: {err}"
+
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "notes.safetensors").write_text("no checkpoint")
+    (tmp_path / "other").mkdir()
+    other, encoder = save_tiny_llm(tmp_path / "other", width=48), ("--encoder", stages["encoder"])
+    refused(*encoder, "--eval", "0", words=["--eval", "at least 1"])
+    refused(*encoder, "--batch", "-1", words=["--batch", "at least 1"])
+    refused(*encoder, "--chat", "--max-new-tokens", "0", words=["--max-new-tokens", "at least 1"])
+    refused(*encoder, "--chat", "--temperature", "-1", words=["--temperature"])
+    refused(*encoder, "--image", str(tmp_path / "text.png"), words=["text.png", "not an image"])
+    refused(*encoder, "--image", str(tmp_path / "gone.png"), words=["gone.png", "no such image"])
+    refused(*encoder, "--llm", other, words=["encoder.safetensors does not belong", "adapter.0", "32", "48"])
+    refused(*encoder, "--llm", str(tmp_path / "nowhere"), words=["no such model", "nowhere"])
+    refused("--encoder", str(tmp_path / "gone.safetensors"), words=["no such checkpoint", "gone.safetensors"])
+    refused("--encoder", str(tmp_path / "notes.safetensors"), words=["notes.safetensors", "truncated or not"])
+    refused("--encoder", stages["vit"], words=["vit.safetensors", "holds no projector"])
+    refused("--encoder", stages["full"], "--pair", "--chat", words=["encoder.safetensors", "surrogate"])
+    assert not (tmp_path / "out").exists() or {f.name for f in (tmp_path / "out").iterdir()} <= {"sign.png"}

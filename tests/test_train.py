@@ -1,0 +1,551 @@
+"""train.py: the recipe's parameters, losses against oracles, every stage from the command line, an exact --resume, bad input."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import train
+import weights
+from conftest import save_tiny_llm
+from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
+from surrogate import build_surrogate
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+PROJECTOR = {"adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias", "embd_soi", "embd_eoi",
+             "encoder.vision_model.post_layernorm.weight", "encoder.vision_model.post_layernorm.bias"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, cache):
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+
+
+def make_vlm(tiny_llm, ranges):
+    """(VLM behind a surrogate, full LLM), with translators that are no copies any more, as after training."""
+    llm, tokenizer = Llama.from_pretrained(tiny_llm), Tokenizer.from_pretrained(tiny_llm)
+    torch.manual_seed(1)
+    vit = ViT(ViTConfig(hidden_size=48, intermediate_size=64, num_hidden_layers=3))
+    vlm = VLM(vit, build_surrogate(llm, ranges), tokenizer)
+    with torch.no_grad():
+        for i in vlm.decoder.translators:
+            for p in vlm.decoder.model.layers[i].parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+    return vlm, llm
+
+
+def mixed_batch(vlm, loss_on="answers+special"):
+    """Images and text in one batch, of different lengths."""
+    samples = [data.world(task, 3, 0) for task in ("describe", "read", "color")]
+    samples.append(data.Sample(None, [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]))
+    batch = data.collate(samples, vlm.tokenizer, vlm.n_visual, loss_on=loss_on)
+    assert len(set(batch["lengths"].tolist())) > 1
+    return batch
+
+
+def grads(parameters):
+    out = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    for p in parameters.values():
+        p.grad = None
+    return out
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    assert ours.keys() == theirs.keys() and ours
+    for n, g in theirs.items():
+        assert (ours[n] - g).abs().max() <= tolerance * max(0.1, g.abs().max()), n
+
+
+def relative(a, b):
+    return abs(a - b) / abs(b)
+
+
+# ---- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_lr_schedule():
+    steps, lr = 1000, 3e-4
+    rates = [train.lr_at(i, steps, lr) for i in range(steps + 1)]
+    warmup = 31  # 3.05 % of 1000, rounded up
+    assert rates[0] == pytest.approx(lr / warmup) and rates[15] == pytest.approx(lr * 16 / warmup)
+    assert rates[warmup - 1] == pytest.approx(lr) == max(rates)
+    assert rates[warmup + 100] == pytest.approx(lr / 2 * (1 + math.cos(math.pi * 100 / 969)))
+    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1:])) and rates[steps] == pytest.approx(0, abs=1e-12)
+    assert all(0 < train.lr_at(i, n, lr) <= lr for n in (1, 2, 3) for i in range(n))  # the shortest runs move, too
+
+
+@pytest.mark.parametrize("stage, distill, expected", [
+    ("translator", False, ("translators",)), ("translator", True, ("translators",)),
+    ("encoder", False, ("upper ViT",)), ("encoder", True, ("upper ViT", "translators")),
+    ("decoder", False, ("upper ViT", "decoder")),
+])  # fmt: skip
+def test_trained_parameters_are_the_recipes(stage, distill, expected):
+    with torch.device("meta"):
+        vit = ViT(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=24, num_attention_heads=2))
+        llm = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=12, num_attention_heads=2,
+                                num_key_value_heads=1, head_dim=8))  # fmt: skip
+        vlm = VLM(vit, llm if stage == "decoder" else build_surrogate(llm, [(3, 5), (8, 10)]))
+    groups = {"translators": ("decoder.model.layers.3.", "decoder.model.layers.6."), "decoder": ("decoder.",),
+              "upper ViT": tuple(f"encoder.vision_model.encoder.layers.{i}." for i in range(16, 24))}
+    prefixes = tuple(p for name in expected for p in groups[name])
+    wanted = PROJECTOR | {n for n, _ in vlm.named_parameters() if n.startswith(prefixes)}
+    vlm.requires_grad_(True)
+    got = train.trained_parameters(vlm, stage, distill)
+    assert got.keys() == wanted == {n for n, p in vlm.named_parameters() if p.requires_grad}
+    assert sum(n.endswith("mlp.fc1.weight") for n in got) == (0 if stage == "translator" else 8)  # 8 of CLIP-L's 24
+    assert ("decoder.model.embed_tokens.weight" in got) == (stage == "decoder")
+    if stage == "decoder":
+        assert sum(n.endswith("mlp.up_proj.weight") for n in got) == 12
+
+
+@pytest.mark.parametrize("stage, distill", [("translator", 0), ("encoder", 0), ("encoder", 2), ("decoder", 0)])
+def test_only_what_is_trained_changes(tiny_llm, tmp_path, stage, distill):
+    vlm, llm = make_vlm(tiny_llm, [(2, 4)])
+    if stage == "decoder":
+        vlm.decoder = llm
+    before = {n: p.detach().clone() for n, p in vlm.named_parameters()}
+    llm_before = {n: p.detach().clone() for n, p in llm.named_parameters()}
+    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]]
+    train.train_stage(stage, 3, 5, 1e-3, 0, "cpu", tmp_path, False, vlm, llm, train.RECIPES[stage]["loss_on"], "tiny", "vit",
+                      distill_every=distill, chats=chats)
+    trained = set(train.trained_parameters(vlm, stage, distill > 0))
+    changed = {n for n, p in vlm.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == trained
+    if stage != "decoder":
+        assert all(torch.equal(p, llm_before[n]) for n, p in llm.named_parameters())  # the LLM itself, translated layers too
+    saved, _ = weights.read_checkpoint(tmp_path / f"{stage}.safetensors")
+    assert saved.keys() == trained
+    assert all(torch.equal(saved[n], p.half()) for n, p in vlm.named_parameters() if n in trained)
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["translator", "encoder"])
+def test_cross_entropy_and_gradients_equal_full_logits(tiny_llm, stage):
+    vlm, _ = make_vlm(tiny_llm, [(1, 2), (4, 4)])
+    batch = mixed_batch(vlm)
+    parameters = train.trained_parameters(vlm, stage)
+    loss, distill = train.surrogate_loss(vlm, batch, stage)
+    loss.backward()
+    ours = grads(parameters)
+    logits = vlm.decoder(embeds=vlm.embed(batch["tokens"], batch["pixels"]))  # (B, T, vocab)
+    oracle = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=-100, reduction="sum")
+    oracle.backward()
+    assert distill is None and loss.dtype == torch.float32 and relative(loss.item(), oracle.item()) < 1e-5
+    theirs = grads(parameters)
+    assert_close(ours, theirs)
+    assert ours.keys() == parameters.keys()
+
+
+def distillation_oracle(vlm, llm, batch):
+    """The distillation loss anew, position by position in float64, each model run on its own from the bottom."""
+    s, x = vlm.decoder, vlm.embed(batch["tokens"], batch["pixels"])
+    ours, theirs = s.run(x, 0, s.translators[-1] + 1), llm.run(x, 0, s.ranges[-1][1] + 1)
+    logp, logq = (m(embeds=x).double().log_softmax(-1) for m in (s, llm))
+    above = below = kl = n = 0
+    for b in range(len(x)):
+        for t in range(int(batch["lengths"][b])):
+            above = above + (ours[b, t] - theirs[b, t]).double().square().sum()
+            below = below + theirs[b, t].double().square().sum()
+            if batch["targets"][b, t] >= 0:
+                kl, n = kl + (logq[b, t].exp() * (logq[b, t] - logp[b, t])).sum(), n + 1
+    return above / below + kl / n
+
+
+@pytest.mark.parametrize("stage", ["translator", "encoder"])
+@pytest.mark.parametrize("ranges", [[(2, 4)], [(1, 2), (4, 4)]])
+def test_distillation_loss_and_who_learns_from_what(tiny_llm, stage, ranges):
+    """The answers teach the encoder (and in stage 1 the translator), the full LLM teaches the translator alone."""
+    vlm, llm = make_vlm(tiny_llm, ranges)
+    batch = mixed_batch(vlm)
+    parameters = train.trained_parameters(vlm, stage, distill=True)
+    translator = {n for n in parameters if n.startswith("decoder.")}
+    rest = parameters.keys() - translator
+
+    ce, distill = train.surrogate_loss(vlm, batch, stage, llm)
+    assert relative(distill.item(), distillation_oracle(vlm, llm, batch).item()) < 1e-4
+    distill.backward(retain_graph=True)
+    from_distill = grads(parameters)
+    ce.backward()
+    from_answers = grads(parameters)
+    assert from_distill.keys() == translator
+    assert from_answers.keys() == (rest if stage == "encoder" else parameters.keys())
+
+    oracle = distillation_oracle(vlm, llm, batch)  # here gradients reach everything: look at the translator's only
+    assert_close(from_distill, dict(zip(sorted(translator), torch.autograd.grad(oracle, [parameters[n] for n in sorted(translator)]))))
+    alone, nothing = train.surrogate_loss(vlm, batch, stage)
+    alone.backward()
+    assert nothing is None and alone.item() == ce.item()
+    assert_close(from_answers, grads(parameters))
+    ce, distill = train.surrogate_loss(vlm, batch, stage, llm)  # once more: the steps leave no trace in each other
+    (ce + distill).backward()
+    both = grads(parameters)
+    assert_close(both, {n: from_answers.get(n, 0) + from_distill.get(n, 0) for n in parameters})
+
+
+def test_distillation_is_zero_for_a_perfect_translator(tiny_llm):
+    vlm, llm = make_vlm(tiny_llm, [(3, 3)])
+    with torch.no_grad():
+        for ours, theirs in zip(vlm.decoder.model.layers[3].parameters(), llm.model.layers[3].parameters()):
+            ours.copy_(theirs)
+    _, distill = train.surrogate_loss(vlm, mixed_batch(vlm), "encoder", llm)
+    assert distill.item() == 0
+
+
+def test_direct_route(tiny_llm, tmp_path):
+    """--replace none: no surrogate, the full LLM's own loss; there is nothing to distil."""
+    vlm, llm = make_vlm(tiny_llm, [])
+    batch = mixed_batch(vlm)
+    train.trained_parameters(vlm, "encoder")
+    ce, distill = train.surrogate_loss(vlm, batch, "encoder")
+    vlm.decoder = llm
+    assert distill is None and ce.item() == vlm.loss(batch["tokens"], batch["targets"], batch["pixels"]).item()
+
+
+def test_text_alone_needs_no_gradient_below_the_translator(tiny_llm):
+    vlm, _ = make_vlm(tiny_llm, [(2, 4)])
+    parameters = train.trained_parameters(vlm, "translator")
+    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]] * 2
+    recipe = train.RECIPES["translator"]
+    needs = {}
+    for i, layer in enumerate(vlm.decoder.model.layers):
+        layer.register_forward_hook(lambda module, args, out, i=i: needs.update({i: out.requires_grad}))
+    loss, _ = train.surrogate_loss(vlm, train.text_batch(vlm, chats, 0, 2, recipe, 0), "translator")
+    assert needs == {0: False, 1: False, 2: True, 3: True}
+    loss.backward()
+    assert set(grads(parameters)) == {n for n in parameters if n.startswith("decoder.model.layers.2.")}
+    train.surrogate_loss(vlm, train.image_batch(vlm, None, 0, 2, recipe, 0), "translator")
+    assert needs == {0: True, 1: True, 2: True, 3: True}  # images: the projector learns through the trunk
+
+
+# ---- the optimiser --------------------------------------------------------------------------------------------------
+
+
+def test_bf16_keeps_float32_master_weights():
+    """Steps far below bf16's resolution (1/128 at 1.0) must add up."""
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    trainer = train.Trainer({"p": p}, lr=1e-4, steps=1_000_000)
+    trainer.step = 31_000  # behind the warm-up, where the rate hardly changes
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        trainer.update()
+    assert p.dtype == torch.bfloat16 and trainer.master["p"].dtype == torch.float32
+    assert torch.allclose(trainer.master["p"], torch.tensor(1 - 100e-4), atol=2e-4)
+    assert torch.equal(p, trainer.master["p"].bfloat16()) and (p < 1).all()
+
+
+def test_trainer_is_adamw_with_clipping_and_without_decay():
+    """Against torch's own AdamW; a parameter without a gradient stays, and has no state."""
+    p, idle = torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.nn.Parameter(torch.ones(1))
+    twin = torch.nn.Parameter(p.detach().clone())
+    trainer = train.Trainer({"p": p, "idle": idle}, lr=0.1, steps=10)
+    adam = torch.optim.AdamW([twin], lr=0.1, betas=(0.9, 0.999), weight_decay=0)
+    for step, g in enumerate(torch.tensor([[3.0, 4.0], [0.1, -0.2], [-8.0, 6.0]])):
+        p.grad, twin.grad = g.clone(), g / max(1, g.norm())
+        adam.param_groups[0]["lr"] = train.lr_at(step, 10, 0.1)
+        assert trainer.update() == train.lr_at(step, 10, 0.1)
+        adam.step()
+    assert torch.allclose(p, twin, atol=1e-6) and idle.item() == 1 and p.grad is None
+    assert not any("idle" in n for n in trainer.state() if n.startswith("adam."))
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_every_step_shows_new_images(tiny_llm):
+    """Batches of the world: never the same sample twice, the same ones for the same step, all trained tasks."""
+    vlm, _ = make_vlm(tiny_llm, [(2, 4)])
+    recipe, size = train.RECIPES["encoder"], 8
+    batches = [train.image_batch(vlm, None, step, size, recipe, 0) for step in range(3)]
+    pictures = {p.numpy().tobytes() for b in batches for p in b["pixels"]}
+    assert len(pictures) == 3 * size
+    again = train.image_batch(vlm, None, 2, size, recipe, 0)
+    assert all(torch.equal(again[k], batches[2][k]) for k in again)
+    assert not torch.equal(again["pixels"], train.image_batch(vlm, None, 2, size, recipe, 1)["pixels"])
+    expected = [data.world(data.TRAINED_TASKS[j % 4], size + j, 0) for j in range(size)]
+    assert torch.equal(batches[1]["pixels"], torch.stack([data.preprocess(s.image) for s in expected]))
+
+
+def test_every_epoch_shows_every_record_once():
+    walk = train.shuffled(7, 0, 21, seed=0)
+    epochs = [walk[:7], walk[7:14], walk[14:]]
+    assert all(sorted(e) == list(range(7)) for e in epochs) and len({tuple(e) for e in epochs}) == 3
+    assert walk[5:12] == train.shuffled(7, 5, 7, seed=0)  # a function of the place, so that a resumed run sees the same
+    assert walk != train.shuffled(7, 0, 21, seed=1)
+
+
+def test_own_chats_are_kept(tiny_llm, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    llm, tokenizer = Llama.from_pretrained(tiny_llm), Tokenizer.from_pretrained(tiny_llm)
+    chats = train.own_chats(llm, tokenizer, 5, seed=0)
+    assert len(chats) == 5 and all([m["role"] for m in c] == ["user", "assistant"] and all(m["content"] for m in c) for c in chats)
+    monkeypatch.setattr(llm, "generate", None)
+    assert train.own_chats(llm, tokenizer, 5, seed=0) == chats
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def rows_of(folder):
+    with open(Path(folder) / "log.csv") as f:
+        return list(csv.DictReader(f))
+
+
+def assert_complete(folder, stage, steps, lr):
+    """What a run leaves behind, whole, and nothing else."""
+    folder = Path(folder)
+    assert {f.name for f in folder.iterdir()} == {f"{stage}.safetensors", "state.safetensors", "log.csv", "loss.png"}
+    rows = rows_of(folder)
+    assert [int(r["step"]) for r in rows] == list(range(steps)) and all(math.isfinite(float(r["loss"])) for r in rows)
+    assert [float(r["lr"]) for r in rows] == pytest.approx([train.lr_at(i, steps, lr) for i in range(steps)], rel=1e-2)
+    with Image.open(folder / "loss.png") as picture:
+        picture.load()
+    return rows
+
+
+@pytest.mark.parametrize("stage", ["vit", "translator", "encoder", "decoder"])
+def test_stage_from_the_command_line(stages, tiny_llm, stage):
+    folder = Path(stages[stage]).parent
+    rows = assert_complete(folder, stage, 3, 1e-3)
+    tensors, about = weights.read_checkpoint(stages[stage])
+    recipe = dict(steps=3, batch=6, lr=1e-3)
+    assert about["stage"] == stage and about["llm"] == tiny_llm and about["seed"] == 0 and about["steps_done"] == 3
+    assert ViTConfig(**about["vit_config"]) == ViTConfig()
+    vit = {f"encoder.{n}" for n, _ in ViT(ViTConfig()).named_parameters()}
+    upper = {n for n in vit if n.startswith(("encoder.vision_model.encoder.layers.4.", "encoder.vision_model.encoder.layers.5."))}
+    decoder = {f"decoder.{n}" for n, _ in Llama.from_pretrained(tiny_llm).named_parameters()}
+    translator = {n for n in decoder if n.startswith("decoder.model.layers.2.")}
+    held = {"vit": vit, "translator": PROJECTOR | translator, "encoder": PROJECTOR | upper | translator,
+            "decoder": PROJECTOR | upper | decoder}[stage]  # with distillation the encoder's file holds its translator
+    assert tensors.keys() == held and all(t.dtype == torch.float16 for t in tensors.values())
+    if stage == "vit":
+        assert about["recipe"] == recipe
+        return
+    assert about["vit"] == stages["vit"]
+    assert about["ranges"] == ([] if stage == "decoder" else [[2, 4]])
+    assert about["recipe"] == recipe | dict(loss_on="answers" if stage == "decoder" else "answers+special",
+                                            distill_every=2 if stage == "encoder" else 0)
+    if stage != "translator":
+        assert about["start"] == stages["translator" if stage == "encoder" else "encoder"]
+    if stage == "decoder":  # same images as the encoder's, but without the chat's special tokens
+        assert all(int(r["targets"]) < int(e["targets"]) for r, e in zip(rows, rows_of(Path(stages["encoder"]).parent)))
+    if stage == "encoder":
+        assert [bool(r["distill"]) for r in rows] == [True, False, True]
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """LLaVA-format data: (options for the command line, a function that writes other records)."""
+    data.world("color", 0).image.save(tmp_path / "a.png")
+    records = [{"id": f"r{i}", "image": "a.png", "conversations": [
+        {"from": "human", "value": f"<image>\nWhat is it, number {i}?"}, {"from": "gpt", "value": "A shape."}]} for i in range(5)]
+    records.append({"id": "text", "conversations": [{"from": "human", "value": "Who are you?"}, {"from": "gpt", "value": "A model."}]})
+
+    def write(records):
+        (tmp_path / "data.json").write_text(json.dumps(records))
+
+    write(records)
+    return ["--data", str(tmp_path / "data.json"), "--images", str(tmp_path)], write, records
+
+
+def test_llava_data(stages, tiny_llm, tmp_path, llava):
+    common = ["--llm", tiny_llm, "--steps", "3", "--lr", "1e-3", *llava[0]]
+    train.main(["translator", *common, "--batch", "5", "--vit", stages["vit"], "--replace", "2-4", "--chats", "8", "--out", str(tmp_path / "t")])
+    assert_complete(tmp_path / "t", "translator", 3, 1e-3)
+    # stage 2 learns from images: of one sample a batch, none may be the record without
+    train.main(["encoder", *common, "--steps", "6", "--batch", "1", "--start", str(tmp_path / "t" / "translator.safetensors"), "--out", str(tmp_path / "e")])
+    assert_complete(tmp_path / "e", "encoder", 6, 1e-3)
+    train.main(["decoder", *common, "--batch", "6", "--start", str(tmp_path / "e" / "encoder.safetensors"), "--out", str(tmp_path / "d")])
+    assert_complete(tmp_path / "d", "decoder", 3, 1e-3)
+
+
+@pytest.mark.parametrize("stage", ["translator", "encoder"])
+def test_resume_continues_exactly(stages, tiny_llm, tmp_path, monkeypatch, stage):
+    """Six steps at once, and six steps killed in the fifth and resumed from the third's checkpoint: the same bits."""
+    command = [stage, "--llm", tiny_llm, "--steps", "6", "--batch", "5", "--lr", "1e-3", "--save-every", "3", "--dtype", "float32"]
+    command += (["--vit", stages["vit"], "--replace", "2-4", "--chats", "8"] if stage == "translator" else
+                ["--start", stages["translator"], "--distill-every", "2"])
+    train.main([*command, "--out", str(tmp_path / "whole")])
+
+    def killed(step, steps, lr, schedule=train.lr_at):
+        if step == 4:
+            raise KeyboardInterrupt
+        return schedule(step, steps, lr)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "lr_at", killed)
+        train.main([*command, "--out", str(tmp_path / "halves")])
+    assert len(rows_of(tmp_path / "halves")) == 3
+    train.main([*command, "--out", str(tmp_path / "halves"), "--resume"])
+
+    assert_complete(tmp_path / "halves", stage, 6, 1e-3)
+    unclocked = [[{k: v for k, v in r.items() if k != "seconds"} for r in rows_of(tmp_path / run)] for run in ("whole", "halves")]
+    assert unclocked[0] == unclocked[1]
+    for file in (f"{stage}.safetensors", "state.safetensors"):
+        (a, about_a), (b, about_b) = (weights.read_checkpoint(tmp_path / run / file) for run in ("whole", "halves"))
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+        assert {k: v for k, v in about_a.items() if k != "seconds"} == {k: v for k, v in about_b.items() if k != "seconds"}
+    start, _ = weights.read_checkpoint(stages["translator"])  # and the six steps did something
+    assert stage == "translator" or not torch.equal(a["master.adapter.0.weight"].half(), start["adapter.0.weight"])
+
+    train.main([*command, "--out", str(tmp_path / "halves"), "--resume"])  # a run that is done already stays as it is
+    assert_complete(tmp_path / "halves", stage, 6, 1e-3)
+
+
+def test_a_checkpoint_cut_short_between_its_files_resumes(stages, tiny_llm, tmp_path, monkeypatch):
+    """Killed while it saves: whichever of the files are new, resuming gives the whole log."""
+    command = ["encoder", "--llm", tiny_llm, "--steps", "4", "--batch", "2", "--save-every", "2", "--start", stages["translator"]]
+    train.main([*command, "--out", str(tmp_path / "whole")])
+    for kill in range(3, 6):  # the files are written in threes: at steps 2 and 4
+        out, count, write_whole = tmp_path / str(kill), 0, weights.write_whole
+
+        def failing(path, write):
+            nonlocal count
+            if count == kill:
+                raise KeyboardInterrupt
+            count += 1
+            write_whole(path, write)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(weights, "write_whole", failing)
+            train.main([*command, "--out", str(out)])
+        train.main([*command, "--out", str(out), "--resume"])
+        assert [r["loss"] for r in rows_of(out)] == [r["loss"] for r in rows_of(tmp_path / "whole")], kill
+
+
+def test_bound_travels_with_the_checkpoint(stages, tiny_llm, tmp_path):
+    """How far visual tokens may lie from where text lives: kept in the files, and held to by whoever loads them."""
+    pixels = torch.stack([data.preprocess(data.world("read", i).image) for i in range(4)])
+    for stage in ("translator", "encoder", "decoder"):
+        _, about = weights.read_checkpoint(stages[stage])
+        vlm = VLM.from_pretrained(tiny_llm, stages[stage])
+        text = Llama.from_pretrained(tiny_llm).model.embed_tokens.weight
+        assert about["bound"] == vlm.bound > 0
+        vlm.adapter[2].weight.mul_(1000)  # a projector that tries to get away
+        away = (vlm.visual_tokens(pixels)[:, 1:-1] - text.mean(0)).norm(dim=-1)  # without start and end of image
+        assert 0.9 * about["bound"] < away.max() <= about["bound"]
+    common = ["--llm", tiny_llm, "--steps", "1", "--batch", "5"]
+    train.main(["translator", *common, "--bound", "0", "--vit", stages["vit"], "--replace", "2-4", "--chats", "8", "--out", str(tmp_path / "t")])
+    train.main(["encoder", *common, "--start", str(tmp_path / "t" / "translator.safetensors"), "--out", str(tmp_path / "e")])
+    assert [weights.read_checkpoint(tmp_path / f)[1]["bound"] for f in ("t/translator.safetensors", "e/encoder.safetensors")] == [None, None]
+
+
+def test_bf16(stages, tiny_llm, tmp_path):
+    """The whole path in bfloat16, as on a GPU: losses near float32's."""
+    common = ["encoder", "--llm", tiny_llm, "--steps", "3", "--batch", "6", "--lr", "1e-3", "--start", stages["translator"], "--distill-every", "2"]
+    train.main([*common, "--dtype", "bfloat16", "--out", str(tmp_path)])
+    rows, float32 = assert_complete(tmp_path, "encoder", 3, 1e-3), rows_of(Path(stages["encoder"]).parent)
+    for a, b in zip(rows, float32):
+        assert relative(float(a["loss"]), float(b["loss"])) < 0.05 and a["targets"] == b["targets"]
+    state, _ = weights.read_checkpoint(tmp_path / "state.safetensors")
+    assert {t.dtype for t in state.values()} == {torch.float32}
+
+
+def test_stage_3_goes_on_from_stage_3(stages, tiny_llm, tmp_path):
+    train.main(["decoder", "--llm", tiny_llm, "--start", stages["decoder"], "--steps", "1", "--batch", "2", "--lr", "1e-12",
+                "--dtype", "float32", "--out", str(tmp_path)])
+    (before, _), (after, _) = weights.read_checkpoint(stages["decoder"]), weights.read_checkpoint(tmp_path / "decoder.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_loss_that_explodes_stops_the_run(tiny_llm, stages, tmp_path, capsys):
+    refused(capsys, ["encoder", "--llm", tiny_llm, "--start", stages["translator"], "--lr", "1e30", "--batch", "2", "--out", str(tmp_path)],
+            "loss became", "--lr", bar=True)
+
+
+# ---- bad input: one line, exit status 2 -----------------------------------------------------------------------------
+
+
+def refused(capsys, argv, *words, bar=False):
+    capsys.readouterr()
+    assert weights.run_cli(lambda: train.main(argv)) == 2
+    err = capsys.readouterr().err
+    line = err.splitlines()[-1] if bar else err
+    assert line.startswith("error: ") and (bar or err.count("\n") == 1), err
+    for word in words:
+        assert word in line, f"{word!r} is not in: {line}"
+
+
+def test_bad_input(stages, tiny_llm, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    no = lambda stage, *options_and_words, words: refused(capsys, [stage, "--llm", tiny_llm, *out, *options_and_words], *words)
+    at = ("--start", stages["translator"])
+
+    for option, value in [("steps", "0"), ("steps", "-3"), ("batch", "0"), ("batch", "-1"), ("save-every", "0"), ("distill-every", "-1")]:
+        no("encoder", *at, f"--{option}", value, words=[f"--{option}", "at least"])
+    no("translator", "--vit", stages["vit"], "--chats", "0", words=["--chats", "at least"])
+    no("vit", "--steps", "0", words=["--steps"])
+
+    new = ("--vit", stages["vit"], "--chats", "8")
+    no("translator", *new, "--replace", "3-9", words=["cannot replace layers 3-9", "0-5"])
+    no("translator", *new, "--replace", "x", words=["cannot read the layer ranges"])
+    no("translator", *new, words=["cannot replace layers 20-28"])  # the default's, and this LLM has six
+    no("encoder", *at, "--replace", "3-4", words=["translator.safetensors", "[(2, 4)]", "[(3, 4)]"])
+    no("encoder", "--start", "none", "--replace", "2-4", *new, words=["needs a trained translator"])
+    no("encoder", "--start", stages["vit"], "--replace", "2-4", words=["needs a trained translator"])
+    no("encoder", "--start", stages["full"], "--distill-every", "1", "--replace", "none", words=["--distill-every", "surrogate"])
+    no("decoder", "--start", stages["encoder"], "--distill-every", "1", words=["--distill-every", "surrogate"])
+
+    notes = tmp_path / "notes.safetensors"
+    notes.write_text("no checkpoint")
+    no("encoder", "--start", str(notes), words=["notes.safetensors", "truncated or not"])
+    no("encoder", "--start", str(tmp_path / "gone.safetensors"), words=["no such checkpoint", "gone.safetensors"])
+    no("decoder", "--start", f"{tiny_llm}/model.safetensors", "--vit", stages["vit"], words=["model.safetensors", "does not belong"])
+    no("translator", "--replace", "2-4", "--vit", stages["encoder"], words=["encoder.safetensors", "not a ViT"])
+    no("translator", "--replace", "2-4", "--vit", str(tmp_path / "gone.safetensors"), words=["gone.safetensors"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys):
+    def no(stage, of, options, *words, llm=tiny_llm):
+        folder = str(Path(stages[of]).parent) if of else str(tmp_path)
+        argv = [stage, "--llm", llm, "--steps", "3", "--batch", "6", "--lr", "1e-3", "--out", folder, "--resume", *options]
+        refused(capsys, argv, *words, bar=llm != tiny_llm)  # a new LLM first writes its chats
+
+    same = ("--vit", stages["vit"], "--replace", "2-4", "--chats", "8")
+    no("encoder", None, ["--start", stages["translator"]], "no such checkpoint")
+    no("encoder", "translator", ["--start", stages["translator"]], "state.safetensors", "stage was translator, is encoder")
+    no("vit", "encoder", [], "stage was encoder, is vit")
+    no("decoder", "encoder", ["--start", stages["encoder"]], "stage was encoder, is decoder")
+    no("encoder", "encoder", ["--start", stages["translator"]], "recipe was", "distill_every")
+    no("translator", "translator", [*same, "--lr", "1e-4"], "recipe was", "0.0001")
+    no("translator", "translator", [*same, "--steps", "9"], "recipe was", "9")
+    no("translator", "translator", [*same, "--replace", "3-4"], "ranges was [[2, 4]]")
+
+    (tmp_path / "other").mkdir()
+    other = save_tiny_llm(tmp_path / "other", width=48)
+    no("translator", "translator", same, "llm was", tiny_llm, other, llm=other)
+    no("encoder", "encoder", ["--start", stages["translator"]], "was trained for", tiny_llm, other, llm=other)
+
+
+def test_bad_records_are_named(stages, tiny_llm, tmp_path, capsys, llava):
+    options, write, records = llava
+    argv = ["encoder", "--llm", tiny_llm, "--start", stages["translator"], "--out", str(tmp_path / "out"), "--steps", "2", "--batch", "6", *options]
+    marked = {"id": "r7", "conversations": records[0]["conversations"]}
+    for bad, word in [(marked, 'names no "image"'), (marked | {"image": "gone.png"}, "gone.png not found")]:
+        write([*records, bad])
+        refused(capsys, argv, "data.json: record 6 (id 'r7')", word)
+    (tmp_path / "bad.png").write_text("no picture")
+    write([*records, marked | {"image": "bad.png"}])
+    refused(capsys, argv, "data.json: record 6 (id 'r7')", "bad.png", "not an image", bar=True)
+    write(records[5:])
+    refused(capsys, argv, "data.json", "no record with an image")
+    refused(capsys, [*argv, "--data", str(tmp_path / "gone.json")], "gone.json: no such file")
+
+
+def test_as_a_user_sees_it(tiny_llm, stages, tmp_path):
+    """A fresh Python: exit status 2, one line, no traceback."""
+    argv = ["train.py", "translator", "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "3-9", "--out", str(tmp_path / "out")]
+    got = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert got.returncode == 2 and got.stdout == ""
+    assert got.stderr.startswith("error: cannot replace layers 3-9") and got.stderr.count("\n") == 1
