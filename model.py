@@ -498,8 +498,8 @@ class VLM(nn.Module):
         The checkpoint holds only what was trained; its metadata names the ViT that it started from.
         """
         tensors, about = weights.read_checkpoint(encoder)
-        if "adapter.0.weight" not in tensors:
-            raise ValueError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no projector: give a checkpoint of "
+        if not {"adapter.0.weight", "embd_soi"} <= tensors.keys():      # stage vit has the first, but not yet the second
+            raise ValueError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: give a checkpoint of "
                              "train.py's stage translator, encoder or decoder")
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
         vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)

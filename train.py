@@ -56,10 +56,14 @@ def lr_at(step, steps, lr):
 # Which parameters a stage trains (DESIGN of the paper, table 1)
 
 
-def trained_parameters(vlm, stage, distill=False):
-    """{name: parameter} that a stage trains; these get gradients, all others are frozen."""
+def trained_parameters(vlm, stage, distill=False, projector=True):
+    """{name: parameter} that a stage trains; these get gradients, all others are frozen.
+
+    projector=False leaves out everything before the decoder (stage 1 with the projector of stage 0: it is healed already, and
+    the answers' loss through a translator that is not yet would only harm it).
+    """
     L = vlm.encoder.config.num_hidden_layers
-    prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."]
+    prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."] if projector else []
     if stage in ("encoder", "decoder"):         # the last third of the ViT: 8 of CLIP-L's 24 layers
         prefixes += [f"encoder.vision_model.encoder.layers.{i}." for i in range(L - max(1, L // 3), L)]
     if stage == "translator" or (stage == "encoder" and distill):
@@ -316,12 +320,12 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, llm_nam
 
 
 def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, loss_on, llm_name, vit_name, start=None,
-                distill_every=0, records=None, chats=None, save_every=100):
-    """Stages 1 to 3. Returns the VLM, trained."""
+                distill_every=0, records=None, chats=None, save_every=100, projector=True):
+    """Stages 1 to 3. Returns the VLM, trained. projector: see `trained_parameters`."""
     if distill_every and not getattr(vlm.decoder, "translators", None):
         raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
     recipe = dict(steps=steps, batch=batch, lr=lr, loss_on=loss_on)
-    params = trained_parameters(vlm, stage, distill_every > 0)
+    params = trained_parameters(vlm, stage, distill_every > 0, projector)
 
     def loss_of(step):
         distil = llm if distill_every and step % distill_every == 0 else None
@@ -472,7 +476,8 @@ def main(argv=None):
         records = torch.utils.data.Subset(records, pictured)
     chats = own_chats(llm, vlm.tokenizer, args.chats, args.seed) if args.stage == "translator" else None
     train_stage(args.stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=args.llm, vit_name=vit, start=start,
-                distill_every=args.distill_every, records=records, chats=chats)
+                distill_every=args.distill_every, records=records, chats=chats,
+                projector=args.stage != "translator" or start == "none")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def stages(tiny_llm, cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", cache)
         run("vit", "vit")
-        run("translator", "translator", "--vit", files["vit"], "--replace", "2-4", "--chats", "8")
+        run("translator", "translator", "--start", files["vit"], "--replace", "2-4", "--chats", "8")
         run("encoder", "encoder", "--start", files["translator"], "--distill-every", "2")
         run("decoder", "decoder", "--start", files["encoder"])
         run("encoder", "full", "--start", "none", "--vit", files["vit"], "--replace", "none")
