@@ -264,6 +264,9 @@ def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None):
     vlm = VLM(base_vit(vit, start or vit), decoder, tokenizer, about.get("bound") if bound is None else bound).to(device=device, dtype=dtype)
     if start:
         go_on = stage == about.get("stage") == "decoder"        # else the start's decoder is the surrogate's, or not wanted
+        while "adapter.0.weight" not in tensors and about.get("start") not in (None, "none"):
+            below, about = weights.read_checkpoint(weights.beside(about["start"], start))       # stage 1 left the projector
+            tensors = below | tensors                                                           # as it was: take it from there
         weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if go_on or not n.startswith("decoder.")}, start)
     return vlm, llm, vit
 
@@ -287,7 +290,7 @@ def contrastive_loss(image, text, same, logit_scale):
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, llm_name=weights.DEFAULT_LLM, save_every=200):
+def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=None, llm_name=weights.DEFAULT_LLM, save_every=200):
     """Stage 0: CLIP's contrastive pre-training of the small ViT on images and captions. Returns the VLM.
 
     CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector is
@@ -299,6 +302,8 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, llm_nam
     text_of = caption_features(world, tokenizer, llm.model.embed_tokens.weight)
     torch.manual_seed(seed)
     vlm = VLM(ViT(ViTConfig()), llm, tokenizer, bound).to(device, dtype)
+    if start:
+        weights.load_checkpoint(vlm, weights.read_checkpoint(start)[0], start)
     logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.03), device=device))
     parameters = trained_parameters(vlm, "vit") | {"logit_scale": logit_scale}
 
@@ -307,14 +312,16 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, llm_nam
         samples = [data.world(tasks[j % 2], step * batch + j, seed) for j in range(batch)]
         pixels = torch.stack([data.preprocess(s.image) for s in samples])               # (B, 3, S, S)
         visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - vlm.mean_embedding        # (B, 1 + P, d), without soi and eoi
-        image = F.normalize(visual.mean(1), dim=-1)                                     # (B, d)
         text = torch.stack([text_of[s.caption] for s in samples]).to(device)            # (B, d)
         names = [s.caption for s in samples]
         same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
-        right = same.gather(1, (image @ text.T).argmax(1, keepdim=True)).float().mean() # finds its caption in the batch
-        return contrastive_loss(image, text, same, logit_scale), batch, {"right": right}
+        # CLS learns fastest, as in CLIP; the mean teaches every patch to carry what the whole image says
+        cls, mean = (F.normalize(x, dim=-1) for x in (visual[:, 0], visual.mean(1)))    # (B, d) each
+        loss = (contrastive_loss(cls, text, same, logit_scale) + contrastive_loss(mean, text, same, logit_scale)) / 2
+        right = same.gather(1, (mean @ text.T).argmax(1, keepdim=True)).float().mean()  # finds its caption in the batch
+        return loss, batch, {"right": right}
 
-    about = dict(stage="vit", llm=llm_name, bound=bound, vit_config=vars(vlm.encoder.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
+    about = dict(stage="vit", llm=llm_name, start=start, bound=bound, vit_config=vars(vlm.encoder.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
     run(parameters, loss_of, steps, lr, out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
     return vlm
 
@@ -462,7 +469,7 @@ def main(argv=None):
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     common = dict(seed=args.seed, device=args.device, out=out, resume=args.resume, save_every=args.save_every)
     if args.stage == "vit":
-        train_vit(**recipe, **common, dtype=dtype, llm_name=args.llm)
+        train_vit(**recipe, **common, dtype=dtype, start=None if args.start == "none" else args.start, llm_name=args.llm)
         return
     start = args.start or ("assets/encoder.safetensors" if args.stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
     bound = recipe.pop("bound", None)

@@ -39,7 +39,7 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-# ---- a tiny LLM on disk, and all stages run on it: what train.py and graft.py need, in seconds --------------------------
+# ---- a tiny LLM on disk, and all stages run on it: what train.py and graft.py need, in seconds -----------------------
 
 
 def save_tiny_llm(folder, width=32):
@@ -54,8 +54,8 @@ def save_tiny_llm(folder, width=32):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=500, hidden_size=width, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2,
-                         num_key_value_heads=1, head_dim=16, max_position_embeddings=512)
+    config = LlamaConfig(vocab_size=500, hidden_size=width, intermediate_size=48, num_hidden_layers=6,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=512)
     llm = Llama(config)
     for p in llm.parameters():
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)     # large: every layer has a say in the prediction

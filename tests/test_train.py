@@ -1,4 +1,4 @@
-"""train.py: the recipe's parameters, losses against oracles, every stage from the command line, an exact --resume, bad input."""
+"""train.py: what a stage trains, losses against oracles, every stage as a user runs it, exact --resume, bad input."""
 
 import csv
 import json
@@ -30,6 +30,15 @@ def own_cache(monkeypatch, cache):
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
 
 
+@pytest.fixture
+def go(tiny_llm):
+    """go(stage, folder, option, value, …): run a stage on the tiny LLM from the command line."""
+    return lambda stage, out, *options: train.main([stage, "--llm", tiny_llm, "--out", str(out), *map(str, options)])
+
+
+TEXT = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]
+
+
 def make_vlm(tiny_llm, ranges):
     """(VLM behind a surrogate, full LLM), with translators that are no copies any more, as after training."""
     llm, tokenizer = Llama.from_pretrained(tiny_llm), Tokenizer.from_pretrained(tiny_llm)
@@ -46,8 +55,7 @@ def make_vlm(tiny_llm, ranges):
 def mixed_batch(vlm, loss_on="answers+special"):
     """Images and text in one batch, of different lengths."""
     samples = [data.world(task, 3, 0) for task in ("describe", "read", "color")]
-    samples.append(data.Sample(None, [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]))
-    batch = data.collate(samples, vlm.tokenizer, vlm.n_visual, loss_on=loss_on)
+    batch = data.collate([*samples, data.Sample(None, TEXT)], vlm.tokenizer, vlm.n_visual, loss_on=loss_on)
     assert len(set(batch["lengths"].tolist())) > 1
     return batch
 
@@ -79,29 +87,38 @@ def test_lr_schedule():
     assert rates[0] == pytest.approx(lr / warmup) and rates[15] == pytest.approx(lr * 16 / warmup)
     assert rates[warmup - 1] == pytest.approx(lr) == max(rates)
     assert rates[warmup + 100] == pytest.approx(lr / 2 * (1 + math.cos(math.pi * 100 / 969)))
-    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1:])) and rates[steps] == pytest.approx(0, abs=1e-12)
+    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1:]))
+    assert rates[steps] == pytest.approx(0, abs=1e-12)
     assert all(0 < train.lr_at(i, n, lr) <= lr for n in (1, 2, 3) for i in range(n))  # the shortest runs move, too
 
 
 @pytest.mark.parametrize("stage, distill, expected", [
-    ("translator", False, ("translators",)), ("translator", True, ("translators",)),
-    ("encoder", False, ("upper ViT",)), ("encoder", True, ("upper ViT", "translators")),
-    ("decoder", False, ("upper ViT", "decoder")),
+    ("vit", False, ("ViT", "projector")),
+    ("translator", False, ("projector", "ends", "translators")),
+    ("translator", None, ("translators",)),  # from a projector of stage 0
+    ("translator", True, ("projector", "ends", "translators")),
+    ("encoder", False, ("projector", "ends", "upper ViT")),
+    ("encoder", True, ("projector", "ends", "upper ViT", "translators")),
+    ("decoder", False, ("projector", "ends", "upper ViT", "decoder")),
 ])  # fmt: skip
 def test_trained_parameters_are_the_recipes(stage, distill, expected):
     with torch.device("meta"):
         vit = ViT(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=24, num_attention_heads=2))
-        llm = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=12, num_attention_heads=2,
-                                num_key_value_heads=1, head_dim=8))  # fmt: skip
+        llm = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=12,
+                                num_attention_heads=2, num_key_value_heads=1, head_dim=8))  # fmt: skip
         vlm = VLM(vit, llm if stage == "decoder" else build_surrogate(llm, [(3, 5), (8, 10)]))
-    groups = {"translators": ("decoder.model.layers.3.", "decoder.model.layers.6."), "decoder": ("decoder.",),
+    groups = {"projector": ("adapter.",), "ends": ("embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."),
+              "ViT": ("encoder.",), "decoder": ("decoder.",),
+              "translators": ("decoder.model.layers.3.", "decoder.model.layers.6."),
               "upper ViT": tuple(f"encoder.vision_model.encoder.layers.{i}." for i in range(16, 24))}
     prefixes = tuple(p for name in expected for p in groups[name])
-    wanted = PROJECTOR | {n for n, _ in vlm.named_parameters() if n.startswith(prefixes)}
+    wanted = {n for n, _ in vlm.named_parameters() if n.startswith(prefixes)}
     vlm.requires_grad_(True)
-    got = train.trained_parameters(vlm, stage, distill)
+    got = train.trained_parameters(vlm, stage, bool(distill), projector=distill is not None)
     assert got.keys() == wanted == {n for n, p in vlm.named_parameters() if p.requires_grad}
-    assert sum(n.endswith("mlp.fc1.weight") for n in got) == (0 if stage == "translator" else 8)  # 8 of CLIP-L's 24
+    vit_layers = sum(n.endswith("mlp.fc1.weight") for n in got)
+    assert vit_layers == {"vit": 24, "translator": 0}.get(stage, 8)  # 8 of CLIP-L's 24
+    assert stage == "vit" or distill is None or PROJECTOR <= got.keys()
     assert ("decoder.model.embed_tokens.weight" in got) == (stage == "decoder")
     if stage == "decoder":
         assert sum(n.endswith("mlp.up_proj.weight") for n in got) == 12
@@ -114,14 +131,14 @@ def test_only_what_is_trained_changes(tiny_llm, tmp_path, stage, distill):
         vlm.decoder = llm
     before = {n: p.detach().clone() for n, p in vlm.named_parameters()}
     llm_before = {n: p.detach().clone() for n, p in llm.named_parameters()}
-    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]]
-    train.train_stage(stage, 3, 5, 1e-3, 0, "cpu", tmp_path, False, vlm, llm, train.RECIPES[stage]["loss_on"], "tiny", "vit",
-                      distill_every=distill, chats=chats)
+    train.train_stage(stage, steps=3, batch=5, lr=1e-3, seed=0, device="cpu", out=tmp_path, resume=False, vlm=vlm,
+                      llm=llm, loss_on=train.RECIPES[stage]["loss_on"], llm_name="tiny", vit_name="vit",
+                      distill_every=distill, chats=[TEXT])  # fmt: skip
     trained = set(train.trained_parameters(vlm, stage, distill > 0))
     changed = {n for n, p in vlm.named_parameters() if not torch.equal(p, before[n])}
     assert changed == trained
     if stage != "decoder":
-        assert all(torch.equal(p, llm_before[n]) for n, p in llm.named_parameters())  # the LLM itself, translated layers too
+        assert all(torch.equal(p, llm_before[n]) for n, p in llm.named_parameters())  # the replaced layers, too
     saved, _ = weights.read_checkpoint(tmp_path / f"{stage}.safetensors")
     assert saved.keys() == trained
     assert all(torch.equal(saved[n], p.half()) for n, p in vlm.named_parameters() if n in trained)
@@ -182,7 +199,8 @@ def test_distillation_loss_and_who_learns_from_what(tiny_llm, stage, ranges):
     assert from_answers.keys() == (rest if stage == "encoder" else parameters.keys())
 
     oracle = distillation_oracle(vlm, llm, batch)  # here gradients reach everything: look at the translator's only
-    assert_close(from_distill, dict(zip(sorted(translator), torch.autograd.grad(oracle, [parameters[n] for n in sorted(translator)]))))
+    names = sorted(translator)
+    assert_close(from_distill, dict(zip(names, torch.autograd.grad(oracle, [parameters[n] for n in names]))))
     alone, nothing = train.surrogate_loss(vlm, batch, stage)
     alone.backward()
     assert nothing is None and alone.item() == ce.item()
@@ -215,12 +233,11 @@ def test_direct_route(tiny_llm, tmp_path):
 def test_text_alone_needs_no_gradient_below_the_translator(tiny_llm):
     vlm, _ = make_vlm(tiny_llm, [(2, 4)])
     parameters = train.trained_parameters(vlm, "translator")
-    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]] * 2
     recipe = train.RECIPES["translator"]
     needs = {}
     for i, layer in enumerate(vlm.decoder.model.layers):
         layer.register_forward_hook(lambda module, args, out, i=i: needs.update({i: out.requires_grad}))
-    loss, _ = train.surrogate_loss(vlm, train.text_batch(vlm, chats, 0, 2, recipe, 0), "translator")
+    loss, _ = train.surrogate_loss(vlm, train.text_batch(vlm, [TEXT] * 2, 0, 2, recipe, 0), "translator")
     assert needs == {0: False, 1: False, 2: True, 3: True}
     loss.backward()
     assert set(grads(parameters)) == {n for n in parameters if n.startswith("decoder.model.layers.2.")}
@@ -288,7 +305,8 @@ def test_own_chats_are_kept(tiny_llm, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     llm, tokenizer = Llama.from_pretrained(tiny_llm), Tokenizer.from_pretrained(tiny_llm)
     chats = train.own_chats(llm, tokenizer, 5, seed=0)
-    assert len(chats) == 5 and all([m["role"] for m in c] == ["user", "assistant"] and all(m["content"] for m in c) for c in chats)
+    assert len(chats) == 5 and all([m["role"] for m in c] == ["user", "assistant"] for c in chats)
+    assert all(m["content"] for c in chats for m in c)
     monkeypatch.setattr(llm, "generate", None)
     assert train.own_chats(llm, tokenizer, 5, seed=0) == chats
 
@@ -322,11 +340,12 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
     assert about["stage"] == stage and about["llm"] == tiny_llm and about["seed"] == 0 and about["steps_done"] == 3
     assert ViTConfig(**about["vit_config"]) == ViTConfig()
     vit = {f"encoder.{n}" for n, _ in ViT(ViTConfig()).named_parameters()}
-    upper = {n for n in vit if n.startswith(("encoder.vision_model.encoder.layers.4.", "encoder.vision_model.encoder.layers.5."))}
+    upper = {n for n in vit if ".layers.4." in n or ".layers.5." in n}
     decoder = {f"decoder.{n}" for n, _ in Llama.from_pretrained(tiny_llm).named_parameters()}
     translator = {n for n in decoder if n.startswith("decoder.model.layers.2.")}
-    held = {"vit": vit, "translator": PROJECTOR | translator, "encoder": PROJECTOR | upper | translator,
-            "decoder": PROJECTOR | upper | decoder}[stage]  # with distillation the encoder's file holds its translator
+    held = {"vit": vit | {n for n in PROJECTOR if n.startswith("adapter.")}, "translator": translator,
+            "encoder": PROJECTOR | upper | translator,  # with distillation it holds its translator
+            "decoder": PROJECTOR | upper | decoder}[stage]
     assert tensors.keys() == held and all(t.dtype == torch.float16 for t in tensors.values())
     if stage == "vit":
         assert about["recipe"] == recipe
@@ -335,8 +354,7 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
     assert about["ranges"] == ([] if stage == "decoder" else [[2, 4]])
     assert about["recipe"] == recipe | dict(loss_on="answers" if stage == "decoder" else "answers+special",
                                             distill_every=2 if stage == "encoder" else 0)
-    if stage != "translator":
-        assert about["start"] == stages["translator" if stage == "encoder" else "encoder"]
+    assert about["start"] == stages[{"translator": "vit", "encoder": "translator", "decoder": "encoder"}[stage]]
     if stage == "decoder":  # same images as the encoder's, but without the chat's special tokens
         assert all(int(r["targets"]) < int(e["targets"]) for r, e in zip(rows, rows_of(Path(stages["encoder"]).parent)))
     if stage == "encoder":
@@ -347,9 +365,10 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
 def llava(tmp_path):
     """LLaVA-format data: (options for the command line, a function that writes other records)."""
     data.world("color", 0).image.save(tmp_path / "a.png")
-    records = [{"id": f"r{i}", "image": "a.png", "conversations": [
-        {"from": "human", "value": f"<image>\nWhat is it, number {i}?"}, {"from": "gpt", "value": "A shape."}]} for i in range(5)]
-    records.append({"id": "text", "conversations": [{"from": "human", "value": "Who are you?"}, {"from": "gpt", "value": "A model."}]})
+    turns = lambda *texts: [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    about = lambda i: turns(f"<image>\nWhat is it, number {i}?", "A shape.")
+    records = [{"id": f"r{i}", "image": "a.png", "conversations": about(i)} for i in range(5)]
+    records.append({"id": "text", "conversations": turns("Who are you?", "A model.")})
 
     def write(records):
         (tmp_path / "data.json").write_text(json.dumps(records))
@@ -358,24 +377,32 @@ def llava(tmp_path):
     return ["--data", str(tmp_path / "data.json"), "--images", str(tmp_path)], write, records
 
 
-def test_llava_data(stages, tiny_llm, tmp_path, llava):
-    common = ["--llm", tiny_llm, "--steps", "3", "--lr", "1e-3", *llava[0]]
-    train.main(["translator", *common, "--batch", "5", "--vit", stages["vit"], "--replace", "2-4", "--chats", "8", "--out", str(tmp_path / "t")])
+def test_llava_data(stages, go, tmp_path, llava):
+    common = ["--lr", "1e-3", *llava[0]]
+    translator, encoder = tmp_path / "t" / "translator.safetensors", tmp_path / "e" / "encoder.safetensors"
+    new = ["--vit", stages["vit"], "--replace", "2-4", "--chats", "8"]
+    go("translator", tmp_path / "t", *new, *common, "--steps", 3, "--batch", 5)
     assert_complete(tmp_path / "t", "translator", 3, 1e-3)
+    assert PROJECTOR < weights.read_checkpoint(translator)[0].keys()  # over a ViT alone: a new projector
     # stage 2 learns from images: of one sample a batch, none may be the record without
-    train.main(["encoder", *common, "--steps", "6", "--batch", "1", "--start", str(tmp_path / "t" / "translator.safetensors"), "--out", str(tmp_path / "e")])
+    go("encoder", tmp_path / "e", "--start", translator, *common, "--steps", 6, "--batch", 1)
     assert_complete(tmp_path / "e", "encoder", 6, 1e-3)
-    train.main(["decoder", *common, "--batch", "6", "--start", str(tmp_path / "e" / "encoder.safetensors"), "--out", str(tmp_path / "d")])
+    go("decoder", tmp_path / "d", "--start", encoder, *common, "--steps", 3, "--batch", 6)
     assert_complete(tmp_path / "d", "decoder", 3, 1e-3)
 
 
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
 @pytest.mark.parametrize("stage", ["translator", "encoder"])
-def test_resume_continues_exactly(stages, tiny_llm, tmp_path, monkeypatch, stage):
+def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch, stage):
     """Six steps at once, and six steps killed in the fifth and resumed from the third's checkpoint: the same bits."""
-    command = [stage, "--llm", tiny_llm, "--steps", "6", "--batch", "5", "--lr", "1e-3", "--save-every", "3", "--dtype", "float32"]
-    command += (["--vit", stages["vit"], "--replace", "2-4", "--chats", "8"] if stage == "translator" else
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    options = ["--steps", 6, "--batch", 5, "--lr", "1e-3", "--save-every", 3, "--dtype", "float32"]
+    options += (["--start", stages["vit"], "--replace", "2-4", "--chats", "8"] if stage == "translator" else
                 ["--start", stages["translator"], "--distill-every", "2"])
-    train.main([*command, "--out", str(tmp_path / "whole")])
+    go(stage, whole, *options)
 
     def killed(step, steps, lr, schedule=train.lr_at):
         if step == 4:
@@ -384,28 +411,27 @@ def test_resume_continues_exactly(stages, tiny_llm, tmp_path, monkeypatch, stage
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "lr_at", killed)
-        train.main([*command, "--out", str(tmp_path / "halves")])
-    assert len(rows_of(tmp_path / "halves")) == 3
-    train.main([*command, "--out", str(tmp_path / "halves"), "--resume"])
+        go(stage, halves, *options)
+    assert len(rows_of(halves)) == 3
+    go(stage, halves, *options, "--resume")
 
-    assert_complete(tmp_path / "halves", stage, 6, 1e-3)
-    unclocked = [[{k: v for k, v in r.items() if k != "seconds"} for r in rows_of(tmp_path / run)] for run in ("whole", "halves")]
-    assert unclocked[0] == unclocked[1]
+    assert_complete(halves, stage, 6, 1e-3)
+    assert without_clock(rows_of(whole)) == without_clock(rows_of(halves))
     for file in (f"{stage}.safetensors", "state.safetensors"):
-        (a, about_a), (b, about_b) = (weights.read_checkpoint(tmp_path / run / file) for run in ("whole", "halves"))
+        (a, about_a), (b, about_b) = (weights.read_checkpoint(run / file) for run in (whole, halves))
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-        assert {k: v for k, v in about_a.items() if k != "seconds"} == {k: v for k, v in about_b.items() if k != "seconds"}
-    start, _ = weights.read_checkpoint(stages["translator"])  # and the six steps did something
-    assert stage == "translator" or not torch.equal(a["master.adapter.0.weight"].half(), start["adapter.0.weight"])
+        assert without_clock([about_a]) == without_clock([about_b])
+    start, name = weights.read_checkpoint(stages["translator"])[0], "decoder.model.layers.2.mlp.up_proj.weight"
+    assert not torch.equal(a[f"master.{name}"].half(), start[name])  # and the six steps did something
 
-    train.main([*command, "--out", str(tmp_path / "halves"), "--resume"])  # a run that is done already stays as it is
-    assert_complete(tmp_path / "halves", stage, 6, 1e-3)
+    go(stage, halves, *options, "--resume")  # a run that is done already stays as it is
+    assert_complete(halves, stage, 6, 1e-3)
 
 
-def test_a_checkpoint_cut_short_between_its_files_resumes(stages, tiny_llm, tmp_path, monkeypatch):
+def test_a_checkpoint_cut_short_between_its_files_resumes(stages, go, tmp_path, monkeypatch):
     """Killed while it saves: whichever of the files are new, resuming gives the whole log."""
-    command = ["encoder", "--llm", tiny_llm, "--steps", "4", "--batch", "2", "--save-every", "2", "--start", stages["translator"]]
-    train.main([*command, "--out", str(tmp_path / "whole")])
+    options = ["--steps", 4, "--batch", 2, "--save-every", 2, "--start", stages["translator"]]
+    go("encoder", tmp_path / "whole", *options)
     for kill in range(3, 6):  # the files are written in threes: at steps 2 and 4
         out, count, write_whole = tmp_path / str(kill), 0, weights.write_whole
 
@@ -418,32 +444,34 @@ def test_a_checkpoint_cut_short_between_its_files_resumes(stages, tiny_llm, tmp_
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(weights, "write_whole", failing)
-            train.main([*command, "--out", str(out)])
-        train.main([*command, "--out", str(out), "--resume"])
+            go("encoder", out, *options)
+        go("encoder", out, *options, "--resume")
         assert [r["loss"] for r in rows_of(out)] == [r["loss"] for r in rows_of(tmp_path / "whole")], kill
 
 
-def test_bound_travels_with_the_checkpoint(stages, tiny_llm, tmp_path):
+def test_bound_travels_with_the_checkpoint(stages, go, tiny_llm, tmp_path):
     """How far visual tokens may lie from where text lives: kept in the files, and held to by whoever loads them."""
     pixels = torch.stack([data.preprocess(data.world("read", i).image) for i in range(4)])
-    for stage in ("translator", "encoder", "decoder"):
-        _, about = weights.read_checkpoint(stages[stage])
+    bound_of = lambda file: weights.read_checkpoint(file)[1]["bound"]
+    assert bound_of(stages["translator"]) == bound_of(stages["vit"])
+    for stage in ("encoder", "decoder"):
+        bound = bound_of(stages[stage])
         vlm = VLM.from_pretrained(tiny_llm, stages[stage])
         text = Llama.from_pretrained(tiny_llm).model.embed_tokens.weight
-        assert about["bound"] == vlm.bound > 0
+        assert bound == vlm.bound > 0
         vlm.adapter[2].weight.mul_(1000)  # a projector that tries to get away
         away = (vlm.visual_tokens(pixels)[:, 1:-1] - text.mean(0)).norm(dim=-1)  # without start and end of image
-        assert 0.9 * about["bound"] < away.max() <= about["bound"]
-    common = ["--llm", tiny_llm, "--steps", "1", "--batch", "5"]
-    train.main(["translator", *common, "--bound", "0", "--vit", stages["vit"], "--replace", "2-4", "--chats", "8", "--out", str(tmp_path / "t")])
-    train.main(["encoder", *common, "--start", str(tmp_path / "t" / "translator.safetensors"), "--out", str(tmp_path / "e")])
-    assert [weights.read_checkpoint(tmp_path / f)[1]["bound"] for f in ("t/translator.safetensors", "e/encoder.safetensors")] == [None, None]
+        assert 0.9 * bound < away.max() <= bound
+    free, short = tmp_path / "t" / "translator.safetensors", ("--steps", 1, "--batch", 5)
+    go("translator", tmp_path / "t", *short, "--bound", 0, "--start", stages["vit"], "--replace", "2-4", "--chats", 8)
+    go("encoder", tmp_path / "e", *short, "--start", free)
+    assert bound_of(free) == bound_of(tmp_path / "e" / "encoder.safetensors") == 0
 
 
-def test_bf16(stages, tiny_llm, tmp_path):
+def test_bf16(stages, go, tmp_path):
     """The whole path in bfloat16, as on a GPU: losses near float32's."""
-    common = ["encoder", "--llm", tiny_llm, "--steps", "3", "--batch", "6", "--lr", "1e-3", "--start", stages["translator"], "--distill-every", "2"]
-    train.main([*common, "--dtype", "bfloat16", "--out", str(tmp_path)])
+    options = ["--steps", 3, "--batch", 6, "--lr", "1e-3", "--start", stages["translator"], "--distill-every", 2]
+    go("encoder", tmp_path, *options, "--dtype", "bfloat16")
     rows, float32 = assert_complete(tmp_path, "encoder", 3, 1e-3), rows_of(Path(stages["encoder"]).parent)
     for a, b in zip(rows, float32):
         assert relative(float(a["loss"]), float(b["loss"])) < 0.05 and a["targets"] == b["targets"]
@@ -451,16 +479,25 @@ def test_bf16(stages, tiny_llm, tmp_path):
     assert {t.dtype for t in state.values()} == {torch.float32}
 
 
-def test_stage_3_goes_on_from_stage_3(stages, tiny_llm, tmp_path):
-    train.main(["decoder", "--llm", tiny_llm, "--start", stages["decoder"], "--steps", "1", "--batch", "2", "--lr", "1e-12",
-                "--dtype", "float32", "--out", str(tmp_path)])
-    (before, _), (after, _) = weights.read_checkpoint(stages["decoder"]), weights.read_checkpoint(tmp_path / "decoder.safetensors")
+STILL = ["--steps", 1, "--batch", 2, "--lr", "1e-12", "--dtype", "float32"]  # changes nothing: shows where it starts
+
+
+def test_stage_3_goes_on_from_stage_3(stages, go, tmp_path):
+    go("decoder", tmp_path, "--start", stages["decoder"], *STILL)
+    (before, _), (after, _) = map(weights.read_checkpoint, (stages["decoder"], tmp_path / "decoder.safetensors"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
+def test_the_projector_of_stage_0_reaches_stage_2(stages, go, tmp_path):
+    """The translator's file holds only the translator: what stage 2 starts from comes down the whole chain."""
+    go("encoder", tmp_path, "--start", stages["translator"], *STILL)
+    (first, _), (second, _) = map(weights.read_checkpoint, (stages["vit"], tmp_path / "encoder.safetensors"))
+    assert all(torch.equal(first[n], second[n]) for n in first if n in second) and "adapter.0.weight" in second
+
+
 def test_a_loss_that_explodes_stops_the_run(tiny_llm, stages, tmp_path, capsys):
-    refused(capsys, ["encoder", "--llm", tiny_llm, "--start", stages["translator"], "--lr", "1e30", "--batch", "2", "--out", str(tmp_path)],
-            "loss became", "--lr", bar=True)
+    options = ["--start", stages["translator"], "--lr", "1e30", "--batch", "2", "--out", str(tmp_path)]
+    refused(capsys, ["encoder", "--llm", tiny_llm, *options], "loss became", "--lr", bar=True)
 
 
 # ---- bad input: one line, exit status 2 -----------------------------------------------------------------------------
@@ -478,11 +515,12 @@ def refused(capsys, argv, *words, bar=False):
 
 def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
-    no = lambda stage, *options_and_words, words: refused(capsys, [stage, "--llm", tiny_llm, *out, *options_and_words], *words)
+    no = lambda stage, *options, words: refused(capsys, [stage, "--llm", tiny_llm, *out, *options], *words)
     at = ("--start", stages["translator"])
 
-    for option, value in [("steps", "0"), ("steps", "-3"), ("batch", "0"), ("batch", "-1"), ("save-every", "0"), ("distill-every", "-1")]:
-        no("encoder", *at, f"--{option}", value, words=[f"--{option}", "at least"])
+    for option, value in [("--steps", "0"), ("--steps", "-3"), ("--batch", "0"), ("--batch", "-1"),
+                          ("--save-every", "0"), ("--distill-every", "-1")]:  # fmt: skip
+        no("encoder", *at, option, value, words=[option, "at least"])
     no("translator", "--vit", stages["vit"], "--chats", "0", words=["--chats", "at least"])
     no("vit", "--steps", "0", words=["--steps"])
 
@@ -493,14 +531,16 @@ def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     no("encoder", *at, "--replace", "3-4", words=["translator.safetensors", "[(2, 4)]", "[(3, 4)]"])
     no("encoder", "--start", "none", "--replace", "2-4", *new, words=["needs a trained translator"])
     no("encoder", "--start", stages["vit"], "--replace", "2-4", words=["needs a trained translator"])
-    no("encoder", "--start", stages["full"], "--distill-every", "1", "--replace", "none", words=["--distill-every", "surrogate"])
+    direct = ("--start", stages["full"], "--replace", "none")
+    no("encoder", *direct, "--distill-every", "1", words=["--distill-every", "surrogate"])
     no("decoder", "--start", stages["encoder"], "--distill-every", "1", words=["--distill-every", "surrogate"])
 
     notes = tmp_path / "notes.safetensors"
     notes.write_text("no checkpoint")
     no("encoder", "--start", str(notes), words=["notes.safetensors", "truncated or not"])
     no("encoder", "--start", str(tmp_path / "gone.safetensors"), words=["no such checkpoint", "gone.safetensors"])
-    no("decoder", "--start", f"{tiny_llm}/model.safetensors", "--vit", stages["vit"], words=["model.safetensors", "does not belong"])
+    foreign = ("--start", f"{tiny_llm}/model.safetensors", "--vit", stages["vit"])
+    no("decoder", *foreign, words=["model.safetensors", "does not belong"])
     no("translator", "--replace", "2-4", "--vit", stages["encoder"], words=["encoder.safetensors", "not a ViT"])
     no("translator", "--replace", "2-4", "--vit", str(tmp_path / "gone.safetensors"), words=["gone.safetensors"])
     assert not (tmp_path / "out").exists()
@@ -509,28 +549,30 @@ def test_bad_input(stages, tiny_llm, tmp_path, capsys):
 def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys):
     def no(stage, of, options, *words, llm=tiny_llm):
         folder = str(Path(stages[of]).parent) if of else str(tmp_path)
-        argv = [stage, "--llm", llm, "--steps", "3", "--batch", "6", "--lr", "1e-3", "--out", folder, "--resume", *options]
-        refused(capsys, argv, *words, bar=llm != tiny_llm)  # a new LLM first writes its chats
+        common = ["--llm", llm, "--steps", "3", "--batch", "6", "--lr", "1e-3", "--out", folder, "--resume"]
+        refused(capsys, [stage, *common, *options], *words)
 
-    same = ("--vit", stages["vit"], "--replace", "2-4", "--chats", "8")
-    no("encoder", None, ["--start", stages["translator"]], "no such checkpoint")
-    no("encoder", "translator", ["--start", stages["translator"]], "state.safetensors", "stage was translator, is encoder")
+    same = ("--start", stages["vit"], "--replace", "2-4", "--chats", "8")
+    at = ["--start", stages["translator"]]
+    no("encoder", None, at, "no such checkpoint")
+    no("encoder", "translator", at, "state.safetensors", "stage was translator, is encoder")
     no("vit", "encoder", [], "stage was encoder, is vit")
     no("decoder", "encoder", ["--start", stages["encoder"]], "stage was encoder, is decoder")
-    no("encoder", "encoder", ["--start", stages["translator"]], "recipe was", "distill_every")
+    no("encoder", "encoder", at, "recipe was", "distill_every")
     no("translator", "translator", [*same, "--lr", "1e-4"], "recipe was", "0.0001")
     no("translator", "translator", [*same, "--steps", "9"], "recipe was", "9")
     no("translator", "translator", [*same, "--replace", "3-4"], "ranges was [[2, 4]]")
 
     (tmp_path / "other").mkdir()
     other = save_tiny_llm(tmp_path / "other", width=48)
-    no("translator", "translator", same, "llm was", tiny_llm, other, llm=other)
-    no("encoder", "encoder", ["--start", stages["translator"]], "was trained for", tiny_llm, other, llm=other)
+    no("translator", "translator", same, "was trained for", tiny_llm, other, llm=other)
+    no("vit", "vit", [], "llm was", tiny_llm, other, llm=other)
 
 
 def test_bad_records_are_named(stages, tiny_llm, tmp_path, capsys, llava):
     options, write, records = llava
-    argv = ["encoder", "--llm", tiny_llm, "--start", stages["translator"], "--out", str(tmp_path / "out"), "--steps", "2", "--batch", "6", *options]
+    argv = ["encoder", "--llm", tiny_llm, "--start", stages["translator"], "--out", str(tmp_path / "out"),
+            "--steps", "2", "--batch", "6", *options]  # fmt: skip
     marked = {"id": "r7", "conversations": records[0]["conversations"]}
     for bad, word in [(marked, 'names no "image"'), (marked | {"image": "gone.png"}, "gone.png not found")]:
         write([*records, bad])
@@ -545,7 +587,7 @@ def test_bad_records_are_named(stages, tiny_llm, tmp_path, capsys, llava):
 
 def test_as_a_user_sees_it(tiny_llm, stages, tmp_path):
     """A fresh Python: exit status 2, one line, no traceback."""
-    argv = ["train.py", "translator", "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "3-9", "--out", str(tmp_path / "out")]
-    got = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    options = ["--llm", tiny_llm, "--vit", stages["vit"], "--replace", "3-9", "--out", str(tmp_path)]
+    got = subprocess.run([sys.executable, "train.py", "translator", *options], cwd=ROOT, capture_output=True, text=True)
     assert got.returncode == 2 and got.stdout == ""
     assert got.stderr.startswith("error: cannot replace layers 3-9") and got.stderr.count("\n") == 1
