@@ -36,8 +36,8 @@ from tokenizer import Tokenizer
 # warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (paper, table 6).
 RECIPES = {
     "vit":        dict(steps=600, batch=128, lr=1e-3, bound=2.5),
-    "translator": dict(steps=120, batch=16, lr=1e-4, loss_on="answers+special"),
-    "encoder":    dict(steps=120, batch=16, lr=5e-5, loss_on="answers+special"),
+    "translator": dict(steps=120, batch=16, lr=1e-3, loss_on="answers+special"),
+    "encoder":    dict(steps=120, batch=16, lr=1e-4, loss_on="answers+special"),
     "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers"),
 }
 WARMUP = 0.0305
@@ -53,7 +53,7 @@ def lr_at(step, steps, lr):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which parameters a stage trains (DESIGN of the paper, table 1)
+# Which parameters a stage trains (paper, section 4)
 
 
 def trained_parameters(vlm, stage, distill=False, projector=True):
@@ -147,30 +147,31 @@ def surrogate_loss(vlm, batch, stage, llm=None):
 
     The paper's loss is the first. With `llm` given, the second pulls the translator towards the full LLM *on the visual tokens
     that the encoder makes now* (on-policy): the encoder cannot learn to please a translator that the LLM disagrees with.
-    The LLM only runs forward, and only the layers that the surrogate lacks.
+    The LLM only runs forward, and only the layers that the surrogate lacks. In stage 2 the answers' loss teaches the encoder
+    and never the translator, the distillation the translator and never the encoder: so the translator runs twice.
     """
     s, device = vlm.decoder, vlm.decoder.device
+    translators = torch.nn.ModuleList(s.model.layers[i] for i in s.translators)
     x = s.run(vlm.embed(batch["tokens"].to(device), batch["pixels"]), 0, s.trunk)       # (B, T, C): layers shared with the LLM
-    translators = [s.model.layers[i] for i in s.translators]
-    for t in translators if stage == "encoder" else []:
-        t.requires_grad_(False)         # stage 2: the answers' loss teaches the encoder, never the translator
+    if stage == "encoder":
+        translators.requires_grad_(False)
     ce = s.loss(s.run(x, s.trunk), batch["targets"])
     if llm is None:
         return ce, None
-    for t in translators:
-        t.requires_grad_(True)
-    x = x.detach()                      # and the distillation teaches the translator, never the encoder
-    last = s.translators[-1] + 1
-    ours = s.run(x, s.trunk, last)                                                      # behind the last translator
+
+    translators.requires_grad_(True)
+    x = x.detach()
+    last, after = s.translators[-1] + 1, s.ranges[-1][1] + 1        # the layer that follows, counted in the surrogate and in the LLM
+    ours = s.run(x, s.trunk, last)                                                      # (B, T, C)
     with torch.no_grad():
-        theirs = llm.run(x, s.trunk, s.ranges[-1][1] + 1)                               # behind the layers that it replaces
+        theirs = llm.run(x, s.trunk, after)                                             # (B, T, C): what ours should be
         real = (torch.arange(x.shape[1]) < batch["lengths"][:, None]).to(device)        # (B, T): not padding
-    error = (ours - theirs).float().square().sum(-1)[real].sum() / theirs.float().square().sum(-1)[real].sum()
-    index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(device)           # where a prediction matters
-    ours = s.logits(s.run(ours, last).flatten(0, 1)[index]).float().log_softmax(-1)     # (N, vocab)
+    distance, size = ((h.float().square().sum(-1) * real).sum() for h in (ours - theirs, theirs))
+    index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(device)           # (N,) positions with a target
+    logp = s.logits(s.run(ours, last).flatten(0, 1)[index]).float().log_softmax(-1)     # (N, vocab)
     with torch.no_grad():
-        theirs = llm.logits(llm.run(theirs, s.ranges[-1][1] + 1).flatten(0, 1)[index]).float().log_softmax(-1)
-    return ce, error + F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+        full_logp = llm.logits(llm.run(theirs, after).flatten(0, 1)[index]).float().log_softmax(-1)
+    return ce, distance / size + F.kl_div(logp, full_logp, log_target=True, reduction="batchmean")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +179,10 @@ def surrogate_loss(vlm, batch, stage, llm=None):
 
 
 class Trainer:
-    """AdamW on float32 copies of the trained parameters, whatever the dtype in which the model computes (bf16 on GPUs)."""
+    """AdamW on float32 copies of the trained parameters, whatever the dtype in which the model computes (bf16 on GPUs).
+
+    Make it first, then cast the model: so the copies begin with all their digits.
+    """
 
     def __init__(self, parameters, lr, steps):
         self.parameters, self.lr, self.steps, self.step = parameters, lr, steps, 0
@@ -248,23 +252,25 @@ def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None):
     if about.get("llm", llm_name) != llm_name:
         raise ValueError(f"{start} was trained for {about['llm']}, not for {llm_name}")
     llm, tokenizer = Llama.from_pretrained(path, dtype, device), Tokenizer.from_pretrained(path)
+    trained_translator = bool(about.get("ranges")) and stage == "encoder"
     if stage == "decoder":
         decoder = llm
-    elif ranges == [] or stage == "translator" or not about.get("ranges"):
-        decoder = build_surrogate(llm, DEFAULT_RANGES if ranges is None else ranges)
-        if stage == "encoder" and decoder.ranges:
-            raise ValueError("stage encoder needs a trained translator: run `python train.py translator` first and give its "
-                             "checkpoint as --start, or train on the full LLM with --replace none")
-    else:
+    elif trained_translator and ranges != []:
         decoder = load_surrogate(llm, start)
         if ranges is not None and check_ranges(ranges, llm.config.num_hidden_layers) != decoder.ranges:
             raise ValueError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: train a translator for these first")
+    elif stage == "encoder" and ranges != []:
+        raise ValueError("stage encoder needs a trained translator: run `python train.py translator` first and give its "
+                         "checkpoint as --start, or train on the full LLM with --replace none")
+    else:
+        decoder = build_surrogate(llm, DEFAULT_RANGES if ranges is None else ranges)
     vit = vit or about.get("vit") or start or "assets/vit.safetensors"      # a start of stage vit is the ViT itself
     torch.manual_seed(0)                    # the projector's first values
-    vlm = VLM(base_vit(vit, start or vit), decoder, tokenizer, about.get("bound") if bound is None else bound).to(device=device, dtype=dtype)
+    vlm = VLM(base_vit(vit, start or vit), decoder, tokenizer, about.get("bound") if bound is None else bound)
+    vlm.to(device)                          # what is before the decoder stays float32 until the Trainer has copied it
     if start:
         go_on = stage == about.get("stage") == "decoder"        # else the start's decoder is the surrogate's, or not wanted
-        while "adapter.0.weight" not in tensors and about.get("start") not in (None, "none"):
+        while "adapter.0.weight" not in tensors and about.get("start"):
             below, about = weights.read_checkpoint(weights.beside(about["start"], start))       # stage 1 left the projector
             tensors = below | tensors                                                           # as it was: take it from there
         weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if go_on or not n.startswith("decoder.")}, start)
@@ -301,11 +307,12 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
     world = [data.world("describe", i, seed).caption for i in range(4096)]              # every caption of the world, by frequency
     text_of = caption_features(world, tokenizer, llm.model.embed_tokens.weight)
     torch.manual_seed(seed)
-    vlm = VLM(ViT(ViTConfig()), llm, tokenizer, bound).to(device, dtype)
+    vlm = VLM(ViT(ViTConfig()), llm, tokenizer, bound).to(device)
     if start:
         weights.load_checkpoint(vlm, weights.read_checkpoint(start)[0], start)
     logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.03), device=device))
-    parameters = trained_parameters(vlm, "vit") | {"logit_scale": logit_scale}
+    trainer = Trainer(trained_parameters(vlm, "vit") | {"logit_scale": logit_scale}, lr, steps)
+    vlm.to(dtype)
 
     def loss_of(step):
         tasks = ["describe", "read"]                                                    # three quarters signs: they are harder
@@ -322,7 +329,7 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
         return loss, batch, {"right": right}
 
     about = dict(stage="vit", llm=llm_name, start=start, bound=bound, vit_config=vars(vlm.encoder.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
-    run(parameters, loss_of, steps, lr, out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
+    run(trainer, loss_of, out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
     return vlm
 
 
@@ -332,7 +339,8 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
     if distill_every and not getattr(vlm.decoder, "translators", None):
         raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
     recipe = dict(steps=steps, batch=batch, lr=lr, loss_on=loss_on)
-    params = trained_parameters(vlm, stage, distill_every > 0, projector)
+    trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector), lr, steps)
+    vlm.to(llm.dtype)
 
     def loss_of(step):
         distil = llm if distill_every and step % distill_every == 0 else None
@@ -356,20 +364,21 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
         return total, n, notes
 
     about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, start=start, bound=vlm.bound,
-                 vit_config=vars(vlm.encoder.config), recipe=recipe | dict(distill_every=distill_every), seed=seed)
-    run(params, loss_of, steps, lr, out, stage, about, resume, save_every)
+                 vit_config=vars(vlm.encoder.config), seed=seed,
+                 recipe=recipe | dict(distill_every=distill_every, projector=projector, dtype=str(llm.dtype), chats=len(chats or []),
+                                      records=len(records or [])))
+    run(trainer, loss_of, out, stage, about, resume, save_every)
     return vlm
 
 
-def run(parameters, loss_of, steps, lr, out, stage, about, resume, save_every, saved=lambda name: True):
+def run(trainer, loss_of, out, stage, about, resume, save_every, saved=lambda name: True):
     """The loop of every stage: loss_of(step) -> (loss, targets, notes). Writes to the folder `out`
 
     STAGE.safetensors   what was trained (float16), with `about` as its metadata
     state.safetensors   float32 weights and the optimiser, for --resume
     log.csv, loss.png   one row a step
     """
-    out = Path(out)
-    trainer = Trainer(parameters, lr, steps)
+    out, steps = Path(out), trainer.steps
     rows, state = [], out / "state.safetensors"
     if resume:
         tensors, was = weights.read_checkpoint(state)
@@ -466,6 +475,8 @@ def main(argv=None):
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     out = args.out or f"runs/{args.stage}"
+    if args.resume and not (Path(out) / "state.safetensors").exists():
+        raise FileNotFoundError(f"nothing to resume: {out}/state.safetensors is not there (see --out)")
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
     common = dict(seed=args.seed, device=args.device, out=out, resume=args.resume, save_every=args.save_every)
     if args.stage == "vit":
@@ -474,7 +485,8 @@ def main(argv=None):
     start = args.start or ("assets/encoder.safetensors" if args.stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
     bound = recipe.pop("bound", None)
     ranges = parse_ranges(args.replace) if args.replace is not None else None
-    vlm, llm, vit = build(args.stage, args.llm, ranges, args.vit, None if start == "none" else start, dtype, args.device, bound)
+    start = None if start == "none" else start
+    vlm, llm, vit = build(args.stage, args.llm, ranges, args.vit, start, dtype, args.device, bound)
     records = data.load_llava(args.data, args.images, args.seed) if args.data else None
     if records is not None and args.stage == "encoder":     # stage 2 learns from images alone
         pictured = [i for i, r in enumerate(records.records) if r.get("image")]
@@ -484,7 +496,7 @@ def main(argv=None):
     chats = own_chats(llm, vlm.tokenizer, args.chats, args.seed) if args.stage == "translator" else None
     train_stage(args.stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=args.llm, vit_name=vit, start=start,
                 distill_every=args.distill_every, records=records, chats=chats,
-                projector=args.stage != "translator" or start == "none")
+                projector=args.stage != "translator" or start is None)
 
 
 if __name__ == "__main__":
