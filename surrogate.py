@@ -2,7 +2,7 @@
 From an LLM to its surrogate: where does the early phase end, and what is left when the late phase is replaced?
 
     python surrogate.py                         # the default LLM: table, cut, plot
-    python surrogate.py --replace 20-28         # what a surrogate of your choice keeps
+    python surrogate.py --replace 23-28         # what a surrogate of your choice keeps
 
 1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then falling.
 2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last layer.
@@ -195,7 +195,7 @@ def main(argv=None):
     parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="folder, .gguf file or hub name of a Llama (default: %(default)s)")
     parser.add_argument("--text", default="assets/text.txt", help="text to read, paragraphs apart by empty lines (default: %(default)s)")
     parser.add_argument("--length", type=int, default=96, help="tokens of each paragraph to read (default: %(default)s)")
-    parser.add_argument("--replace", help="layers to replace, e.g. 20-28 or 12-17,20-28 (default: from the turn to the last but one)")
+    parser.add_argument("--replace", help="layers to replace, e.g. 23-28 or 12-17,20-28 (default: from the turn to the last but one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -41,7 +41,7 @@ RECIPES = {
     "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers"),
 }
 WARMUP = 0.0305
-DEFAULT_RANGES = [(20, 28)]     # of SmolLM2-135M: with an earlier cut its surrogate cannot copy a word any more
+DEFAULT_RANGES = [(23, 28)]     # of SmolLM2-135M: with an earlier cut its surrogate cannot copy a word any more (README)
 
 
 def lr_at(step, steps, lr):
@@ -449,7 +449,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(RECIPES), help="which stage to run")
     parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="target LLM: folder, .gguf file or hub name (default: %(default)s)")
-    parser.add_argument("--replace", help="layers that the translator replaces, e.g. 20-28; 'none' trains on the full LLM (default: the start's, else 20-28)")
+    parser.add_argument("--replace", help="layers that the translator replaces, e.g. 23-28; 'none' trains on the full LLM (default: the start's, else 23-28)")
     parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: the start's)")
     parser.add_argument("--start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
     parser.add_argument("--bound", type=float, help="how far visual tokens may lie from the mean text embedding, 0: anywhere, as in the paper (default: the start's; stage vit 2.5, a new projector 0)")

@@ -395,5 +395,10 @@ def run_cli(main):
         hint = " (out of GPU memory: try a smaller --batch, or --llm of a smaller model)" if isinstance(e, torch.OutOfMemoryError) else ""
         print(f"error: {(str(e) or type(e).__name__).splitlines()[0]}{hint}", file=sys.stderr)
         return 2
+    except RuntimeError as e:                       # torch has no error class of its own for these two
+        if not any(words in str(e) for words in ("DefaultCPUAllocator", "device type at start of device string", "Invalid device")):
+            raise
+        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
