@@ -397,7 +397,7 @@ class ViTLayer(nn.Module):
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
         h = self.mlp.fc1(self.layer_norm2(x))
-        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))               # CLIP's "quick GELU"
+        return x + self.mlp.fc2(kernels.quick_gelu(h))                      # h * sigmoid(1.702 h)
 
 
 class ViT(nn.Module):

@@ -1,0 +1,74 @@
+"""Cross-entropy that writes its own gradient over the logits, in Triton.
+
+For one row of logits x (V,) with target t,
+
+    loss = logsumexp(x) - x_t        d loss / d x = softmax(x) - onehot(t)
+
+The gradient needs nothing but x and the log-sum-exp, so one program reads its row twice: once for the (online)
+log-sum-exp and once, most of it still in the L2 cache, to overwrite it with the gradient. As PyTorch operations that is
+a float32 copy of the logits, a softmax, a scatter and a conversion back, a dozen passes over the largest tensor of the
+training step.
+
+`kernels.linear_cross_entropy` calls this chunk by chunk, between the product that makes the logits and the products
+that turn their gradient into those of hidden and weight.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+BLOCK = 8192
+
+
+@triton.jit
+def _cross_entropy(Logits, stride, Targets, Losses, V, NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    Logits += row * stride
+    target = tl.load(Targets + row)
+    has_target = target >= 0
+    x_target = tl.load(Logits + tl.maximum(target, 0)).to(tl.float32)  # now, before it is overwritten
+    i = tl.arange(0, BLOCK)
+
+    # logsumexp = m + log(sum exp(x - m)), with a running maximum m as in attention.py, here one for each lane
+    m = tl.full((BLOCK,), -1e38, tl.float32)  # not -inf: lanes beyond the end must not meet inf - inf
+    l = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        x = tl.load(Logits + start + i, mask=start + i < V, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(m, x)
+        l = l * tl.exp(m - m_new) + tl.exp(x - m_new)
+        m = m_new
+    maximum = tl.max(m, 0)
+    lse = maximum + tl.log(tl.sum(l * tl.exp(m - maximum), 0))
+    tl.store(Losses + row, tl.where(has_target, lse - x_target, 0.0))
+
+    if NEED_GRAD:
+        for start in range(0, V, BLOCK):
+            x = tl.load(Logits + start + i, mask=start + i < V, other=float("-inf")).to(tl.float32)
+            p = tl.exp(x - lse) - tl.where(start + i == target, 1.0, 0.0)
+            p = tl.where(has_target, p, 0.0)
+            tl.store(Logits + start + i, p.to(Logits.dtype.element_ty), mask=start + i < V)
+
+
+@custom_op("kernels::cross_entropy", mutates_args={"logits"})
+def _cross_entropy_op(logits: Tensor, targets: Tensor, need_grad: bool) -> Tensor:
+    """logits (n, V), targets (n,) -> the n losses, float32; logits become d loss / d logits if that is needed."""
+    n, V = logits.shape
+    losses = logits.new_empty(n, dtype=torch.float32)
+    if n > 0:
+        with torch.cuda.device_of(logits):
+            _cross_entropy[(n,)](logits, logits.stride(0), targets.contiguous(), losses, V, need_grad,
+                                 min(BLOCK, triton.next_power_of_2(V)), num_warps=16 if V >= BLOCK else 4)
+    return losses
+
+
+@_cross_entropy_op.register_fake
+def _(logits, targets, need_grad):
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def loss_and_gradient(logits, targets, need_grad):
+    """As `_loss_and_gradient` beside `kernels.linear_cross_entropy`; the gradient takes the place of the logits."""
+    losses = _cross_entropy_op(logits, targets, need_grad)
+    return losses, logits if need_grad else None

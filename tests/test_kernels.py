@@ -1,0 +1,465 @@
+"""The kernels against float64 references: compiled on a GPU, elsewhere in Triton's interpreter (see conftest.py)."""
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from model import Llama, LlamaConfig, ViT, ViTConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
+DTYPES = list(TOLERANCE)
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy's, where a GPU is silent
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with kernels.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def triton_backend():
+    with kernels.backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Fresh memory is full of NaN, so that an element that no kernel writes shows up in the result."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        x = new_empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def randn(*shape, dtype=torch.float32, strided=False):
+    """A leaf; with `strided`, a view that lies in memory as (B, H, T, D + 8) does: no stride is what it seems."""
+    if strided:
+        B, T, H, D = shape
+        x = torch.randn(B, H, T, D + 8, device=DEVICE).to(dtype).transpose(1, 2)[..., :D]
+    else:
+        x = torch.randn(shape, device=DEVICE).to(dtype)
+    return x.requires_grad_()
+
+
+def assert_close(ours, reference, dtype, what="", scale=0.0):
+    """Relative error in the Euclidean norm. Where the reference is all but zero, relative to `scale` instead."""
+    assert ours.shape == reference.shape, what
+    norm = reference.norm().item()
+    error = (ours.double() - reference).norm().item() / (norm if norm > 1e-3 * scale else scale or 1.0)
+    slack = 10 if DEVICE == "cuda" and kernels._choice == "torch" else 1  # SDPA's choice of units is not ours
+    assert error <= TOLERANCE[dtype] * slack, f"{what}: relative error {error:.1e}"  # false for NaN, too
+
+
+def check(function, reference, inputs, dtype):
+    """Outputs and the gradients of all inputs that want one, against the same of `reference` in float64."""
+    exact = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    results = []
+    for f, xs in ((function, inputs), (reference, exact)):
+        outputs = f(*xs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(1)
+        grads = [torch.randn(o.shape, device=DEVICE).to(dtype).to(o.dtype) for o in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, [x for x in xs if x.requires_grad], grads)])
+    scale = sum(g.double().norm().item() for g in grads)
+    for i, (ours, exact) in enumerate(zip(*results)):
+        assert_close(ours, exact, dtype, f"output {i}" if i < len(grads) else f"gradient {i - len(grads)}", scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# References
+
+
+def rotate(x, cos, sin):
+    cos, sin = cos.double()[..., None, :], sin.double()[..., None, :]
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def attention(q, k, v, causal=True, lengths=None, rope=None):
+    """Straight from the definition, and with its own way of counting positions: a loop over the rows of the batch."""
+    if rope is not None:
+        q, k = rotate(q, *rope), rotate(k, *rope)
+    (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    rows = []
+    for b in range(B):
+        n = Tk if lengths is None else min(int(lengths[b]), Tk)
+        k_b, v_b = (x[b, :n].repeat_interleave(H // Hkv, dim=1) for x in (k, v))  # (n, H, D)
+        s = torch.einsum("ihd,jhd->hij", q[b], k_b) / D**0.5
+        sees = torch.ones(Tq, n, dtype=torch.bool, device=q.device)
+        if causal:
+            for i in range(Tq):
+                sees[i, max(0, n - Tq + i + 1):] = False
+        some = sees.any(-1)  # (Tq,)
+        p = s.masked_fill(~(sees | ~some[:, None]), -torch.inf).softmax(-1) * some[:, None]
+        rows.append(torch.einsum("hij,jhd->ihd", p, v_b))
+    return torch.stack(rows)
+
+
+def rms_norm(x, weight, residual=None):
+    s = x if residual is None else x + residual
+    y = s / (s.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    return y if residual is None else (y, s)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def some_of_all_cases():
+    """Lengths x head dims x causal/full x GQA x dtypes x strides: all 540 on a GPU; in the interpreter, one in 11."""
+    cases = list(itertools.product((1, 7, 64, 77, 129), (64, 80, 128), (True, False), (1, 3, 4), DTYPES, (False, True)))
+    return cases if DEVICE == "cuda" else cases[::11]
+
+
+@needs_triton
+@pytest.mark.parametrize("T, D, causal, G, dtype, strided", some_of_all_cases())
+def test_attention(triton_backend, T, D, causal, G, dtype, strided):
+    inputs = tuple(randn(1, T, heads, D, dtype=dtype, strided=strided) for heads in (G, 1, 1))
+    check(partial(kernels.attention, causal=causal), partial(attention, causal=causal), inputs, dtype)
+
+
+def test_cases_cover_every_pair_of_values():
+    columns = list(zip(*some_of_all_cases()))
+    for a, b in itertools.combinations(columns, 2):
+        assert len(set(zip(a, b))) == len(set(a)) * len(set(b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_both_backends(backend, dtype):
+    inputs = tuple(randn(2, 33, heads, 96, dtype=dtype, strided=True) for heads in (4, 2, 2))
+    for causal in (True, False):
+        check(partial(kernels.attention, causal=causal), partial(attention, causal=causal), inputs, dtype)
+
+
+@pytest.mark.parametrize("D, dtype", [(64, torch.float32), (80, torch.float32), (128, torch.bfloat16)])
+def test_rope_inside_attention(backend, D, dtype):
+    T = 70
+    angles = torch.rand(T, D // 2, device=DEVICE) * 6
+    rope = (angles.cos(), angles.sin())
+    inputs = tuple(randn(2, T, heads, D, dtype=dtype) for heads in (3, 1, 1))
+    check(partial(kernels.attention, rope=rope), partial(attention, rope=rope), inputs, dtype)
+    with torch.no_grad():  # nothing to remember then: another launch
+        out = kernels.attention(*inputs, rope=rope)
+    assert_close(out, attention(*(x.double() for x in inputs), rope=rope), dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("Tq, Tk", [(1, 77), (3, 65), (70, 129), (77, 7)])
+def test_queries_at_the_end_of_the_keys(backend, Tq, Tk, causal):
+    q, k, v = randn(2, Tq, 4, 64), randn(2, Tk, 2, 64), randn(2, Tk, 2, 64)
+    check(partial(kernels.attention, causal=causal), partial(attention, causal=causal), (q, k, v), torch.float32)
+    if causal and Tq > Tk:  # the first queries lie before the first key
+        assert (kernels.attention(q, k, v)[:, : Tq - Tk] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("Tq, lengths", [(1, (77, 5, 0)), (7, (77, 64, 3))])
+def test_lengths(backend, Tq, lengths, causal):
+    q, k, v = randn(3, Tq, 4, 64), randn(3, 77, 2, 64), randn(3, 77, 2, 64)
+    lengths = torch.tensor(lengths, device=DEVICE)
+    with torch.no_grad():  # what lies beyond in the cache must not matter
+        for x in (k, v):
+            x[torch.arange(77, device=DEVICE) >= lengths[:, None]] = float("nan")
+    clean = [x.detach().nan_to_num().requires_grad_() for x in (q, k, v)]
+    ours = kernels.attention(q, k, v, causal, lengths)
+    exact = [x.detach().double().requires_grad_() for x in clean]
+    reference = attention(*exact, causal, lengths)
+    assert_close(ours, reference, torch.float32)
+    assert (ours[lengths == 0] == 0).all()
+    do = torch.randn_like(ours)
+    grads, exact = torch.autograd.grad(ours, (q, k, v), do), torch.autograd.grad(reference, exact, do.double())
+    for ours, reference in zip(grads, exact):
+        assert_close(ours, reference, torch.float32, "gradient")
+
+
+@needs_triton
+@pytest.mark.parametrize("causal", [True, False])
+def test_large_logits(triton_backend, causal):
+    q, k, v = (randn(1, 77, heads, 64) for heads in (3, 1, 1))
+    with torch.no_grad():
+        logits = torch.einsum("bihd,bjgd->bhij", q, k) / 8
+        q *= 1e4 / logits.abs().max()  # now they reach +-1e4
+    outputs = kernels.attention(q, k, v, causal)
+    grads = torch.autograd.grad(outputs, (q, k, v), torch.randn_like(outputs))
+    assert all(x.isfinite().all() for x in (outputs, *grads))
+    reference = attention(*(x.double() for x in (q, k, v)), causal)
+    assert_close(outputs, reference, torch.float16)  # not to 1e-6: float32 logits of 1e4 are not as exact as that
+
+
+@needs_triton
+def test_two_backward_runs_agree_to_the_bit(triton_backend):
+    q, k, v = (randn(1, 129, heads, 64, dtype=torch.float16) for heads in (2, 1, 1))
+    out = kernels.attention(q, k, v)
+    do = torch.randn_like(out)
+    first, second = (torch.autograd.grad(out, (q, k, v), do, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@needs_triton
+@pytest.mark.parametrize("wanted, idle", [("q", "_dkdv"), ("k", "_dq"), ("v", "_dq")])
+def test_no_kernel_for_gradients_nobody_wants(triton_backend, monkeypatch, wanted, idle):
+    class Idle:
+        def __getitem__(self, grid):
+            raise AssertionError(f"{idle} was launched")
+    inputs = {name: randn(1, 9, 2, 64).requires_grad_(name == wanted) for name in "qkv"}
+    monkeypatch.setattr(sys.modules["kernels.attention"], idle, Idle())
+    check(kernels.attention, attention, tuple(inputs.values()), torch.float32)
+
+
+@needs_triton
+def test_offsets_beyond_32_bits(triton_backend, monkeypatch):
+    monkeypatch.undo()  # poisoning would touch all the memory, which is only reserved
+    try:
+        memory = torch.empty(2**31 + 2**16, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("no 4 GB to reserve")
+    x = memory.as_strided((2, 9, 2, 64), (2**31, 128, 64, 1))
+    x.copy_(torch.randn(x.shape))
+    out = kernels.attention(x, x, x)
+    assert_close(out, attention(*[x.double()] * 3), torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_apply_rope(backend, dtype):
+    for H, D, batched in ((3, 64, False), (2, 80, True)):
+        angles = torch.rand(*([2] * batched), 9, D // 2, device=DEVICE) * 6
+        cos, sin = angles.cos(), angles.sin()
+        x = randn(2, 9, H, D, dtype=dtype, strided=batched)
+        check(lambda x: kernels.apply_rope(x, cos, sin), lambda x: rotate(x, cos, sin), (x,), dtype)
+
+
+def test_apply_rope_rounds_like_the_official_llama():
+    with kernels.backend("torch"):
+        angles = torch.rand(9, 32) * 6
+        x = torch.randn(2, 9, 3, 64)
+        cos, sin = (torch.cat((a, a), dim=-1)[:, None] for a in (angles.cos(), angles.sin()))
+        half_rotated = torch.cat((-x[..., 32:], x[..., :32]), dim=-1)
+        assert torch.equal(kernels.apply_rope(x, angles.cos(), angles.sin()), x * cos + half_rotated * sin)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(backend, dtype, residual, monkeypatch):
+    if kernels.triton is not None:
+        monkeypatch.setattr(sys.modules["kernels.rms_norm"], "MAX_PROGRAMS", 3)  # several rows for each
+    for trained, d in ((True, 576), (False, 100)):
+        weight = randn(d, dtype=dtype).requires_grad_(trained)
+        x = torch.randn(4, 5, d + 8, device=DEVICE).to(dtype)[..., :d].requires_grad_()  # rows do not touch
+        r = [randn(4, 5, d, dtype=dtype)] * residual
+        check(lambda x, w, *r: kernels.rms_norm(x, w, 1e-5, *r), rms_norm, (x, weight, *r), dtype)
+
+
+@needs_triton
+def test_rms_norm_of_which_only_the_sum_is_used(triton_backend):
+    x, r, w = randn(3, 64), randn(3, 64), randn(64)
+    for used in (0, 1):
+        check(lambda x, r: kernels.rms_norm(x, w, 1e-5, r)[used], lambda x, r: rms_norm(x, w.double(), r)[used],
+              (x, r), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(backend, dtype):
+    both = randn(5, 2 * 2500, dtype=dtype)  # gate and up as halves of one projection
+    check(lambda x: kernels.swiglu(*x.chunk(2, dim=-1)), lambda x: F.silu(x[:, :2500]) * x[:, 2500:], (both,), dtype)
+    x = randn(2, 3, 50, dtype=dtype)
+    check(kernels.quick_gelu, lambda x: x * torch.sigmoid(1.702 * x), (x,), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_linear_cross_entropy(backend, dtype, trained, monkeypatch):
+    V = 9001  # more than one block of the kernel
+    monkeypatch.setattr(kernels, "CHUNK", 7 * V)  # 3 chunks
+    hidden = randn(20, 64, dtype=dtype)
+    weight = randn(V, 64, dtype=dtype).detach().div(8).requires_grad_(trained)
+    targets = torch.randint(V, (20,), device=DEVICE)
+    targets[3] = -1
+    exact = lambda h, w, t: F.cross_entropy(h @ w.t(), t, ignore_index=-1, reduction="sum")
+    check(lambda *inputs: 2 * kernels.linear_cross_entropy(*inputs), lambda *inputs: 2 * exact(*inputs),
+          (hidden, weight, targets), dtype)
+    with torch.no_grad():
+        loss = kernels.linear_cross_entropy(hidden, weight, targets)
+    assert loss.dtype == torch.float32 and loss.grad_fn is None
+    assert kernels.linear_cross_entropy(hidden[:0], weight, targets[:0]) == 0
+
+
+def test_linear_cross_entropy_of_extreme_logits(backend):
+    hidden = torch.tensor([[1e4, 0.0], [-1e4, 0.0]], device=DEVICE, requires_grad=True)
+    weight = torch.eye(3, 2, device=DEVICE)
+    loss = kernels.linear_cross_entropy(hidden, weight, torch.tensor([0, 0], device=DEVICE))
+    assert loss.item() == pytest.approx(1e4 + torch.log(torch.tensor(2.0)).item())
+    assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Together
+
+
+@contextlib.contextmanager
+def gradients(model):
+    model.zero_grad()
+    yield (grads := {})
+    grads.update((n, p.grad.double()) for n, p in model.named_parameters() if p.grad is not None)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else [torch.float32])
+def test_models_with_and_without_kernels(dtype):
+    llm = Llama(LlamaConfig(vocab_size=97, hidden_size=192, intermediate_size=160, num_hidden_layers=2,
+                            num_attention_heads=3, num_key_value_heads=1, head_dim=64)).to(DEVICE, dtype)
+    vit = ViT(ViTConfig(image_size=40, patch_size=8, hidden_size=128, intermediate_size=96, num_hidden_layers=2,
+                        num_attention_heads=2)).to(DEVICE, dtype)
+    tokens = torch.randint(97, (2, 23), device=DEVICE)
+    targets = torch.randint(97, (2, 23)).masked_fill(torch.rand(2, 23) < 0.7, -1)
+    pixels = torch.randn(2, 3, 40, 40, device=DEVICE, dtype=dtype)
+    results = []
+    for name in ("torch", "triton"):
+        with kernels.backend(name), gradients(llm) as of_llm, gradients(vit) as of_vit:
+            x, hidden = llm.run(llm.embed(tokens)), vit(pixels)
+            logits = llm.logits(x)
+            llm.loss(x, targets).backward()
+            hidden.sum(dim=(0, 1)).square().sum().backward()
+        results.append({"logits": logits.double(), "hidden": hidden.double(), **of_llm, **of_vit})
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 40
+    tolerance = TOLERANCE[dtype] * (10 if dtype == torch.float32 else 1)  # two layers of sums in different orders
+    largest = max(g.norm() for n, g in results[0].items() if n.endswith("weight"))
+    for name, plain in results[0].items():
+        assert (results[1][name] - plain).norm() <= tolerance * max(plain.norm(), 1e-3 * largest), name
+
+
+def layer(q, k, v, weight, rope):
+    """All kernels in one function of tensors."""
+    h = kernels.attention(q, k, v, rope=rope) + kernels.apply_rope(q, *rope)  # (B, T, H, D)
+    h, s = kernels.rms_norm(h.flatten(2), weight[0], 1e-5, q.flatten(2))
+    h = kernels.swiglu(h, s) + kernels.quick_gelu(h)
+    return kernels.linear_cross_entropy(h[:, -1], weight, torch.arange(len(h), device=h.device))
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "compile"])
+def test_checkpoint_and_compile_change_nothing(backend, how):
+    q, k, v, weight = randn(2, 9, 2, 64), randn(2, 9, 1, 64), randn(2, 9, 1, 64), randn(50, 128)
+    angles = torch.rand(9, 32, device=DEVICE)
+    inputs, rope = (q, k, v, weight), (angles.cos(), angles.sin())
+    plain = layer(*inputs, rope)
+    if how == "checkpoint":
+        other = checkpoint(layer, *inputs, rope, use_reentrant=False)
+    else:
+        torch._dynamo.reset()
+        other = torch.compile(layer, backend="aot_eager", fullgraph=True)(*inputs, rope)
+    assert torch.equal(plain, other)
+    grads = (torch.autograd.grad(loss, inputs) for loss in (plain, other))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input, and machines without Triton or a GPU
+
+
+def wrong_calls():
+    f = lambda *shape, dtype=torch.float32: torch.zeros(shape, dtype=dtype, device=DEVICE)
+    q, kv, x, w = f(2, 5, 4, 64), f(2, 5, 2, 64), f(3, 8), f(8)
+    cos = f(5, 32)
+    half = torch.float16
+    elsewhere = lambda t: t.to("meta")
+    return {
+        "k has 3 heads": lambda: kernels.attention(q, f(2, 5, 3, 64), f(2, 5, 3, 64)),
+        "k is torch.float16": lambda: kernels.attention(q, kv.to(half), kv.to(half)),
+        "v is torch.float16": lambda: kernels.attention(q, kv, kv.to(half)),
+        "v has shape": lambda: kernels.attention(q, kv, f(2, 6, 2, 64)),
+        "v is on meta": lambda: kernels.attention(q, kv, elsewhere(kv)),
+        "k has shape (2, 5, 2, 32)": lambda: kernels.attention(q, f(2, 5, 2, 32), f(2, 5, 2, 32)),
+        "k has shape (1, 5, 2, 64)": lambda: kernels.attention(q, kv[:1], kv[:1]),
+        "q has head dim 136": lambda: kernels.attention(*[f(1, 5, 1, 136)] * 3),
+        "q has head dim 60": lambda: kernels.attention(*[f(1, 5, 1, 60)] * 3),
+        "q has shape": lambda: kernels.attention(q[0], kv, kv),
+        "q is torch.int64": lambda: kernels.attention(*[q.long()] * 3),
+        "lengths is torch.int64 (3,)": lambda: kernels.attention(q, kv, kv, lengths=f(3, dtype=torch.int64)),
+        "rope needs": lambda: kernels.attention(q[:, :1], kv, kv, rope=(cos, cos)),
+        "cos has shape": lambda: kernels.attention(q, kv, kv, rope=(cos[1:], cos[1:])),
+        "sin is torch.float16": lambda: kernels.apply_rope(q, cos, cos.to(half)),
+        "weight has shape": lambda: kernels.rms_norm(x, f(9), 1e-5),
+        "weight is torch.float16": lambda: kernels.rms_norm(x, w.to(half), 1e-5),
+        "residual has shape": lambda: kernels.rms_norm(x, w, 1e-5, x[:2]),
+        "up has shape": lambda: kernels.swiglu(x, x[:, :4]),
+        "up is on meta": lambda: kernels.swiglu(x, elsewhere(x)),
+        "hidden has shape": lambda: kernels.linear_cross_entropy(q, w, w),
+        "targets is torch.float32": lambda: kernels.linear_cross_entropy(x, f(7, 8), f(3)),
+        "weight has shape (7, 9)": lambda: kernels.linear_cross_entropy(x, f(7, 9), f(3).long()),
+    }
+
+
+@pytest.mark.parametrize("message", wrong_calls())
+def test_bad_input_names_the_argument(backend, message):
+    with pytest.raises(ValueError) as problem:
+        wrong_calls()[message]()
+    assert str(problem.value).startswith(message) and "\n" not in str(problem.value)
+
+
+def run(code, **environment):
+    """Run Python code in a fresh process: (exit status, what it printed)."""
+    environment = {**{k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")}, **environment}
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_without_triton():
+    status, output = run("""
+import sys; sys.modules["triton"] = None    # as if it were not installed
+import torch, kernels
+x = torch.randn(1, 5, 2, 64)
+print(kernels.attention(x, x, x).shape)
+with kernels.backend("triton"):
+    kernels.attention(x, x, x)
+""")
+    assert "torch.Size([1, 5, 2, 64])" in output
+    assert "ValueError: the backend is 'triton', but Triton is not installed" in output
+
+
+def test_environment_variable():
+    code = "import torch, kernels; x = torch.randn(3, 8); print(kernels.swiglu(x, x).shape)"
+    status, output = run(code, KERNELS="cuda")
+    assert status == 1 and "ValueError: KERNELS=cuda: expected 'triton', 'torch'" in output
+    if kernels.triton is not None and DEVICE == "cpu":
+        assert run(code, KERNELS="triton", TRITON_INTERPRET="1") == (0, "torch.Size([3, 8])\n")
+
+
+@needs_triton
+def test_triton_on_the_cpu_needs_its_interpreter(triton_backend, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.attention"].INTERPRET, "value", False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        kernels.quick_gelu(torch.randn(3))
+
+
+@needs_triton
+def test_compiled_for_hopper_without_one():
+    """For sm_90, by the assembler's own report: no serialised tensor core products and hardly a spilled register."""
+    status, output = run("""
+import sys, torch, kernels.benchmark
+print(kernels.benchmark.compile_table(90, dtypes=(torch.bfloat16,), head_dims=(128,)))
+""")
+    assert status == 0, output
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if "._" in line]
+    assert {row[0] for row in rows} >= {"attention._forward", "attention._dkdv", "attention._dq", "rms_norm._backward"}
+    for kernel, case, tile, warps, stages, registers, spilled, shared, serialised in rows:
+        assert serialised == "no" and int(spilled) < 1000, (kernel, case)
+        assert float(shared.split()[0]) <= 227, (kernel, case)
