@@ -326,7 +326,7 @@ def test_bad_files(tmp_path, default_gguf, meta_file):
 def test_gguf_of_another_family(tmp_path):
     import gguf
     for model, cut in (("gpt2", "qwen2"), ("llama", "default"), ("gpt2", "smollm")):
-        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        writer = gguf.GGUFWriter(tmp_path / f"{model}-{cut}.gguf", "llama")
         writer.add_tokenizer_model(model)
         writer.add_tokenizer_pre(cut)
         writer.add_token_list(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTE_OF, "ab"])
@@ -337,7 +337,7 @@ def test_gguf_of_another_family(tmp_path):
         writer.write_tensors_to_file()
         writer.close()
         if cut == "smollm":
-            assert Tokenizer.from_pretrained(tmp_path / "x.gguf").encode("abb")[0] == 259
+            assert Tokenizer.from_pretrained(tmp_path / f"{model}-{cut}.gguf").encode("abb")[0] == 259
         else:
             with pytest.raises(ValueError, match=f"its tokenizer is {model}/{cut}"):
-                Tokenizer.from_pretrained(tmp_path / "x.gguf")
+                Tokenizer.from_pretrained(tmp_path / f"{model}-{cut}.gguf")

@@ -353,7 +353,8 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
     assert about["vit"] == stages["vit"]
     assert about["ranges"] == ([] if stage == "decoder" else [[2, 4]])
     assert about["recipe"] == recipe | dict(loss_on="answers" if stage == "decoder" else "answers+special",
-                                            distill_every=2 if stage == "encoder" else 0)
+                                            distill_every=2 if stage == "encoder" else 0, dtype="torch.float32", records=0,
+                                            projector=stage != "translator", chats=8 if stage == "translator" else 0)
     assert about["start"] == stages[{"translator": "vit", "encoder": "translator", "decoder": "encoder"}[stage]]
     if stage == "decoder":  # same images as the encoder's, but without the chat's special tokens
         assert all(int(r["targets"]) < int(e["targets"]) for r, e in zip(rows, rows_of(Path(stages["encoder"]).parent)))
@@ -527,7 +528,7 @@ def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     new = ("--vit", stages["vit"], "--chats", "8")
     no("translator", *new, "--replace", "3-9", words=["cannot replace layers 3-9", "0-5"])
     no("translator", *new, "--replace", "x", words=["cannot read the layer ranges"])
-    no("translator", *new, words=["cannot replace layers 20-28"])  # the default's, and this LLM has six
+    no("translator", *new, words=["cannot replace layers 23-28"])  # the default's, and this LLM has six
     no("encoder", *at, "--replace", "3-4", words=["translator.safetensors", "[(2, 4)]", "[(3, 4)]"])
     no("encoder", "--start", "none", "--replace", "2-4", *new, words=["needs a trained translator"])
     no("encoder", "--start", stages["vit"], "--replace", "2-4", words=["needs a trained translator"])
@@ -554,7 +555,7 @@ def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys):
 
     same = ("--start", stages["vit"], "--replace", "2-4", "--chats", "8")
     at = ["--start", stages["translator"]]
-    no("encoder", None, at, "no such checkpoint")
+    no("encoder", None, at, "nothing to resume")
     no("encoder", "translator", at, "state.safetensors", "stage was translator, is encoder")
     no("vit", "encoder", [], "stage was encoder, is vit")
     no("decoder", "encoder", ["--start", stages["encoder"]], "stage was encoder, is decoder")
