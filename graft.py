@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, ful
             low, high = wilson(ranked, n)
             rows.append(dict(task=task, trained=task in data.TRAINED_TASKS, system=name, samples=n, ranked=ranked / n, low=low, high=high,
                              exact=exact / n, chance=sum(1 / len(s.options) for s in samples) / n))
-        examples += [(s, {name: r[i][1] for name, r in got.items()}) for i, s in enumerate(samples[:2])]
+        examples += [(s, {name: (s.options[r[i][0]], r[i][1]) for name, r in got.items()}) for i, s in enumerate(samples[:2])]
     bar.close()
     return rows, examples
 
@@ -138,24 +139,26 @@ def table(rows):
 
 
 def plot_examples(examples, path):
-    """A picture of images with the question and every system's answer."""
+    """A picture of images, each with the question, the option that every system ranks first, and what it says by itself."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     columns = min(4, len(examples))
     lines = math.ceil(len(examples) / columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(3.1 * columns, 3.3 * lines), dpi=110, squeeze=False)
+    fig, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 3.9 * lines), dpi=100, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, (sample, answers) in zip(axes.flat, examples):
         ax.imshow(sample.image, interpolation="nearest")
         question = sample.messages[0]["content"].split("<image>, ")[-1]
-        ax.set_title(("* " if sample.task in data.KNOWLEDGE_TASKS else "") + question[:1].upper() + question[1:], fontsize=8, wrap=True)
-        for i, (name, text) in enumerate(answers.items()):
-            ax.text(0.0, -0.04 - 0.09 * i, f"{name}: {' '.join(text.split())[:44]}", transform=ax.transAxes, fontsize=8, va="top",
-                    parse_math=False,       # an answer with two $ is no formula
-                    color="#2d6a4f" if same(text, sample.answer) else "#c1121f")
-    fig.suptitle("green: the expected answer   red: another   * never trained", fontsize=9)
+        star = "* " if sample.task in data.KNOWLEDGE_TASKS else ""
+        ax.set_title(textwrap.fill(star + question[:1].upper() + question[1:], 42), fontsize=9)
+        for i, (name, (choice, text)) in enumerate(answers.items()):
+            # parse_math: an answer with two $ is no formula
+            options = dict(transform=ax.transAxes, va="top", parse_math=False)
+            ax.text(0, -0.04 - 0.2 * i, f"{name}: {choice}", fontsize=9, color="#2d6a4f" if choice == sample.answer else "#c1121f", **options)
+            ax.text(0, -0.13 - 0.2 * i, f"says: {' '.join(text.split())[:48]}", fontsize=7, color="#666666", **options)
+    fig.suptitle("the likeliest of the options (green: right, red: wrong), and below what the model says by itself   * never trained", fontsize=9)
     fig.tight_layout()
     weights.write_whole(path, lambda part: fig.savefig(part, format="png"))
     plt.close(fig)

@@ -148,7 +148,8 @@ def test_compare_counts_right(monkeypatch):
         assert (pair["low"], pair["high"]) == graft.wilson(7 - third, 7)
     assert [s for _, s in seen] == [data.world(task, i, 5, "test") for task in tasks for i in range(7)]
     assert [s.task for s, _ in examples] == ["color"] * 2 + ["capital"] * 2
-    assert all(answers == {"pair": "", "graft": s.answer, "full": s.answer.upper()} for s, answers in examples)
+    assert all({name: text for name, (_, text) in answers.items()} == {"pair": "", "graft": s.answer, "full": s.answer.upper()}
+               and all(choice in s.options for choice, _ in answers.values()) for s, answers in examples)
 
 
 def test_table():
@@ -168,7 +169,7 @@ def test_any_answer_can_be_drawn(tmp_path):
     """Formulas, many lines, no answer: matplotlib must not read anything into them."""
     samples = [data.world("read", i, 0, "test") for i in range(5)]
     answers = ["$5 {and} $6_", "two\nlines\n" * 9, "", samples[3].answer, "long " * 50]
-    graft.plot_examples([(s, {"pair": a, "graft": s.answer}) for s, a in zip(samples, answers)], tmp_path / "a.png")
+    graft.plot_examples([(s, {"pair": (s.answer, a), "graft": (s.answer, s.answer)}) for s, a in zip(samples, answers)], tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > picture.size[1] > 300
 
