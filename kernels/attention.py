@@ -44,9 +44,10 @@ from torch.library import custom_op
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # Triton's debugger: Python and NumPy, no GPU
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Tile shapes by (padded) head dim: BLOCK_M queries, BLOCK_N keys, warps, pipeline stages. Chosen from the
-# compiler's reports, not yet timed on a GPU; fixed rather than left to @triton.autotune, so that nobody waits at the first call with a new shape and every run sums in the same order;
-# `python -m kernels.benchmark --tune` times the alternatives, `--compile` shows what the compiler makes of them.
+# Tile shapes by (padded) head dim: BLOCK_M queries, BLOCK_N keys, warps, pipeline stages. Chosen from the compiler's
+# reports, not yet timed on a GPU. Fixed rather than left to @triton.autotune, so that nobody waits at the first call
+# with a new shape and every run sums in the same order; `python -m kernels.benchmark --tune` times the alternatives,
+# `--compile` shows what the compiler makes of them.
 CONFIGS = {
     # chips with 228 KB of shared memory: H100, H200, B200. With three stages the copy of the next tile overlaps with
     # the current one: it was begun a whole tile ago. With two it is begun only when the current one has been used.
