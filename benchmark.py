@@ -1,26 +1,34 @@
 """
-How fast is it? Decoding beside transformers, a training step of the encoder, and the memory of graft.py.
+How fast is it, and how much memory does it take? Decoding beside transformers, a training step of the encoder, and what
+graft.py, a step with a real vocabulary and the building of a surrogate need.
 
-    python benchmark.py                 # all three, on the default LLM
+    python benchmark.py                 # everything, on the default LLM
+    python benchmark.py --memory        # only the step and the building, on random models: no download, half a minute
 
 Everything is timed in turns within one run, because absolute times on shared machines wander; trust the ratios.
 (kernels/benchmark.py measures the Triton kernels on a GPU.)
 """
 import argparse
+import json
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+import surrogate
 import train
 import weights
-from model import Llama
-from tokenizer import Tokenizer
+from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
+from tokenizer import IMAGE, Tokenizer
 
 
 def transformers_twin(llm):
@@ -29,12 +37,14 @@ def transformers_twin(llm):
     c = llm.config
     with torch.device("meta"):
         twin = LlamaForCausalLM(LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, tie_word_embeddings=c.tie_word_embeddings,
-            max_position_embeddings=c.max_position_embeddings, bos_token_id=1, eos_token_id=2, pad_token_id=2))
+            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=c.tie_word_embeddings, max_position_embeddings=c.max_position_embeddings,
+            bos_token_id=1, eos_token_id=2, pad_token_id=2))
     twin.load_state_dict(llm.state_dict() | {"lm_head.weight": llm.lm_head_weight}, assign=True)
-    rope = twin.model.rotary_emb                    # its frequencies are no parameters: build them where there is memory
+    rope = twin.model.rotary_emb            # its frequencies are no parameters: build them where there is memory
     twin.model.rotary_emb = type(rope)(twin.config)
     twin.tie_weights()
     return twin.eval().to(llm.device)
@@ -57,60 +67,206 @@ def decode(device, dtype, tokens=64, rounds=5):
     prompt = tokenizer.chat([{"role": "user", "content": "Tell me a long story about the sea."}])
     ids = torch.tensor([prompt], device=device)
     ours = lambda: llm.generate([prompt], max_new_tokens=tokens)[0]
-    theirs = lambda: twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)[0, ids.shape[1]:].tolist()
+    theirs = lambda: twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens,
+                                   max_new_tokens=tokens)[0, ids.shape[1]:].tolist()
     a, b = ours(), theirs()                         # also warms up
-    times = [(clock(ours, device)[0], clock(theirs, device)[0]) for _ in tqdm(range(rounds), desc="decode", unit="round")]
+    bar = tqdm(range(rounds), desc="decode", unit="round")
+    times = [(clock(ours, device)[0], clock(theirs, device)[0]) for _ in bar]
     us, them = (tokens / statistics.median(t) for t in zip(*times))
     ratio = statistics.median(t / o for o, t in times)
-    print(f"| decode, {str(dtype)[6:]}, 1 row, {tokens} tokens (the same in both: {a == b}) | {us:.1f} tokens/s | transformers {them:.1f} tokens/s | {ratio:.2f}x |")
+    print(f"| decode, {str(dtype)[6:]}, 1 row, {tokens} tokens (the same in both: {a == b}) | {us:.1f} tokens/s "
+          f"| transformers {them:.1f} tokens/s | {ratio:.2f}x |")
 
 
 def encoder_step(device, dtype, batch=16, rounds=5, distill_every=0, replace=((16, 28),)):
     """One step of the stage `encoder` with a new translator: the time does not depend on what the weights are."""
-    from surrogate import build_surrogate
-    from model import VLM, ViT, ViTConfig
     llm = Llama.from_pretrained(dtype=dtype, device=device)
     tokenizer = Tokenizer.from_pretrained(weights.find(weights.DEFAULT_LLM))
-    vlm = VLM(ViT(ViTConfig()), build_surrogate(llm, replace), tokenizer).to(device=device, dtype=dtype)
+    vlm = VLM(ViT(ViTConfig()), surrogate.build_surrogate(llm, replace), tokenizer).to(device=device, dtype=dtype)
     trainer = train.Trainer(train.trained_parameters(vlm, "encoder", distill_every > 0), 5e-5, 100)
+    batches = train.Batches("encoder", vlm, batch, batch, train.RECIPES["encoder"]["loss_on"], seed=0)
     times = []
     for step in tqdm(range(rounds + 1), desc="encoder step", unit="step"):
         def one():
-            b = train.image_batch(vlm, None, step, batch, train.RECIPES["encoder"], 0)
-            ce, distill = train.surrogate_loss(vlm, b, "encoder", llm if distill_every else None)
-            (ce / int((b["targets"] >= 0).sum()) + (distill if distill_every else 0)).backward()
+            (((b,),), _) = batches[step]            # one micro-batch, and nothing but images in it
+            n = int((b["targets"] >= 0).sum())
+            ce, kl, distance = train.surrogate_loss(vlm, b, "encoder", llm if distill_every else None)
+            (ce / n + (kl / n + distance / batch if distill_every else 0)).backward()
             trainer.update()
             return b["tokens"].shape[1]
         seconds, positions = clock(one, device)
         times.append(seconds)
     layers = vlm.decoder.config.num_hidden_layers
-    print(f"| encoder step, {str(dtype)[6:]}, {layers}-layer surrogate, batch {batch}, ~{positions} positions{', on-policy' if distill_every else ''} "
-          f"| {statistics.median(times[1:]):.2f} s | | |")
+    print(f"| encoder step, {str(dtype)[6:]}, {layers}-layer surrogate, batch {batch}, ~{positions} positions"
+          f"{', on-policy' if distill_every else ''} | {statistics.median(times[1:]):.2f} s | | |")
 
 
-def memory():
+def graft_memory():
     """Peak memory of `python graft.py`, as the operating system counts it."""
-    done = subprocess.run([sys.executable, "graft.py", "--eval", "8", "--out", "runs/benchmark"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "graft.py", "--eval", "8", "--out", "runs/benchmark"],
+                          capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"graft.py failed: {done.stderr.strip().splitlines()[-1]}")
     unit = 2**30 if sys.platform == "darwin" else 2**20         # macOS counts in bytes, Linux in KiB
     print(f"| graft.py, peak memory | {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit:.2f} GiB | | |")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, each figure out of a fresh process: what another one has left there would hide a peak
+
+
+def peak_memory():
+    """Bytes: the most physical memory that this process has held so far, pages of files that it maps included."""
+    if sys.platform == "linux":     # not ru_maxrss: there a new process begins with the peak of the one that started it
+        line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS counts in bytes
+
+
+def in_fresh_process(call):
+    """The value (numbers, strings, dictionaries) of an expression of this module, e.g. "surrogate_memory('folder')"."""
+    done = subprocess.run([sys.executable, "-c", f"import json, benchmark; print(json.dumps(benchmark.{call}))"],
+                          cwd=Path(__file__).parent, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"it was killed, status {done.returncode}: out of memory?"])[-1]
+        raise ValueError(f"benchmark.{call} failed: {why}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def llava_batch(n_visual, vocab, batch, text=100, answer=60):
+    """A batch as data.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens of which
+    the last `answer` are the answer; every row is 8 tokens shorter than the one before, and padded."""
+    T = n_visual + text
+    tokens = torch.randint(vocab, (batch, T))
+    tokens[:, 10:10 + n_visual] = IMAGE
+    targets = torch.full((batch, T), -100)
+    for b in range(batch):
+        end = T - 8 * b
+        targets[b, end - answer - 1:end - 1] = tokens[b, end - answer:end]      # at position t the token t + 1
+    return dict(tokens=tokens, targets=targets, pixels=torch.rand(batch, 3, 336, 336))
+
+
+def encoder_step_memory(all_logits=False, vocab=128256, batch=3, width=64):
+    """A step of stage 2, forward and backward, float32 on the CPU: dict(peak, loss, gradient, positions, targets).
+
+    CLIP's 24x24 patches (579 visual tokens) and Llama 3's vocabulary, but few and narrow layers: what is left is what
+    the vocabulary costs. peak: bytes above what model and batch have taken; gradient: its norm.
+    all_logits: as one would write it first, the logits of every position and F.cross_entropy with ignore_index.
+    """
+    torch.manual_seed(0)
+    llm = Llama(LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4,
+                            num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4)).requires_grad_(False)
+    llm.model.embed_tokens.weight.normal_(std=0.02)         # as a new LLM has them: the loss begins at log(vocab)
+    vit = ViT(ViTConfig(image_size=336, patch_size=14, hidden_size=width, intermediate_size=4 * width,
+                        num_hidden_layers=3, num_attention_heads=4))
+    vlm = VLM(vit, surrogate.build_surrogate(llm, [(1, 2)]))
+    trained = train.trained_parameters(vlm, "encoder")
+    b = llava_batch(vlm.n_visual, vocab, batch)
+    before = peak_memory()
+    if all_logits:
+        logits = vlm.decoder(embeds=vlm.embed(b["tokens"], b["pixels"]))                        # (B, T, vocab)
+        loss = F.cross_entropy(logits.flatten(0, 1), b["targets"].flatten(), ignore_index=-100, reduction="sum")
+        del logits          # as a function that returns the loss would: only what autograd needs stays
+    else:
+        loss = train.surrogate_loss(vlm, b, "encoder")[0]
+    n = int((b["targets"] >= 0).sum())
+    (loss / n).backward()
+    peak = peak_memory() - before
+    gradient = torch.stack([p.grad.norm() for p in trained.values() if p.grad is not None]).norm()
+    return dict(peak=peak, loss=loss.item() / n, gradient=gradient.item(), positions=b["tokens"].numel(), targets=n)
+
+
+def save_random_llm(folder, layers=28, width=768, vocab=32064, shards=4):
+    """A random Llama in bf16 in the layout of the hub. The defaults are Llama-3.2-3B with every width divided by 4."""
+    config = dict(vocab_size=vocab, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+                  num_attention_heads=24, num_key_value_heads=8, head_dim=width // 24, rope_theta=500000.0)
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in Llama(LlamaConfig(**config)).state_dict().items()}
+    names, files = list(shapes), {}
+    per_file = -(-len(names) // shards)
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        files |= {n: file for n in names[i * per_file:(i + 1) * per_file]}
+        tensors = {n: torch.empty(shapes[n], dtype=torch.bfloat16).normal_(std=0.02) for n in files if files[n] == file}
+        save_file(tensors, Path(folder) / file)
+    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=files)))
+    (Path(folder) / "config.json").write_text(json.dumps(config | dict(model_type="llama", tie_word_embeddings=True)))
+
+
+def surrogate_memory(folder, whole=False, ranges=((16, 26),), dtype="bfloat16"):
+    """Building the surrogate of the LLM in `folder` on the CPU: dict(peak, size, layers), peak and size in bytes.
+
+    peak: above what the process held before. The files are mapped, and a page takes memory only once it is read: so
+    every weight that is held is read, as a first step would. whole: load the LLM, then take the surrogate out of it.
+    """
+    dtype = getattr(torch, dtype)
+    with torch.device("meta"):              # for its first such model torch imports 30 MB of code: not in question
+        Llama(LlamaConfig(vocab_size=8, num_hidden_layers=1))
+    before = peak_memory()
+    if whole:
+        held = Llama.from_pretrained(folder, dtype, "cpu")
+        ours = surrogate.build_surrogate(held, ranges)
+    else:
+        held = ours = surrogate.from_pretrained(folder, ranges, dtype, "cpu")
+    for p in [*held.parameters(), *ours.parameters()]:
+        p.sum()
+    size = sum(p.numel() * p.element_size() for p in ours.parameters())
+    return dict(peak=peak_memory() - before, size=size, layers=len(ours.model.layers))
+
+
+def compare_step_memory(**sizes):
+    """Print what a step of stage 2 needs, ours beside all logits. Returns the ratio of the peaks."""
+    ours, naive = (in_fresh_process(f"encoder_step_memory(**{sizes | dict(all_logits=how)})") for how in (False, True))
+    ratio = ours["peak"] / naive["peak"]
+    print(f"| encoder step, vocabulary {sizes.get('vocab', 128256):,}, {ours['positions']} positions of which "
+          f"{ours['targets']} have loss: peak memory | {ours['peak'] / 2**20:.0f} MiB "
+          f"| all logits {naive['peak'] / 2**20:.0f} MiB | {ratio:.2f}x |")
+    print(f"| its loss, its gradient's norm | {ours['loss']:.6f}, {ours['gradient']:.6f} | {naive['loss']:.6f}, "
+          f"{naive['gradient']:.6f} | apart {abs(ours['loss'] - naive['loss']):.1e}, "
+          f"{abs(ours['gradient'] - naive['gradient']):.1e} |")
+    return ratio
+
+
+def compare_surrogate_memory(ranges=((16, 26),), **sizes):
+    """Print what building a surrogate needs, alone beside out of the whole LLM, over its own size. Returns the former.
+
+    Writes the random LLM into a temporary folder (400 MB by default)."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_llm(folder, **sizes)
+        ours, whole = (in_fresh_process(f"surrogate_memory({folder!r}, {how}, {ranges!r})") for how in (False, True))
+    ratio = ours["peak"] / ours["size"]
+    print(f"| building a surrogate of {ours['layers']} layers, {ours['size'] / 2**20:.0f} MiB in bf16: peak memory "
+          f"| {ours['peak'] / 2**20:.0f} MiB, {ratio:.2f}x its size "
+          f"| out of the whole LLM {whole['peak'] / 2**20:.0f} MiB, {whole['peak'] / whole['size']:.2f}x "
+          f"| {ours['peak'] / whole['peak']:.2f}x |")
+    return ratio
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="timed repetitions, of which the median counts (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="timed repetitions, of which the median counts (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true",
+                        help="only the memory of a step and of building a surrogate, on random models on the CPU")
     args = parser.parse_args(argv)
-    chip = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{chip}, torch {torch.__version__}, Python {platform.python_version()}\n\n| what | ours | peer | ratio |\n|---|---|---|---|")
-    memory()                # first: the children's peak is the largest child so far
+    on_gpu = args.device.startswith("cuda") and not args.memory
+    chip = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{chip}, torch {torch.__version__}, Python {platform.python_version()}\n\n"
+          "| what | ours | peer | ratio |\n|---|---|---|---|")
+    if not args.memory:
+        graft_memory()      # first: the children's peak is the largest child so far
+    compare_step_memory()
+    compare_surrogate_memory()
+    if args.memory:
+        return
     decode(args.device, torch.float32, rounds=args.rounds)
     if train.default_dtype(args.device) == torch.bfloat16:
         decode(args.device, torch.bfloat16, rounds=args.rounds)
     encoder_step(args.device, torch.float32, rounds=args.rounds)
-    encoder_step(args.device, train.default_dtype(args.device), rounds=args.rounds)
-    encoder_step(args.device, train.default_dtype(args.device), rounds=args.rounds, distill_every=1, replace=((20, 28),))
+    dtype = train.default_dtype(args.device)
+    encoder_step(args.device, dtype, rounds=args.rounds)
+    encoder_step(args.device, dtype, rounds=args.rounds, distill_every=1, replace=((20, 28),))
 
 
 if __name__ == "__main__":

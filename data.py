@@ -1,8 +1,10 @@
 """
-Data: the embedded world (colored shapes, and signs with a word), LLaVA-format JSON, CLIP's preprocessing, batches.
+Data: the embedded world (colored shapes, and signs with a word), CLIP's preprocessing, LLaVA-format JSON, the order
+in which records are shown, batches.
 
     sample = world("read", 7, split="test")         # endless, deterministic, needs no download
-    records = load_llava("data.json", "images")     # LLaVA-1.5's format
+    records = load_llava("data.json", "images")     # LLaVA-1.5's format; on_bad="skip" goes on past bad records
+    kind, number = evenly_spaced(i, len(records.pictured), len(records.texts))      # sample i of an endless walk
     batch = collate([sample], tokenizer, n_visual=19, size=64)
 
 A sample is an image and a chat about it; `world` adds what ranking (options) and contrastive training (caption) need.
@@ -15,6 +17,7 @@ import random
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -37,9 +40,9 @@ QUESTIONS = {
     "class": ["What kind of animal is it: a mammal, a bird, a fish, an insect or a reptile?"],
 }
 
-# Sentences, not bare words: SmolLM2 wants to go on after a bare "Red" (log p of end-of-turn there: -18), and ranks words
-# badly. Measured in text, with the caption in the image's place, ranking "Red" -> "The color is red.", and so on (n = 24
-# or 20): color 0 -> 19, shape 0 -> 19 of 24; capital 8 -> 20, class 8 -> 16 of 20. For bare words put "{}" here.
+# Sentences, not bare words: SmolLM2 wants to go on after a bare "Red" (log p of end-of-turn there: -18), and ranks
+# words badly. Measured in text, with the caption in the image's place, ranking "Red" -> "The color is red.", and so on
+# (n = 24 or 20): color 0 -> 19, shape 0 -> 19 of 24; capital 8 -> 20, class 8 -> 16 of 20. For bare words put "{}".
 # No word of the sign is in the answers that need knowledge: ranking these cannot be won by copying.
 ANSWERS = {
     "describe": "{}.",
@@ -334,39 +337,65 @@ def preprocess(image, size=SIZE, mean=CLIP_MEAN, std=CLIP_STD):
 
 
 # ---- LLaVA-format JSON ----------------------------------------------------------------------------------------------
-# [{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}]
+# [{"id": ..., "image": "coco/train2017/a.jpg", "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}]
 
 
 class LlavaRecords:
     """
-    The records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
-    All records are checked at once when the file is loaded, so that a long run does not stop at record 500,000.
+    The good records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
+    All records are checked when the file is loaded, so that a long run does not stop at record 500,000.
+
+        pictured, texts     the indices i of the records with an image, and of those without
+        skipped             with on_bad="skip": one line for every record left out or replaced so far
     """
 
-    def __init__(self, json_path, image_folder, seed=0):
-        self.path, self.image_folder, self.seed = str(json_path), str(image_folder), seed
+    def __init__(self, json_path, image_folder=None, seed=0, on_bad="stop"):
+        if on_bad not in ("stop", "skip"):
+            raise ValueError(f"unknown on_bad {on_bad!r}: choose 'stop' or 'skip'")
+        self.path, self.image_folder = str(json_path), str(image_folder or ".")
+        self.seed, self.on_bad, self.errors = seed, on_bad, {}  # errors: place in the file -> what is wrong there
         if not os.path.isfile(json_path):
             raise FileNotFoundError(f"{json_path}: no such file")
         try:
             with open(json_path, encoding="utf-8") as f:
-                self.records = json.load(f)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                records = json.load(f)
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, endless digits or nesting
             raise ValueError(f"{json_path}: not valid JSON ({error})") from None
-        if not isinstance(self.records, list) or not self.records:
+        if not isinstance(records, list) or not records:
             raise ValueError(f"{json_path}: expected a non-empty JSON list of records (LLaVA's format)")
-        for index in range(len(self.records)):
-            self._messages(index)
+        if not os.path.isdir(self.image_folder) and any(isinstance(r, dict) and r.get("image") for r in records):
+            raise FileNotFoundError(f"{self.image_folder}: no such image folder")  # else "skip" would skip every image
+        self.records, self.places, self.pictured, self.texts = [], [], [], []
+        for place, record in enumerate(records):
+            try:
+                image_path, _ = self._check(place, record)
+            except (ValueError, FileNotFoundError) as error:
+                self._bad(place, error)
+                continue
+            (self.pictured if image_path else self.texts).append(len(self.records))
+            self.records.append(record)
+            self.places.append(place)
+        if not self.records:
+            raise ValueError(f"{self.path}: all {len(records)} records are bad; the first: {self.skipped[0]}")
 
     def __len__(self):
         return len(self.records)
 
-    def _name(self, index):
-        record = self.records[index]
-        return f"{self.path}: record {index} (id {record.get('id') if isinstance(record, dict) else None!r})"
+    @property
+    def skipped(self):
+        return list(self.errors.values())
 
-    def _messages(self, index):
-        """Check record `index`; return its image path (or None) and its turns, "<image>" taken out of the first one."""
-        record, name = self.records[index], self._name(index)
+    def _bad(self, place, error):
+        if self.on_bad == "stop":
+            raise error
+        self.errors[place] = str(error)  # once, however often the walk comes by
+
+    def _name(self, place, record):
+        return f"{self.path}: record {place} (id {record.get('id') if isinstance(record, dict) else None!r:.80})"
+
+    def _check(self, place, record):
+        """A record -> its image path (or None) and its turns, "<image>" taken out of the first one; or an error."""
+        name = self._name(place, record)
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns:
             raise ValueError(f'{name}: needs "conversations", a non-empty list')
@@ -392,33 +421,78 @@ class LlavaRecords:
                 raise ValueError(f'{name}: the text has "<image>" but the record names no "image"')
             return None, messages
         if not isinstance(image, str) or not image:
-            raise ValueError(f'{name}: "image" must be one file name, not {image!r}')
+            raise ValueError(f'{name}: "image" must be one file name, not {image!r:.80}')
         path = os.path.join(self.image_folder, image)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{name}: image file {path} not found")
         return path, messages
 
-    def __getitem__(self, index):
-        index = range(len(self))[index]  # negative indices; IndexError past the end, which ends a for loop
-        path, messages = self._messages(index)
+    def _sample(self, index):
+        place, record = self.places[index], self.records[index]
+        path, messages = self._check(place, record)
         image, caption = None, ""
         if path:
             try:
                 image = open_image(path)
             except (ValueError, OSError) as error:
-                raise type(error)(f"{self._name(index)}: {error}") from None
-            rng = None if self.seed is None else random.Random(f"llava/{self.seed}/{index}")
+                raise type(error)(f"{self._name(place, record)}: {error}") from None
+            rng = None if self.seed is None else random.Random(f"llava/{self.seed}/{place}")
             messages[0]["content"] = wrap(messages[0]["content"], rng)
             caption = messages[1]["content"]
         return Sample(image, messages, "llava", messages[-1]["content"], [], caption)
 
+    def __getitem__(self, index):
+        index = range(len(self))[index]  # negative indices; IndexError past the end, which ends a for loop
+        # An image that cannot be opened is replaced by the next one of the file. That depends on the files alone, not
+        # on what was seen before: a resumed run and every rank see the same. Image for image keeps the mixture.
+        for i in chain(range(index, len(self)), range(index)):
+            if i == index or self.records[i].get("image"):
+                try:
+                    return self._sample(i)
+                except (ValueError, OSError) as error:
+                    self._bad(self.places[i], error)
+        raise ValueError(f"{self.path}: none of its images can be opened; the last: {self.skipped[-1]}")
 
-def load_llava(json_path, image_folder, seed=0):
+
+def load_llava(json_path, image_folder=None, seed=0, on_bad="stop"):
     """
-    LLaVA-format JSON file -> list-like of Samples, images opened on access. `seed` draws the openings (None: default).
-    ValueError / FileNotFoundError name the file, the record's index and its id.
+    LLaVA-format JSON file (LLaVA-1.5-665K as it is distributed, or text alone) -> list-like of Samples, LlavaRecords.
+    Image paths are relative to `image_folder`, which a file of text alone does not need. `seed` draws the openings
+    (None: the default one). What happens at a bad record (wrong structure, image missing, damaged or too large):
+
+        on_bad="stop"   ValueError / FileNotFoundError names the file, the record's place in it and its id
+        on_bad="skip"   left out when the file is loaded; where only opening shows it, the next image of the file takes
+                        its place. records.skipped has the text of every error, once. ValueError if nothing is left
     """
-    return LlavaRecords(json_path, image_folder, seed)
+    return LlavaRecords(json_path, image_folder, seed, on_bad)
+
+
+# ---- Order: everything is a function of the place in an endless walk, so that a resumed run sees the same -----------
+
+
+def evenly_spaced(i, n_images, n_texts):
+    """
+    Sample i = 0, 1, ... of an endless walk through two sources, mixed by even spacing (the paper's proportional
+    strides, for two sources) -> ("image" or "text", its number in the walk through that source).
+    n_images + n_texts samples hold every image and every text once; w samples in a row hold w * n_texts /
+    (n_images + n_texts) texts, to within 1.
+    """
+    if min(n_images, n_texts) < 0 or not n_images + n_texts:
+        raise ValueError(f"cannot mix {n_images} images and {n_texts} texts: there must be something to show")
+    texts, texts_after = (j * n_texts // (n_images + n_texts) for j in (i, i + 1))  # before sample i, and with it
+    return ("text", texts) if texts_after > texts else ("image", i - texts)
+
+
+def shuffled_index(i, n, seed=0):
+    """Index of the record shown as number i = 0, 1, ... of an endless walk over n records: a new order every epoch."""
+    return _order(n, i // n, seed)[i % n]
+
+
+@lru_cache(maxsize=4)  # two sources, each at the end of one epoch and the start of the next
+def _order(n, epoch, seed):
+    order = list(range(n))
+    random.Random(f"order/{seed}/{epoch}").shuffle(order)
+    return order
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from torch.utils.checkpoint import checkpoint
+
 import data
 import kernels
 import weights
@@ -139,18 +141,26 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
+        self.checkpointing = False  # training: keep only the layers' inputs and compute the rest again in the backward pass
 
     @classmethod
-    def from_pretrained(cls, path=weights.DEFAULT_LLM, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, path=weights.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None):
         """Load official weights, frozen. `path` is a folder (Hugging Face's or Meta's layout), a .gguf file or a hub name.
 
+        layers: a list of the layers to keep (a surrogate), numbered anew; the others are never read. shard: a function that
+        shards the empty model over several GPUs (parallel.shard); each process then keeps only its slices.
         Raises FileNotFoundError or ValueError, each with one line, for files that are missing, damaged or of another model.
         """
         path = weights.find(path)
-        config = LlamaConfig(**weights.llama_config(path))
+        config, tensors = LlamaConfig(**weights.llama_config(path)), weights.llama_tensors(path)
+        if layers is not None:
+            tensors = weights.pick_layers(tensors, layers, config.num_hidden_layers)
+            config.num_hidden_layers = len(layers)
         with torch.device("meta"):                  # no memory yet: every tensor goes straight to its place, one by one
             model = cls(config)
-        weights.load(model, weights.llama_tensors(path), dtype, device, path)
+        if shard:
+            shard(model)
+        weights.load(model, tensors, dtype, device, path)
         return model.requires_grad_(False).eval()
 
     @property
@@ -187,7 +197,10 @@ class Llama(nn.Module):
             positions = cache.positions(x.shape[1])                         # (T,), or (B, T) where rows differ
             cos, sin = (table[positions] for table in self.rope(cache.size))
         for i in range(len(self.model.layers))[start:stop]:
-            x = self.model.layers[i](x, cos, sin, cache, i)
+            if self.checkpointing and cache is None and torch.is_grad_enabled():
+                x = checkpoint(self.model.layers[i], x, cos, sin, use_reentrant=False)
+            else:
+                x = self.model.layers[i](x, cos, sin, cache, i)
         return x
 
     def logits(self, x):
@@ -285,6 +298,37 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     kept = cum.masked_fill(cum - probs >= top_p, 0).amax(-1, keepdim=True)  # mass of the tokens kept: the least that reaches top_p
     point = torch.rand(len(probs), 1, generator=generator, device=probs.device) * kept      # somewhere in that mass ...
     return order.gather(1, torch.searchsorted(cum, point)).squeeze(1)                       # ... lies one token
+
+
+class LoRALinear(nn.Linear):
+    """W x + scale B A x: a frozen W, and a trained update of low rank (https://arxiv.org/abs/2106.09685)."""
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+def add_lora(llm, rank, alpha=32):
+    """Give every matrix in the layers of a Llama an update of this rank, in place. It starts at 0: B is 0, A is random.
+
+    The paper's LoRA baseline has rank 8 and alpha 32 on q_proj and v_proj alone; on all matrices it does better at little cost.
+    """
+    for module in [m for layer in llm.model.layers for m in layer.modules() if type(m) is nn.Linear]:
+        A = torch.randn(rank, module.in_features) / math.sqrt(module.in_features)
+        module.lora_A = nn.Parameter(A.to(llm.device))                                          # (rank, in)
+        module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=llm.device)) # (out, rank)
+        module.scale = alpha / rank
+        module.__class__ = LoRALinear       # the same object: whoever shares or shards this module keeps it
+
+
+@torch.no_grad()
+def merge_lora(tensors, llm, rank, alpha=32):
+    """The named tensors of a checkpoint with lora_A and lora_B -> with the whole weights that they make out of `llm`'s."""
+    ours = {f"decoder.{n}": p for n, p in llm.named_parameters()}
+    out = {n: t for n, t in tensors.items() if ".lora_" not in n}
+    for name in (n.removesuffix("lora_A") for n in tensors if n.endswith("lora_A")):
+        W, A, B = ours[name + "weight"], tensors[name + "lora_A"].float(), tensors[name + "lora_B"].float()
+        out[name + "weight"] = W.float() + (B @ A).to(W.device) * (alpha / rank)
+    return out
 
 
 class KVCache:
@@ -506,6 +550,8 @@ class VLM(nn.Module):
         if tokenizer is None:
             tokenizer = Tokenizer.from_pretrained(weights.find(about.get("llm", weights.DEFAULT_LLM) if isinstance(llm, Llama) else llm))
         if about.get("stage") == "decoder":         # stage 3 trained the full LLM itself: a copy takes the new weights
+            if about["recipe"].get("lora"):
+                tensors = merge_lora(tensors, decoder, about["recipe"]["lora"])
             decoder = copy.deepcopy(decoder)
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}

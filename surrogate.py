@@ -109,19 +109,38 @@ def build_surrogate(llm, ranges):
     surrogate.model.update(dict(llm.model.items()) | {"layers": torch.nn.ModuleList(layers)})
     if not llm.config.tie_word_embeddings:
         surrogate.lm_head = llm.lm_head
-    surrogate.ranges = ranges
+    return mark(surrogate.train(llm.training), ranges, L)
+
+
+def from_pretrained(path, ranges, dtype=torch.float32, device="cpu", shard=None):
+    """The surrogate of the LLM at `path`, without the LLM: only the layers that it keeps are ever read.
+
+    The same model as `build_surrogate(Llama.from_pretrained(path), ranges)`, in its own size of memory. shard: see model.py.
+    """
+    path = weights.find(path)
+    L = weights.llama_config(path)["num_hidden_layers"]
+    ranges = check_ranges(ranges, L)
+    return mark(Llama.from_pretrained(path, dtype, device, kept_layers(ranges, L), shard), ranges, L)
+
+
+def mark(surrogate, ranges, num_layers):
+    """Note in a surrogate what it replaces of an LLM with `num_layers` layers (see build_surrogate)."""
+    surrogate.ranges, kept = ranges, kept_layers(ranges, num_layers)
     surrogate.translators = [kept.index(first) for first, _ in ranges]
-    surrogate.trunk = min(firsts, default=L)
-    return surrogate.train(llm.training)
+    surrogate.trunk = min((first for first, _ in ranges), default=num_layers)
+    return surrogate
 
 
-def load_surrogate(llm, checkpoint):
+def load_surrogate(llm, checkpoint, build=build_surrogate):
     """The surrogate that a checkpoint of train.py was trained with. A checkpoint that holds no translator (stage 2 of the
-    paper leaves it frozen) names the one that it started from."""
-    _, about = weights.read_checkpoint(checkpoint)
+    paper leaves it frozen) names the one that it started from.
+
+    llm: the full LLM; or with `build=from_pretrained` its path, when the full LLM is not needed.
+    """
+    _, about = weights.open_checkpoint(checkpoint)
     if not about.get("ranges"):
         raise ValueError(f"{checkpoint} (stage {about.get('stage', 'unknown')}) was not trained with a surrogate: it names no replaced layers")
-    surrogate = build_surrogate(llm, about["ranges"])
+    surrogate = build(llm, about["ranges"])
     file = checkpoint
     while True:
         tensors, about = weights.read_checkpoint(file)

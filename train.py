@@ -9,15 +9,16 @@ Train the vision encoder against the surrogate, stage by stage.
 
 Without options a stage makes a short run that starts from what assets/ holds. The recipe of a stage (what is trained, on
 which data, which tokens carry loss, optimiser and schedule) is the paper's; steps, batch and learning rate are the small world's.
+
+    python train.py encoder --preset llama-3.1-8b --dry-run         # the paper's size: what it trains, computes and needs
+    torchrun --nproc-per-node 8 train.py encoder --preset llama-3.1-8b --data llava_v1_5_mix665k.json --images … --start …
 """
 import argparse
 import collections
 import csv
-import functools
 import hashlib
 import json
 import math
-import random
 import sys
 import time
 from pathlib import Path
@@ -27,8 +28,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import parallel
+import plan
+import surrogate
 import weights
-from model import VLM, Llama, ViT, ViTConfig, base_vit
+from model import VLM, Llama, ViT, ViTConfig, add_lora, base_vit
 from surrogate import build_surrogate, check_ranges, load_surrogate, parse_ranges
 from tokenizer import Tokenizer
 
@@ -37,7 +41,7 @@ from tokenizer import Tokenizer
 RECIPES = {
     "vit":        dict(steps=600, batch=128, lr=1e-3, bound=2.5),
     "translator": dict(steps=120, batch=16, lr=1e-3, loss_on="answers+special"),
-    "encoder":    dict(steps=120, batch=16, lr=1e-4, loss_on="answers+special"),
+    "encoder":    dict(steps=120, batch=16, lr=2e-4, loss_on="answers+special", ends_lr=30.0),
     "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers"),
 }
 WARMUP = 0.0305
@@ -56,10 +60,10 @@ def lr_at(step, steps, lr):
 # Which parameters a stage trains (paper, section 4)
 
 
-def trained_parameters(vlm, stage, distill=False, projector=True):
+def trained_parameters(vlm, stage, distill=False, projector=True, lora=False):
     """{name: parameter} that a stage trains; these get gradients, all others are frozen.
 
-    projector=False leaves out everything before the decoder (stage 1 with the projector of stage 0: it is healed already, and
+    lora: stage 3 trains only the low-rank updates of the decoder (model.add_lora). projector=False leaves out everything before the decoder (stage 1 with the projector of stage 0: it is healed already, and
     the answers' loss through a translator that is not yet would only harm it).
     """
     L = vlm.encoder.config.num_hidden_layers
@@ -73,52 +77,75 @@ def trained_parameters(vlm, stage, distill=False, projector=True):
     if stage == "vit":
         prefixes = ["encoder.", "adapter."]
     vlm.requires_grad_(False)
-    chosen = {n: p.requires_grad_(True) for n, p in vlm.named_parameters() if n.startswith(tuple(prefixes))}
-    return chosen
+    names = [n for n, _ in vlm.named_parameters() if n.startswith(tuple(prefixes))]
+    if lora:
+        names = [n for n in names if ".lora_" in n or not n.startswith("decoder.")]
+    return {n: vlm.get_parameter(n).requires_grad_(True) for n in names}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data of a step: a function of (seed, step) alone, so that a resumed run sees what an uninterrupted one would have seen
+# Data of a step: a function of (seed, step) alone, so that a resumed run sees what an uninterrupted one would have seen,
+# whatever the number of processes or workers
 
 
-def image_batch(vlm, records, step, size, recipe, seed):
-    """Batch number `step` of image samples, from the embedded world or from LLaVA-format records."""
-    if records is None:
-        tasks = data.TRAINED_TASKS
-        samples = [data.world(tasks[j % len(tasks)], step * size + j, seed) for j in range(size)]
-    else:
-        samples = [records[i] for i in shuffled(len(records), step * size, size, seed)]
-    return data.collate(samples, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size, recipe["loss_on"], max_length=4096)
+class Batches(torch.utils.data.Dataset):
+    """batches[step] -> what this process reads in that step: (micro-batches, skipped records).
+
+    A step's samples are shared out over the processes (world of them, this is number rank) and then over micro-batches,
+    which run one after the other. A micro-batch is one or two batches of `data.collate`: samples with an image, and text.
+    """
+
+    def __init__(self, stage, vlm, size, micro, loss_on, seed, records=None, texts=None, rank=0, world=1, together=False):
+        if size % (micro * world):
+            raise ValueError(f"a batch of {size} cannot be shared out: {micro} samples at a time in {world} process(es) "
+                             f"make {micro * world}, which does not divide {size} (see --batch and --micro-batch)")
+        self.stage, self.size, self.micro, self.loss_on, self.seed = stage, size, micro, loss_on, seed
+        self.tokenizer, self.n_visual, self.image_size = vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size
+        self.records, self.texts, self.rank, self.world, self.together = records, texts, rank, world, together
+        # images and text alternate by even spacing, as in the paper: one epoch of both, or 3 to 2 where images are endless
+        finite = records is not None and isinstance(texts, data.LlavaRecords | torch.utils.data.Subset)
+        self.mix = (len(records.pictured), len(texts)) if finite else (3, 2) if texts else (1, 0)
+
+    def sample(self, i):
+        """Sample number i of the whole run."""
+        kind, k = data.evenly_spaced(i, *self.mix)
+        if kind == "text":
+            return self.texts[data.shuffled_index(k, len(self.texts), self.seed)]
+        if self.records is None:
+            return data.world(data.TRAINED_TASKS[k % len(data.TRAINED_TASKS)], k, self.seed)
+        pictured = self.records.pictured
+        return self.records[pictured[data.shuffled_index(k, len(pictured), self.seed)]]
+
+    def __getitem__(self, step):
+        known, micro_batches = len(getattr(self.records, "skipped", ())), []
+        for m in range(self.size // (self.micro * self.world)):
+            first = step * self.size + (m * self.world + self.rank) * self.micro
+            samples = [self.sample(i) for i in range(first, first + self.micro)]
+            # text needs no gradient below the translator: apart from the images, autograd keeps no activations there
+            groups = [samples] if self.together else [[s for s in samples if s.image is not None], [s for s in samples if s.image is None]]
+            micro_batches.append([data.collate(g, self.tokenizer, self.n_visual, self.image_size, self.loss_on, max_length=4096)
+                                  for g in groups if g])
+        return micro_batches, list(getattr(self.records, "skipped", ()))[known:]
+
+    def loader(self, start, stop, workers=0):
+        """Iterate over the steps start … stop-1; `workers` processes prepare them ahead."""
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers, collate_fn=as_is)
 
 
-def shuffled(n, start, count, seed):
-    """Indices number start … start+count-1 of an endless walk over n records, in a new order every epoch."""
-    return [order_of_epoch(n, i // n, seed)[i % n] for i in range(start, start + count)]
-
-
-@functools.lru_cache(maxsize=4)
-def order_of_epoch(n, epoch, seed):
-    order = list(range(n))
-    random.Random(f"order/{seed}/{epoch}").shuffle(order)
-    return order
-
-
-def text_batch(vlm, chats, step, size, recipe, seed):
-    """Batch number `step` of text instructions."""
-    samples = [data.Sample(None, chats[i]) for i in shuffled(len(chats), step * size, size, seed)]
-    return data.collate(samples, vlm.tokenizer, vlm.n_visual, loss_on=recipe["loss_on"], max_length=128)
+def as_is(x):
+    return x
 
 
 @torch.no_grad()
 def own_chats(llm, tokenizer, n, seed, batch=64):
     """Text instructions for stage 1, written by the LLM itself: it invents a user's question, then answers it.
 
-    Sampled once, then kept in the cache folder. Returns n conversations as lists of messages.
+    Sampled once, then kept in the cache folder. Returns n samples without image.
     """
     fingerprint = hashlib.sha256(llm.model.norm.weight.float().cpu().numpy().tobytes()).hexdigest()[:8]
     file = weights.cache_folder() / f"chats-{fingerprint}-{n}-{seed}.json"
     if file.exists():
-        return weights.read_json(file)
+        return [data.Sample(None, messages) for messages in weights.read_json(file)]
     generator = torch.Generator(llm.device).manual_seed(seed)
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     start = bos + tokenizer.turn_start + tokenizer.encode("user") + tokenizer.header_end + tokenizer.newline
@@ -135,7 +162,7 @@ def own_chats(llm, tokenizer, n, seed, batch=64):
         bar.update(len(new))
     bar.close()
     weights.write_whole(file, lambda part: part.write_text(json.dumps(chats[:n])))
-    return chats[:n]
+    return [data.Sample(None, messages) for messages in chats[:n]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,21 +170,25 @@ def own_chats(llm, tokenizer, n, seed, batch=64):
 
 
 def surrogate_loss(vlm, batch, stage, llm=None):
-    """(cross-entropy summed over the targets, distillation loss or None) of one batch through the surrogate.
+    """(cross-entropy, KL divergence, distance) of one batch through the surrogate: the first two summed over the targets, the
+    third over the rows. Divide by the targets and rows of the global batch. Without `llm` the last two are None.
 
-    The paper's loss is the first. With `llm` given, the second pulls the translator towards the full LLM *on the visual tokens
+    The paper's loss is the first. With `llm` given, the others pull the translator towards the full LLM *on the visual tokens
     that the encoder makes now* (on-policy): the encoder cannot learn to please a translator that the LLM disagrees with.
     The LLM only runs forward, and only the layers that the surrogate lacks. In stage 2 the answers' loss teaches the encoder
     and never the translator, the distillation the translator and never the encoder: so the translator runs twice.
     """
     s, device = vlm.decoder, vlm.decoder.device
     translators = torch.nn.ModuleList(s.model.layers[i] for i in s.translators)
-    x = s.run(vlm.embed(batch["tokens"].to(device), batch["pixels"]), 0, s.trunk)       # (B, T, C): layers shared with the LLM
+    x = vlm.embed(batch["tokens"].to(device), batch["pixels"])                          # (B, T, C)
+    if parallel.world() > 1 and batch["pixels"] is None:
+        x = x + 0 * vlm.embd_soi        # sharded layers work in step: a process without images sends gradients through all the same
+    x = s.run(x, 0, s.trunk)                                                            # (B, T, C): layers shared with the LLM
     if stage == "encoder":
         translators.requires_grad_(False)
     ce = s.loss(s.run(x, s.trunk), batch["targets"])
     if llm is None:
-        return ce, None
+        return ce, None, None
 
     translators.requires_grad_(True)
     x = x.detach()
@@ -166,12 +197,12 @@ def surrogate_loss(vlm, batch, stage, llm=None):
     with torch.no_grad():
         theirs = llm.run(x, s.trunk, after)                                             # (B, T, C): what ours should be
         real = (torch.arange(x.shape[1]) < batch["lengths"][:, None]).to(device)        # (B, T): not padding
-    distance, size = ((h.float().square().sum(-1) * real).sum() for h in (ours - theirs, theirs))
+    off, size = ((h.float().square().sum(-1) * real).sum(1) for h in (ours - theirs, theirs))       # (B,) each
     index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(device)           # (N,) positions with a target
     logp = s.logits(s.run(ours, last).flatten(0, 1)[index]).float().log_softmax(-1)     # (N, vocab)
     with torch.no_grad():
         full_logp = llm.logits(llm.run(theirs, after).flatten(0, 1)[index]).float().log_softmax(-1)
-    return ce, distance / size + F.kl_div(logp, full_logp, log_target=True, reduction="batchmean")
+    return ce, F.kl_div(logp, full_logp, log_target=True, reduction="sum"), (off / size).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,24 +212,56 @@ def surrogate_loss(vlm, batch, stage, llm=None):
 class Trainer:
     """AdamW on float32 copies of the trained parameters, whatever the dtype in which the model computes (bf16 on GPUs).
 
-    Make it first, then cast the model: so the copies begin with all their digits.
+    Make it first, then cast the model: so the copies begin with all their digits. Of a sharded parameter, copy, gradient and
+    optimiser state are those of this process's slice.
     """
 
-    def __init__(self, parameters, lr, steps):
+    def __init__(self, parameters, lr, steps, ends_lr=1.0):
         self.parameters, self.lr, self.steps, self.step = parameters, lr, steps, 0
-        self.master = {n: p.detach().float().clone().requires_grad_(True) for n, p in parameters.items()}
-        self.adam = torch.optim.AdamW(self.master.values(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.master = {n: parallel.local(p.detach()).float().clone().requires_grad_(True) for n, p in parameters.items()}
+        # start and end of image are two vectors among thousands: in a short run they only move if they learn faster
+        groups = [dict(params=[m for n, m in self.master.items() if n.startswith("embd_") == ends], factor=factor)
+                  for ends, factor in ((False, 1.0), (True, ends_lr))]
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+
+    def is_sharded(self, name):
+        return isinstance(self.parameters[name], parallel.DTensor)
+
+    def add_gradients(self):
+        """Move the gradients that lie on the parameters to the float32 copies: after every micro-batch."""
+        for n, p in self.parameters.items():
+            if p.grad is not None:
+                grad = parallel.local(p.grad).float()
+                if self.is_sharded(n):
+                    grad = grad * parallel.world()          # FSDP took the mean over the processes: here it is the sum
+                self.master[n].grad = grad if self.master[n].grad is None else self.master[n].grad + grad
+                p.grad = None
 
     def update(self):
-        """One step with the gradients that lie on the parameters. Returns the learning rate used."""
+        """One step with the gradients gathered so far. Returns the learning rate used."""
+        self.add_gradients()
         lr = lr_at(self.step, self.steps, self.lr)
         for group in self.adam.param_groups:
-            group["lr"] = lr
-        for n, p in self.parameters.items():
-            self.master[n].grad = None if p.grad is None else p.grad.float()
-            p.grad = None
-        torch.nn.utils.clip_grad_norm_([m for m in self.master.values() if m.grad is not None], 1.0)
+            group["lr"] = lr * group["factor"]
+        if parallel.world() > 1:                            # what no sample of this process met, another's may have
+            met = torch.tensor([float(m.grad is not None) for m in self.master.values()], device=next(iter(self.master.values())).device)
+            for m, count in zip(self.master.values(), parallel.add_up(met).tolist()):
+                if count and m.grad is None:
+                    m.grad = torch.zeros_like(m)
+        squares = {True: 0.0, False: 0.0}                   # sharded or not -> sum of the squares of all gradients
+        for n, m in self.master.items():
+            if not self.is_sharded(n) and m.grad is not None:
+                parallel.add_up(m.grad)
+            if m.grad is not None:
+                squares[self.is_sharded(n)] += m.grad.square().sum()
+        if torch.is_tensor(squares[True]):
+            parallel.add_up(squares[True])
+        norm = torch.as_tensor(squares[True] + squares[False]).sqrt()
+        for m in self.master.values():
+            if m.grad is not None:
+                m.grad *= (1.0 / (norm + 1e-6)).clamp(max=1.0)         # clipped to norm 1, as torch's clip_grad_norm_
         self.adam.step()
+        self.adam.zero_grad()
         self.write_back()
         self.step += 1
         return lr
@@ -206,17 +269,22 @@ class Trainer:
     @torch.no_grad()
     def write_back(self):
         for n, p in self.parameters.items():
-            p.copy_(self.master[n])
+            parallel.local(p).copy_(self.master[n])
+
+    def weights(self, dtype=torch.float32):
+        """{name: trained weight}, sharded ones as such."""
+        return {n: parallel.joined(self.parameters[n], m.detach().to(dtype)) for n, m in self.master.items()}
 
     def state(self):
-        """Everything as flat named tensors, for safetensors."""
-        out = {f"master.{n}": m for n, m in self.master.items()}
+        """Everything as flat named tensors, for safetensors: whole ones, so that another number of processes can go on."""
+        out = {f"master.{n}": m for n, m in self.weights().items()}
         for n, m in self.master.items():
             for k, v in self.adam.state.get(m, {}).items():
-                out[f"adam.{n}.{k}"] = v
+                out[f"adam.{n}.{k}"] = parallel.joined(self.parameters[n], v) if v.dim() else v
         return out
 
     def load_state(self, tensors, step, path):
+        """tensors: {name: function that reads it}, one at a time."""
         ours = {n.removeprefix("master.") for n in tensors if n.startswith("master.")}
         if ours != set(self.master):
             odd = sorted(ours ^ set(self.master))[0]
@@ -224,10 +292,11 @@ class Trainer:
         self.step = step
         with torch.no_grad():
             for n, m in self.master.items():
-                m.copy_(tensors[f"master.{n}"])
-                keys = {k: v for k, v in tensors.items() if k.startswith(f"adam.{n}.")}
-                if keys:
-                    self.adam.state[m] = {k.removeprefix(f"adam.{n}."): v.to(m.device) if v.dim() else v for k, v in keys.items()}
+                slice_of = lambda t: parallel.local(parallel.like(self.parameters[n], t.to(m.device))) if t.dim() else t
+                m.copy_(slice_of(tensors[f"master.{n}"]()))
+                state = {k: slice_of(tensors[f"adam.{n}.{k}"]()) for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{n}.{k}" in tensors}
+                if state:
+                    self.adam.state[m] = state
         self.write_back()
 
 
@@ -241,29 +310,33 @@ def default_dtype(device):
     return torch.bfloat16 if str(device).startswith("cuda") or amx else torch.float32
 
 
-def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None):
-    """(VLM, full LLM) for the stages 1 to 3, with the weights that they start from; the VLM's decoder is the surrogate.
+def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_llm=True, shard=None):
+    """(VLM, full LLM, ViT's name) for the stages 1 to 3, with the weights that they start from; the VLM's decoder is the surrogate.
 
     `start` is the checkpoint of an earlier stage; None begins with a new projector. A new translator is a copy of the first
-    layer that it stands for.
+    layer that it stands for. need_llm=False reads the surrogate's layers alone, and the LLM returned is None.
     """
     path = weights.find(llm_name)
     tensors, about = weights.read_checkpoint(start) if start else ({}, {})
     if about.get("llm", llm_name) != llm_name:
         raise ValueError(f"{start} was trained for {about['llm']}, not for {llm_name}")
-    llm, tokenizer = Llama.from_pretrained(path, dtype, device), Tokenizer.from_pretrained(path)
+    tokenizer = Tokenizer.from_pretrained(path)
     trained_translator = bool(about.get("ranges")) and stage == "encoder"
+    need_llm = need_llm or stage == "decoder" or ranges == []
+    llm = Llama.from_pretrained(path, dtype, device, shard=shard) if need_llm else None
+    from_file = lambda _, ranges: surrogate.from_pretrained(path, ranges, dtype, device, shard)
+    make = build_surrogate if need_llm else from_file           # out of the whole LLM, or out of the layers that it keeps
     if stage == "decoder":
         decoder = llm
     elif trained_translator and ranges != []:
-        decoder = load_surrogate(llm, start)
-        if ranges is not None and check_ranges(ranges, llm.config.num_hidden_layers) != decoder.ranges:
+        decoder = load_surrogate(llm, start, make)
+        if ranges is not None and check_ranges(ranges, weights.llama_config(path)["num_hidden_layers"]) != decoder.ranges:
             raise ValueError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: train a translator for these first")
     elif stage == "encoder" and ranges != []:
         raise ValueError("stage encoder needs a trained translator: run `python train.py translator` first and give its "
                          "checkpoint as --start, or train on the full LLM with --replace none")
     else:
-        decoder = build_surrogate(llm, DEFAULT_RANGES if ranges is None else ranges)
+        decoder = make(llm, DEFAULT_RANGES if ranges is None else ranges)
     vit = vit or about.get("vit") or start or "assets/vit.safetensors"      # a start of stage vit is the ViT itself
     torch.manual_seed(0)                    # the projector's first values
     vlm = VLM(base_vit(vit, start or vit), decoder, tokenizer, about.get("bound") if bound is None else bound)
@@ -314,9 +387,9 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
     trainer = Trainer(trained_parameters(vlm, "vit") | {"logit_scale": logit_scale}, lr, steps)
     vlm.to(dtype)
 
-    def loss_of(step):
-        tasks = ["describe", "read"]                                                    # three quarters signs: they are harder
-        samples = [data.world(tasks[j % 2], step * batch + j, seed) for j in range(batch)]
+    def backward(step, _):
+        tasks = ["describe", "read", "shape"]                                           # half of them signs, half shapes
+        samples = [data.world(tasks[j % 3], step * batch + j, seed) for j in range(batch)]
         pixels = torch.stack([data.preprocess(s.image) for s in samples])               # (B, 3, S, S)
         visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - vlm.mean_embedding        # (B, 1 + P, d), without soi and eoi
         text = torch.stack([text_of[s.caption] for s in samples]).to(device)            # (B, d)
@@ -326,62 +399,69 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
         cls, mean = (F.normalize(x, dim=-1) for x in (visual[:, 0], visual.mean(1)))    # (B, d) each
         loss = (contrastive_loss(cls, text, same, logit_scale) + contrastive_loss(mean, text, same, logit_scale)) / 2
         right = same.gather(1, (mean @ text.T).argmax(1, keepdim=True)).float().mean()  # finds its caption in the batch
-        return loss, batch, {"right": right}
+        loss.backward()
+        return dict(loss=loss, right=right, targets=batch)
 
     about = dict(stage="vit", llm=llm_name, start=start, bound=bound, vit_config=vars(vlm.encoder.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
-    run(trainer, loss_of, out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
+    run(trainer, backward, lambda start, stop: ([None] * (stop - start)), out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
     return vlm
 
 
 def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, loss_on, llm_name, vit_name, start=None,
-                distill_every=0, records=None, chats=None, save_every=100, projector=True):
-    """Stages 1 to 3. Returns the VLM, trained. projector: see `trained_parameters`."""
+                distill_every=0, records=None, texts=None, save_every=100, projector=True, micro_batch=None, workers=0, lora=0, ends_lr=1.0):
+    """Stages 1 to 3. Returns the VLM, trained. projector, lora: see `trained_parameters`; records, texts, micro_batch: `Batches`."""
     if distill_every and not getattr(vlm.decoder, "translators", None):
         raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
-    recipe = dict(steps=steps, batch=batch, lr=lr, loss_on=loss_on)
-    trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector), lr, steps)
-    vlm.to(llm.dtype)
+    micro = micro_batch or max(1, batch // parallel.world())
+    recipe = dict(steps=steps, batch=batch, lr=lr, ends_lr=ends_lr, loss_on=loss_on)
+    trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector, lora > 0), lr, steps, ends_lr)
+    vlm.to(vlm.decoder.dtype)
+    sharded = any(isinstance(p, parallel.DTensor) for p in vlm.parameters())
+    batches = Batches(stage, vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), together=sharded)
 
-    def loss_of(step):
+    def backward(step, item):
+        """Gradients of one step, of all its micro-batches in this process. Returns what is to be logged."""
+        micro_batches, skipped = item
+        for line in skipped:
+            tqdm.write(f"skipped: {line}")
         distil = llm if distill_every and step % distill_every == 0 else None
-        # stage 1 mixes images and text evenly. A batch of text alone needs no gradient below the translator, and autograd
-        # sees that by itself: nothing there requires one, so the trunk keeps no activations
-        n_text = int(batch * 0.4) if stage == "translator" else 0
-        batches = [image_batch(vlm, records, step, batch - n_text, recipe, seed)]
-        if n_text:
-            batches.append(text_batch(vlm, chats, step, n_text, recipe, seed))
-        n = sum(int((b["targets"] >= 0).sum()) for b in batches)
-        total, notes = 0.0, {}
-        for b in batches:
-            if stage == "decoder":
-                ce, kl = vlm.loss(b["tokens"].to(device), b["targets"], b["pixels"]), None
-            else:
-                ce, kl = surrogate_loss(vlm, b, stage, distil)
-            total = total + ce / n
-            if kl is not None:
-                total = total + kl
-                notes["distill"] = kl.detach() + notes.get("distill", 0)
-        return total, n, notes
+        n = parallel.add_up(torch.tensor(sum(int((b["targets"] >= 0).sum()) for m in micro_batches for b in m), device=device))
+        sums = torch.zeros(3, device=device)        # cross-entropy, KL divergence, distance: each a mean of the global batch
+        for groups in micro_batches:
+            total = 0.0
+            for b in groups:
+                if stage == "decoder":
+                    losses = [vlm.loss(b["tokens"].to(device), b["targets"], b["pixels"])]
+                else:
+                    losses = [x for x in surrogate_loss(vlm, b, stage, distil) if x is not None]
+                for i, (loss, share) in enumerate(zip(losses, (n, n, batch))):
+                    total = total + loss / share
+                    sums[i] += loss.detach() / share
+            total.backward()
+            trainer.add_gradients()
+        parallel.add_up(sums)
+        return dict(loss=sums[0], **({} if distil is None else dict(distill=sums[1] + sums[2])), targets=n, skipped=len(skipped))
 
     about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, start=start, bound=vlm.bound,
                  vit_config=vars(vlm.encoder.config), seed=seed,
-                 recipe=recipe | dict(distill_every=distill_every, projector=projector, dtype=str(llm.dtype), chats=len(chats or []),
-                                      records=len(records or [])))
-    run(trainer, loss_of, out, stage, about, resume, save_every)
+                 recipe=recipe | dict(distill_every=distill_every, projector=projector, dtype=str(vlm.decoder.dtype), lora=lora,
+                                      texts=len(texts or []), records=len(records or [])))
+    run(trainer, backward, lambda start, stop: batches.loader(start, stop, workers), out, stage, about, resume, save_every)
     return vlm
 
 
-def run(trainer, loss_of, out, stage, about, resume, save_every, saved=lambda name: True):
-    """The loop of every stage: loss_of(step) -> (loss, targets, notes). Writes to the folder `out`
+def run(trainer, backward, batches, out, stage, about, resume, save_every, saved=lambda name: True):
+    """The loop of every stage. batches(start, stop) gives what each step reads; backward(step, that) leaves gradients on the
+    trained parameters and returns what is to be logged. Writes to the folder `out`
 
     STAGE.safetensors   what was trained (float16), with `about` as its metadata
     state.safetensors   float32 weights and the optimiser, for --resume
     log.csv, loss.png   one row a step
     """
-    out, steps = Path(out), trainer.steps
+    out, steps, first = Path(out), trainer.steps, parallel.rank() == 0
     rows, state = [], out / "state.safetensors"
     if resume:
-        tensors, was = weights.read_checkpoint(state)
+        tensors, was = weights.open_checkpoint(state)
         if was["about"] != json.loads(json.dumps(about)):
             key = next(k for k in about if json.loads(json.dumps(about))[k] != was["about"].get(k))
             raise ValueError(f"{state} is of another run: {key} was {was['about'].get(key)}, is {about[key]}")
@@ -391,35 +471,37 @@ def run(trainer, loss_of, out, stage, about, resume, save_every, saved=lambda na
     start = time.time() - (rows[-1]["seconds"] if rows else 0)
 
     def save():
-        fields = ["step", "loss", "lr", "targets", "seconds", *dict.fromkeys(k for r in rows for k in r if k not in ("step", "loss", "lr", "targets", "seconds"))]
+        columns = dict.fromkeys(["step", "loss", "lr", "targets", "seconds"]) | {k: None for r in rows for k in r}
 
         def write(part):
             with open(part, "w", newline="") as f:
-                writer = csv.DictWriter(f, fields)
+                writer = csv.DictWriter(f, list(columns))
                 writer.writeheader()
                 writer.writerows(rows)
-        weights.write_whole(out / "log.csv", write)
+        if first:
+            weights.write_whole(out / "log.csv", write)
         about_now = about | dict(steps_done=trainer.step, seconds=round(time.time() - start, 1))
-        weights.save_checkpoint(out / f"{stage}.safetensors",
-                                {n: m.half() for n, m in trainer.master.items() if saved(n)}, about_now)
+        weights.save_checkpoint(out / f"{stage}.safetensors", {n: t for n, t in trainer.weights(torch.float16).items() if saved(n)}, about_now)
         # last: a run that was killed in here goes on from the state before, and the other two may be ahead of it
         weights.save_checkpoint(state, trainer.state(), dict(step=trainer.step, about=about))
 
-    bar = tqdm(range(trainer.step, steps), desc=stage, unit="step", initial=trainer.step, total=steps)
-    for step in bar:
-        loss, n, notes = loss_of(step)
-        loss.backward()
+    bar = tqdm(range(trainer.step, steps), desc=stage, unit="step", initial=trainer.step, total=steps, disable=not first)
+    for step, item in zip(bar, batches(trainer.step, steps)):
+        logged = backward(step, item)
         lr_now = trainer.update()
         # .item() waits for the GPU, so it comes after the whole step has been queued
-        rows.append(dict(step=step, loss=round(loss.item(), 5), lr=f"{lr_now:.3g}", targets=n, seconds=round(time.time() - start, 2),
-                         **{k: round(v.item(), 4) for k, v in notes.items()}))
-        bar.set_postfix({k: rows[-1][k] for k in ("loss", *notes)})
-        if not math.isfinite(rows[-1]["loss"]):
-            raise ValueError(f"the loss became {rows[-1]['loss']} at step {step}: try a smaller --lr (the last checkpoint in {out} is intact)")
+        logged = {k: round(v.item(), 5) if torch.is_tensor(v) else v for k, v in logged.items()}
+        rows.append(dict(step=step, lr=f"{lr_now:.3g}", seconds=round(time.time() - start, 2)) | logged)
+        bar.set_postfix({k: v for k, v in logged.items() if k not in ("targets", "skipped")})
+        if not math.isfinite(logged["loss"]):
+            raise ValueError(f"the loss became {logged['loss']} at step {step}: try a smaller --lr (the last checkpoint in {out} is intact)")
         if (step + 1) % save_every == 0 or step == steps - 1:
             save()
-    plot_loss(rows, stage, out / "loss.png")
-    print(f"{stage}: {steps} steps, loss {rows[0]['loss']} -> {rows[-1]['loss']}, {rows[-1]['seconds']:.0f} s; see {out}/")
+    if first:
+        plot_loss(rows, stage, out / "loss.png")
+        skipped = sum(int(r.get("skipped") or 0) for r in rows)
+        print(f"{stage}: {steps} steps, loss {rows[0]['loss']} -> {rows[-1]['loss']}, {rows[-1]['seconds']:.0f} s; see {out}/" +
+              (f"; {skipped} records could not be read and were replaced" if skipped else ""))
 
 
 def plot_loss(rows, stage, path):
@@ -448,55 +530,112 @@ def plot_loss(rows, stage, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(RECIPES), help="which stage to run")
-    parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="target LLM: folder, .gguf file or hub name (default: %(default)s)")
+    parser.add_argument("--preset", choices=list(plan.PRESETS), help="the paper's LLM, ViT, ranges and recipe; what you give besides goes before it")
+    parser.add_argument("--dry-run", action="store_true", help="with --preset: print what would be trained, computed and needed, load nothing")
+    parser.add_argument("--gpus", type=int, default=8, help="--dry-run: for how many GPUs (default: %(default)s)")
+    parser.add_argument("--llm", help=f"target LLM: folder, .gguf file or hub name (default: {weights.DEFAULT_LLM})")
     parser.add_argument("--replace", help="layers that the translator replaces, e.g. 23-28; 'none' trains on the full LLM (default: the start's, else 23-28)")
     parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: the start's)")
-    parser.add_argument("--start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
+    parser.add_argument("--init", "--start", dest="start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
     parser.add_argument("--bound", type=float, help="how far visual tokens may lie from the mean text embedding, 0: anywhere, as in the paper (default: the start's; stage vit 2.5, a new projector 0)")
     parser.add_argument("--data", help="LLaVA-format JSON in place of the embedded world")
     parser.add_argument("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: the stage's short run)")
-    parser.add_argument("--batch", type=int, help="samples a step (default: the stage's)")
+    parser.add_argument("--text", help="stage translator: LLaVA-format JSON of text instructions, mixed in by even spacing (default: the LLM writes some)")
+    parser.add_argument("--on-bad-record", choices=["stop", "skip"], default="stop", help="a record that is malformed, or whose image is missing or damaged: stop there, or name it and go on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: the stage's short run; with --data one epoch)")
+    parser.add_argument("--batch", type=int, help="samples a step, over all processes (default: the stage's)")
+    parser.add_argument("--micro-batch", type=int, help="samples that a process takes through the model at once; gradients are gathered until --batch is full (default: all of its share)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's)")
-    parser.add_argument("--chats", type=int, default=256, help="stage translator: text instructions that the LLM writes (default: %(default)s)")
+    parser.add_argument("--ends-lr", type=float, help="how many times as fast the start and end vectors of an image learn; 1 in the paper (default: 30 for encoder, else 1)")
+    parser.add_argument("--chats", type=int, default=256, help="stage translator: text instructions that the LLM writes, without --text (default: %(default)s)")
     parser.add_argument("--distill-every", type=int, default=0, metavar="K", help="every K-th step, pull the translator to the full LLM on the encoder's own visual tokens; 0: never, as in the paper (default: %(default)s)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="stage decoder: train low-rank updates of the decoder in place of all of it (default: all)")
+    parser.add_argument("--fsdp", action="store_true", help="shard the decoder's layers over the GPUs (start with torchrun)")
+    parser.add_argument("--checkpointing", action="store_true", help="keep only the layers' inputs for the backward pass, and compute the rest again")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare the images ahead (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in which the models compute (default: bfloat16 where the hardware has it)")
     parser.add_argument("--out", help="folder for checkpoint, log and plot (default: runs/STAGE)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped; the number of GPUs may differ")
     args = parser.parse_args(argv)
+    stage = args.stage
 
-    recipe = dict(RECIPES[args.stage])
-    recipe |= {k: getattr(args, k) for k in ("steps", "batch", "lr", "bound") if getattr(args, k) is not None}
-    for name, least in dict(steps=1, batch=1, chats=1, save_every=1, distill_every=0).items():
+    given = {k: getattr(args, k) for k in ("steps", "batch", "lr", "ends_lr", "bound", "micro_batch") if getattr(args, k) is not None}
+    recipe = RECIPES[stage] | given
+    if args.preset:
+        if stage == "vit":
+            raise ValueError("stage vit has no preset: the paper starts with CLIP")
+        preset = plan.PRESETS[args.preset]
+        paper = plan.recipe(stage, args.preset)
+        recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0) | given
+        args.llm = args.llm or preset["llm"]
+        args.checkpointing = True
+        if args.dry_run:
+            other = {k: v for k, v in recipe.items() if k not in ("bound", "ends_lr")}
+            print(plan.show_plan(plan.stage_plan(stage, args.preset, args.gpus, fsdp=args.fsdp, lora=args.lora,
+                                                 distill_every=args.distill_every, text_gradients=args.fsdp, **other)))
+            return
+        if stage == "translator":
+            args.vit, args.start = args.vit or preset["vit"], args.start or "none"
+            args.replace = args.replace or ",".join(f"{a}-{b}" for a, b in preset["ranges"])
+        args.start = args.start or {"encoder": "runs/translator/translator.safetensors", "decoder": "runs/encoder/encoder.safetensors"}[stage]
+        if not args.data or stage == "translator" and not args.text:
+            raise ValueError(f"the preset {args.preset} learns from photographs: give LLaVA's JSON as --data and its folder as --images"
+                             + (", and a JSON of text instructions as --text" if stage == "translator" else "") + " (or --dry-run)")
+    elif args.dry_run:
+        raise ValueError(f"--dry-run describes a preset: give one of {', '.join(plan.PRESETS)} as --preset")
+    for name, least in dict(steps=1, batch=1, micro_batch=1, chats=1, save_every=1, distill_every=0, lora=0, workers=0).items():
         value = (vars(args) | recipe)[name]
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    out = args.out or f"runs/{args.stage}"
+    if args.lora and stage != "decoder":
+        raise ValueError(f"--lora trains the decoder: it is an option of the stage decoder, not of {stage}")
+    if args.fsdp and args.distill_every:
+        raise ValueError("--distill-every needs the full LLM beside its surrogate, which share layers: it does not work with --fsdp")
+    llm_name, out = args.llm or weights.DEFAULT_LLM, args.out or f"runs/{stage}"
     if args.resume and not (Path(out) / "state.safetensors").exists():
         raise FileNotFoundError(f"nothing to resume: {out}/state.safetensors is not there (see --out)")
-    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(args.device)
-    common = dict(seed=args.seed, device=args.device, out=out, resume=args.resume, save_every=args.save_every)
-    if args.stage == "vit":
-        train_vit(**recipe, **common, dtype=dtype, start=None if args.start == "none" else args.start, llm_name=args.llm)
+    device = parallel.start(args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
+    common = dict(seed=args.seed, device=device, out=out, resume=args.resume, save_every=args.save_every)
+    if stage == "vit":
+        if parallel.world() > 1:
+            raise ValueError("stage vit runs in one process: its loss compares all samples of a batch")
+        recipe = {k: recipe[k] for k in ("steps", "batch", "lr", "bound")}
+        train_vit(**recipe, **common, dtype=dtype, start=None if args.start == "none" else args.start, llm_name=llm_name)
         return
-    start = args.start or ("assets/encoder.safetensors" if args.stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
+
+    records = data.load_llava(args.data, args.images, args.seed, args.on_bad_record) if args.data else None
+    texts = data.load_llava(args.text, None, args.seed, args.on_bad_record) if args.text else None
+    for source in (records, texts):
+        for line in source.skipped if source is not None and parallel.rank() == 0 else ():
+            print(f"skipped: {line}", file=sys.stderr)
+    if records is not None and not records.pictured:
+        raise ValueError(f"{args.data} has no record with an image" + (", from which alone the stage encoder learns" if stage == "encoder" else ""))
+    if records is not None and stage == "decoder" and records.texts:
+        texts = torch.utils.data.Subset(records, records.texts)     # stages 1 and 2 leave out LLaVA's own text, as the paper does
+    if records is not None and "steps" not in given and not args.preset:
+        recipe["steps"] = max(1, (len(records.pictured) + (len(texts) if texts is not None else 0)) // recipe["batch"])
+
+    start = args.start or ("assets/encoder.safetensors" if stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
     bound = recipe.pop("bound", None)
     ranges = parse_ranges(args.replace) if args.replace is not None else None
     start = None if start == "none" else start
-    vlm, llm, vit = build(args.stage, args.llm, ranges, args.vit, start, dtype, args.device, bound)
-    records = data.load_llava(args.data, args.images, args.seed) if args.data else None
-    if records is not None and args.stage == "encoder":     # stage 2 learns from images alone
-        pictured = [i for i, r in enumerate(records.records) if r.get("image")]
-        if not pictured:
-            raise ValueError(f"{args.data} has no record with an image, from which alone the stage encoder learns")
-        records = torch.utils.data.Subset(records, pictured)
-    chats = own_chats(llm, vlm.tokenizer, args.chats, args.seed) if args.stage == "translator" else None
-    train_stage(args.stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=args.llm, vit_name=vit, start=start,
-                distill_every=args.distill_every, records=records, chats=chats,
-                projector=args.stage != "translator" or start is None)
+    own_text = stage == "translator" and texts is None
+    if own_text and args.fsdp:
+        raise ValueError("with --fsdp the LLM cannot write the text for stage translator: give a JSON of text instructions as --text")
+    vlm, llm, vit = build(stage, llm_name, ranges, args.vit, start, dtype, device, bound, need_llm=args.distill_every > 0 or own_text,
+                          shard=parallel.shard if args.fsdp else None)
+    vlm.decoder.checkpointing = args.checkpointing
+    if args.lora:
+        add_lora(vlm.decoder, args.lora)
+    if own_text:
+        texts = parallel.first_alone(lambda: own_chats(llm, vlm.tokenizer, args.chats, args.seed))
+    train_stage(stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=llm_name, vit_name=vit, start=start,
+                distill_every=args.distill_every, records=records, texts=texts, workers=args.workers, lora=args.lora,
+                projector=stage != "translator" or start is None)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,17 @@ Where weights come from and how they are kept.
 4. Our own checkpoints: only what was trained, with a description of itself in the file's metadata.
 
 No file can run code: safetensors and GGUF hold none, and `torch.load(weights_only=True)` builds nothing but tensors.
+
+    python weights.py runs/encoder/encoder.safetensors                  # what a checkpoint says about itself
+    python weights.py runs/encoder/encoder.safetensors encoder.pth      # in the layout that the paper's code reads
+    python weights.py ckpt_01_0004880.pth encoder.safetensors --llm meta-llama/Llama-3.1-8B-Instruct    # and back
 """
+import argparse
 import functools
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,7 +27,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+import parallel
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Names -> files
@@ -95,9 +102,9 @@ def read_json(path):
 
 
 def open_safetensors(path):
-    try:
-        file = safe_open(path, framework="pt")
-        return {name: (lambda name=name: file.get_tensor(name)) for name in file.keys()}
+    try:        # opened anew for each tensor: the pages of those already copied elsewhere are then given back
+        with safe_open(path, framework="pt") as file:
+            return {name: (lambda name=name: safe_open(path, framework="pt").get_tensor(name)) for name in file.keys()}
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is truncated or not a safetensors file ({e}): download it again") from None
 
@@ -301,8 +308,23 @@ def vit_tensors(path):
 # 3. Tensors -> a model on the meta device
 
 
+def pick_layers(tensors, layers, num_layers):
+    """Only these of a Llama's layers, numbered anew: the others are never read. What is in no layer stays."""
+    out = {}
+    for name, read in tensors.items():
+        if name.startswith("model.layers."):
+            _, _, i, rest = name.split(".", 3)
+            if int(i) in layers:
+                name = f"model.layers.{layers.index(int(i))}.{rest}"
+            elif int(i) < num_layers:
+                continue
+        out[name] = read
+    return out
+
+
 def load(model, tensors, dtype, device, path):
-    """Give every parameter of `model` its tensor. Reads one at a time, so that the host holds one tensor more than the model."""
+    """Give every parameter of `model` its tensor. Reads one at a time, so that the host holds one tensor more than the model
+    (than this process's slice of it, where the model is sharded)."""
     wanted = model.state_dict()
     missing = [n for n in wanted if n not in tensors]
     # what an official file may hold beyond the parameters: tables that are computed here, and the copy of a tied head
@@ -321,7 +343,7 @@ def load(model, tensors, dtype, device, path):
             raise ValueError(f"{path}: {name} could not be read ({e}): download it again") from None
         if tensor.shape != empty.shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the config says {tuple(empty.shape)}")
-        state[name] = tensor.to(device=device, dtype=dtype)
+        state[name] = parallel.like(empty, tensor.to(device=device, dtype=dtype))
     model.load_state_dict(state, assign=True)
 
 
@@ -341,27 +363,55 @@ def write_whole(path, write):
         part.unlink(missing_ok=True)
 
 
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
 def save_checkpoint(path, tensors, about):
-    """Save named tensors as safetensors. `about` (any JSON values) goes into the file's metadata, readable without the weights."""
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    write_whole(path, lambda part: save_file(tensors, part, metadata={k: json.dumps(v) for k, v in about.items()}))
+    """Save named tensors as safetensors. `about` (any JSON values) goes into the file's metadata, readable without the weights.
+
+    Written by hand (8 bytes: length of the header; the header, JSON; the numbers), because sharded tensors are then
+    gathered one at a time: no process ever holds all of them. Every process has to call this; the first one writes.
+    """
+    header, end = {"__metadata__": {k: json.dumps(v) for k, v in about.items()}}, 0
+    for name, t in tensors.items():
+        begin, end = end, end + t.numel() * t.element_size()
+        header[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)                             # so that the numbers begin at a multiple of 8
+
+    def write(part):
+        with open(part, "wb") as f:
+            f.write(struct.pack("<Q", len(head)) + head)
+            for t in tensors.values():
+                f.write(parallel.whole(t.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+    if parallel.rank() == 0:
+        write_whole(path, write)
+    else:
+        for t in tensors.values():
+            parallel.whole(t.detach())
 
 
-def read_checkpoint(path):
-    """(tensors by name, about) of a file that `save_checkpoint` wrote, or of a checkpoint that the paper released (.pth)."""
+def open_checkpoint(path):
+    """({name: function that reads this tensor}, about) of a file that `save_checkpoint` wrote, or of a checkpoint that the
+    paper released (.pth)."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
-    if path.suffix == ".safetensors":
-        tensors = open_safetensors(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        try:
-            about = {k: json.loads(v) for k, v in metadata.items() if k != "format"}
-        except ValueError:      # what a file that `save_checkpoint` did not write says about itself
-            about = {}
-    else:
-        tensors, about = open_torch(path), {}
+    if path.suffix != ".safetensors":
+        return open_torch(path), {}
+    tensors = open_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        return tensors, {k: json.loads(v) for k, v in metadata.items() if k != "format"}
+    except ValueError:          # what a file that `save_checkpoint` did not write says about itself
+        return tensors, {}
+
+
+def read_checkpoint(path):
+    """(tensors by name, about): `open_checkpoint`, and all of it read."""
+    tensors, about = open_checkpoint(path)
     return {n: read() for n, read in tensors.items()}, about
 
 
@@ -374,17 +424,24 @@ def beside(name, checkpoint):
 
 
 def load_checkpoint(module, tensors, path):
-    """Copy named tensors into `module`; every name and shape must fit, else one line says what differs."""
-    wanted = dict(module.named_parameters())
+    """Copy named tensors into `module`; every name and shape must fit, else one line names all that do not."""
+    wanted, wrong = dict(module.named_parameters()), []
     for name, tensor in tensors.items():
         if name not in wanted:
-            raise ValueError(f"{path} does not belong to this model: it holds {name}, which the model does not have")
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{path} does not belong to this model: {name} is {tuple(tensor.shape)} there, "
-                             f"{tuple(wanted[name].shape)} here")
+            wrong.append(f"{name}, which the model does not have")
+        elif tensor.shape != wanted[name].shape:
+            wrong.append(f"{name} as {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
+    if wrong:
+        raise ValueError(f"{path} does not belong to this model: it holds {'; '.join(wrong)}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            wanted[name].copy_(tensor)
+            parallel.local(wanted[name]).copy_(parallel.local(parallel.like(wanted[name], tensor)))
+
+
+def save_released(path, tensors, step):
+    """Save named tensors as the paper's released checkpoints are: a torch.save dictionary. The names are ours already."""
+    saved = dict(epoch=1, global_step=step, model=tensors, optimizer=None, scheduler=None)
+    write_whole(path, lambda part: torch.save(saved, part))
 
 
 def run_cli(main):
@@ -402,3 +459,36 @@ def run_cli(main):
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a .safetensors of train.py, or a .pth that the paper released")
+    parser.add_argument("out", nargs="?", help="write it here, as .pth (the paper's layout) or .safetensors; nothing: describe it")
+    about_ = "what a .pth does not say about itself: "
+    parser.add_argument("--llm", help=about_ + "the full LLM, folder or hub name")
+    parser.add_argument("--vit", default="openai/clip-vit-large-patch14-336", help=about_ + "the ViT (default: %(default)s)")
+    parser.add_argument("--replace", help=about_ + "the layers that the surrogate replaces, e.g. 16-26")
+    parser.add_argument("--start", help=about_ + "stage encoder: the checkpoint that holds the translator")
+    args = parser.parse_args(argv)
+    tensors, about = read_checkpoint(args.checkpoint)
+    if args.out is None:
+        print(*(f"{k}: {json.dumps(v)}" for k, v in about.items()), sep="\n")
+        print(*(f"{n}  {tuple(t.shape)} {t.dtype}" for n, t in tensors.items()), sep="\n")
+    elif Path(args.out).suffix == ".pth":
+        save_released(args.out, tensors, about.get("steps_done", 0))
+    elif Path(args.out).suffix != ".safetensors":
+        raise ValueError(f"cannot write {args.out}: give a name that ends in .pth or .safetensors")
+    else:
+        if not about:
+            from surrogate import parse_ranges      # here, because surrogate.py stands on this file
+            ranges = parse_ranges(args.replace or "none")
+            translator = any(n.startswith("decoder.") for n in tensors)
+            about = dict(stage="translator" if translator else "encoder", llm=args.llm or DEFAULT_LLM, vit=args.vit,
+                         ranges=ranges, start=args.start, bound=None)
+        save_checkpoint(args.out, tensors, about)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import data
-from data import HELD_OUT, KNOWLEDGE_TASKS, QUESTIONS, TRAINED_TASKS, collate, load_llava, open_image, preprocess, world
+from data import HELD_OUT, KNOWLEDGE_TASKS, QUESTIONS, TRAINED_TASKS, collate, evenly_spaced, load_llava, open_image
+from data import preprocess, shuffled_index, world
 from tokenizer import IMAGE
 
 TASKS = TRAINED_TASKS + KNOWLEDGE_TASKS
@@ -226,6 +227,7 @@ GOOD = {"id": "ok", "conversations": turns("Hi", "Hello")}
     ({"id": "x", "conversations": turns("A", "B")[::-1]}, "human first"),
     ({"id": "x", "conversations": turns("A", "B", "C")}, "ends with a human turn"),
     ({"id": "x", "image": "a.png", "conversations": turns("<image>\n", "B")}, "turn 0 has no text"),
+    ({"id": "x", "conversations": turns("", "B")}, "turn 0 has no text"),
     ({"id": "x", "conversations": turns("A", " ")}, "turn 1 has no text"),
     ({"id": "x", "conversations": [{"from": "robot", "value": "A"}]}, '"human" or "gpt"'),
     ({"id": "x", "conversations": [{"from": "human", "value": 3}]}, '"human" or "gpt"'),
@@ -238,22 +240,156 @@ def test_llava_bad_record_is_named(llava, record, message):
         llava([GOOD, record])
     text = str(error.value)
     assert message in text and "data.json: record 1 (id 'x')" in text and "\n" not in text
+    records = llava([GOOD, record, GOOD | {"id": 3}], on_bad="skip")
+    assert records.skipped == [text] and [s.answer for s in records] == ["Hello", "Hello"]
+    with pytest.raises(ValueError, match="all 2 records are bad; the first: .*record 0"):
+        llava([record, record], on_bad="skip")
 
 
 def test_llava_bad_files(llava, tmp_path):
-    for text in ("[{", "", '{"id": 1}\n{"id": 2}'):
+    for text in ("[{", "", '{"id": 1}\n{"id": 2}', "[" * 10**5, "[" + "1" * 5000 + "]"):
         with pytest.raises(ValueError, match="data.json: not valid JSON"):
             llava(text)
     for text in ("{}", "[]", "3"):
         with pytest.raises(ValueError, match="data.json: expected a non-empty JSON list"):
             llava(text)
-    with pytest.raises(ValueError, match="record 0"):
-        llava("[7]")
     with pytest.raises(FileNotFoundError, match="none.json"):
         load_llava(tmp_path / "none.json", tmp_path)
-    records = llava([GOOD, {"id": "x", "image": "bad.png", "conversations": turns("<image>\nA", "B")}])
-    with pytest.raises(ValueError, match=r"record 1 \(id 'x'\): .*bad.png: not an image"):
-        records[1]
+    with pytest.raises(ValueError, match="unknown on_bad"):
+        llava([GOOD], on_bad="ignore")
+    with pytest.raises(ValueError, match="record 0"):
+        llava("[7]")
+
+
+def about(image, i=0):
+    return {"id": i, "image": image, "conversations": turns(f"<image>\nWhat is {image}?", f"It is {image}.")}
+
+
+def test_llava_as_distributed(llava, tmp_path):
+    """The folders, fields and ids of LLaVA-1.5-665K; a file of text alone needs no image folder."""
+    paths = ["coco/train2017/000000033471.jpg", "gqa/images/2354786.jpg", "ocr_vqa/images/0123.jpg",
+             "textvqa/train_images/a1.jpg", "vg/VG_100K_2/7.jpg"]  # fmt: skip
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True)
+        noise(12, 9).save(tmp_path / path)
+    talk = [{"id": f"wN_{i}", "model": "", "conversations": turns("Hi", "Hello", "And?", "Bye")} for i in range(2)]
+    records = llava([talk[0], *map(about, paths, ["000000033471", 2354786, 0, "a1", "b"]), talk[1]])
+    assert records.pictured == [1, 2, 3, 4, 5] and records.texts == [0, 6] and records.skipped == []
+    assert [s.image.size if s.image else None for s in records] == [None, *[(12, 9)] * 5, None]
+    for load in (lambda: llava(talk), lambda: load_llava(tmp_path / "data.json")):
+        texts = load()
+        assert texts.texts == [0, 1] and texts.pictured == [] and texts[1].answer == "Bye"
+    with pytest.raises(FileNotFoundError, match="nowhere: no such image folder"):
+        (tmp_path / "data.json").write_text(json.dumps([talk[0], about(paths[0])]))
+        load_llava(tmp_path / "data.json", tmp_path / "nowhere", on_bad="skip")
+
+
+@pytest.mark.parametrize("name, color", [
+    ("cmyk.jpg", (200, 50, 50)), ("cmyk.tif", (200, 50, 50)), ("palette.png", (200, 50, 50)),
+    ("1x1.png", (200, 50, 50)), ("alpha.png", (227, 153, 153)), ("16-bit.png", (100,) * 3), ("16-bit.tif", (100,) * 3),
+])  # fmt: skip
+def test_unusual_images_are_valid(llava, tmp_path, name, color):
+    kind, size = name.split(".")[0], (1, 1) if name == "1x1.png" else (6, 6)
+    image = Image.new("RGB", size, (200, 50, 50))
+    if kind == "16-bit":
+        image = Image.fromarray(np.full(size, 257 * 100, np.uint16))
+    elif kind == "alpha":  # half transparent: half white
+        image = Image.new("RGBA", size, (200, 50, 50, 128))
+    elif kind in ("cmyk", "palette"):
+        image = image.convert("CMYK") if kind == "cmyk" else image.quantize(4)
+    image.save(tmp_path / name)
+    records = llava([about(name)], on_bad="skip")
+    mode = Image.open(tmp_path / name).mode
+    assert mode == {"cmyk": "CMYK", "palette": "P", "alpha": "RGBA", "16-bit": "I;16"}.get(kind, "RGB")
+    pixels = preprocess(records[0].image, 32)
+    expected = preprocess(Image.new("RGB", (32, 32), color), 32)
+    assert pixels.shape == (3, 32, 32) and records.skipped == []
+    assert (pixels - expected).abs().max() < 0.04  # two of 255 steps
+
+
+@pytest.fixture
+def bad_images(tmp_path):
+    """Damage that shows only when an image is opened."""
+    for kind in ("png", "jpg"):
+        noise(80, 80).save(tmp_path / f"cut.{kind}")
+        whole = (tmp_path / f"cut.{kind}").read_bytes()
+        (tmp_path / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (20_000, 3)).save(tmp_path / "wide.png")
+    return {"cut.png": "truncated", "cut.jpg": "truncated", "wide.png": "20000 x 3 pixels", "bad.png": "not an image"}
+
+
+def test_bad_image_stops(llava, bad_images):
+    for name, word in bad_images.items():
+        records = llava([GOOD, about(name, 7), about("a.png")])
+        with pytest.raises(ValueError, match=rf"data.json: record 1 \(id 7\): .*{name}.*{word}"):
+            records[1]
+        assert records[0].answer == "Hello" and records[2].image and records.skipped == []
+
+
+def test_bad_image_is_replaced_by_the_next(llava, bad_images, tmp_path):
+    noise(9, 9).save(tmp_path / "b.png")
+    broken = [about(name, i) for i, name in enumerate(bad_images)]
+    file = [GOOD, broken[0], GOOD, {"id": "x"}, broken[1], about("a.png"), about("b.png"), *broken[2:], GOOD]
+    load = lambda: llava(file, on_bad="skip", seed=5)
+    records = load()  # from here on without {"id": "x"}
+    assert records.pictured == [1, 3, 4, 5, 6, 7] and records.texts == [0, 2, 8] and len(records.skipped) == 1
+    shown = lambda records, i: (records[i].messages, records[i].image and records[i].image.tobytes())
+    seen = [shown(records, i) for i in range(9)]
+    a, b = seen[4], seen[5]
+    assert "a.png" in str(a) and "b.png" in str(b)
+    assert [seen[i] for i in records.pictured] == [a, a, a, b, a, a]  # next image, never a text; around the end
+    assert [records[i].answer for i in records.texts] == ["Hello"] * 3
+    other = load()  # whatever was opened before, in whatever order: the same sample
+    assert [shown(other, i) for i in reversed(range(9))] == seen[::-1]
+    # every bad record once, with the text of the error that "stop" raises
+    assert len(records.skipped) == 5 and sorted(other.skipped) == sorted(records.skipped)
+    repaired = llava([record if "conversations" in record else GOOD for record in file], seed=5)
+    for place, name in ((1, "cut.png"), (4, "cut.jpg"), (7, "wide.png"), (8, "bad.png")):
+        with pytest.raises(ValueError, match=f"record {place} .*{name}") as error:
+            repaired[place]
+        assert str(error.value) in records.skipped and "\n" not in str(error.value)
+    assert shown(repaired, 5) == a  # a skipped record leaves the openings of the others as they were
+
+    (tmp_path / "a.png").unlink()  # gone since the file was loaded
+    assert shown(records, 4) == b and "a.png not found" in records.skipped[-1]
+    hopeless = llava([GOOD, *broken], on_bad="skip")
+    with pytest.raises(ValueError, match="none of its images can be opened; the last: .*record 1"):
+        hopeless[2]
+    assert len(hopeless.skipped) == 4 and hopeless[0].answer == "Hello"
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_images, n_texts", [(624, 41), (5, 5), (3, 8), (1, 6), (4, 0), (0, 4), (665, 500)])
+def test_evenly_spaced(n_images, n_texts):
+    n = n_images + n_texts
+    walk = [evenly_spaced(i, n_images, n_texts) for i in range(3 * n)]
+    for kind, count in (("image", n_images), ("text", n_texts)):
+        assert [number for k, number in walk if k == kind] == list(range(3 * count))
+        assert sum(k == kind for k, _ in walk[n : 2 * n]) == count  # every epoch holds the whole source
+    texts = np.cumsum([0] + [kind == "text" for kind, _ in walk])
+    for w in (1, 2, 7, n // 2, n):
+        assert np.abs(texts[w:] - texts[:-w] - w * n_texts / n).max() < 1 + 1e-9  # any window: the share, to within 1
+    far = 10**15 * n  # no drift, no walk from the start
+    assert evenly_spaced(far + 3, n_images, n_texts)[0] == walk[3][0]
+
+
+def test_evenly_spaced_needs_a_source():
+    with pytest.raises(ValueError, match="0 images and 0 texts"):
+        evenly_spaced(0, 0, 0)
+
+
+def test_shuffled_index_shows_every_record_once_an_epoch():
+    walk = [shuffled_index(i, 7, seed=0) for i in range(21)]
+    epochs = [walk[:7], walk[7:14], walk[14:]]
+    assert all(sorted(e) == list(range(7)) for e in epochs) and len({tuple(e) for e in epochs}) == 3
+    data._order.cache_clear()
+    assert walk[5:12] == [shuffled_index(i, 7, seed=0) for i in range(5, 12)]  # a resumed run sees the same
+    assert walk != [shuffled_index(i, 7, seed=1) for i in range(21)]
+    order = list(range(7))  # written out: another order would break the resuming of older runs
+    random.Random("order/0/1").shuffle(order)
+    assert epochs[1] == order
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -311,6 +447,21 @@ def test_collate_by_hand():
     with pytest.raises(ValueError, match="sample 0: max_length 4 would cut the image; it needs 5"):
         collate(samples, LetterTokenizer(), 3, max_length=4)
     assert collate(samples[1:2], LetterTokenizer(), 3)["pixels"] is None
+
+
+def test_collate_at_the_paper_s_length():
+    """4096 tokens with 579 visual ones; where the question fills them, nothing is left to learn, and that is fine."""
+    red = Image.new("RGB", (5, 5), "red")
+    samples = [chat("a<image>b", "x" * 5000, red), chat("<image>" + "q" * 4500, "y", red), chat("q" * 4500, "y")]
+    batch = collate(samples, LetterTokenizer(), n_visual=579, size=14, loss_on="answers", max_length=4096)
+    assert batch["tokens"].shape == (3, 4096) and batch["lengths"].tolist() == [4096] * 3
+    assert (batch["tokens"] == IMAGE).sum(1).tolist() == [579, 579, 0] and len(batch["pixels"]) == 2
+    n_before = 1 + 1 + 579 + 1 + 1  # U a <image> b .
+    assert (batch["targets"] != -100).sum(1).tolist() == [4096 - n_before, 0, 0]
+    alone = collate(samples[1:2], LetterTokenizer(), 579, 14, "answers", max_length=580)  # the image just fits
+    assert alone["tokens"].tolist() == [[ord("U")] + [IMAGE] * 579] and (alone["targets"] == -100).all()
+    with pytest.raises(ValueError, match="sample 0: max_length 579 would cut the image; it needs 580"):
+        collate(samples[1:2], LetterTokenizer(), 579, 14, max_length=579)
 
 
 def test_collate_bad_arguments():

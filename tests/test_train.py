@@ -133,7 +133,7 @@ def test_only_what_is_trained_changes(tiny_llm, tmp_path, stage, distill):
     llm_before = {n: p.detach().clone() for n, p in llm.named_parameters()}
     train.train_stage(stage, steps=3, batch=5, lr=1e-3, seed=0, device="cpu", out=tmp_path, resume=False, vlm=vlm,
                       llm=llm, loss_on=train.RECIPES[stage]["loss_on"], llm_name="tiny", vit_name="vit",
-                      distill_every=distill, chats=[TEXT])  # fmt: skip
+                      distill_every=distill, texts=[data.Sample(None, TEXT)])  # fmt: skip
     trained = set(train.trained_parameters(vlm, stage, distill > 0))
     changed = {n for n, p in vlm.named_parameters() if not torch.equal(p, before[n])}
     assert changed == trained
@@ -152,31 +152,33 @@ def test_cross_entropy_and_gradients_equal_full_logits(tiny_llm, stage):
     vlm, _ = make_vlm(tiny_llm, [(1, 2), (4, 4)])
     batch = mixed_batch(vlm)
     parameters = train.trained_parameters(vlm, stage)
-    loss, distill = train.surrogate_loss(vlm, batch, stage)
+    loss, *distill = train.surrogate_loss(vlm, batch, stage)
     loss.backward()
     ours = grads(parameters)
     logits = vlm.decoder(embeds=vlm.embed(batch["tokens"], batch["pixels"]))  # (B, T, vocab)
     oracle = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=-100, reduction="sum")
     oracle.backward()
-    assert distill is None and loss.dtype == torch.float32 and relative(loss.item(), oracle.item()) < 1e-5
+    assert distill == [None, None] and loss.dtype == torch.float32 and relative(loss.item(), oracle.item()) < 1e-5
     theirs = grads(parameters)
     assert_close(ours, theirs)
     assert ours.keys() == parameters.keys()
 
 
 def distillation_oracle(vlm, llm, batch):
-    """The distillation loss anew, position by position in float64, each model run on its own from the bottom."""
+    """(KL, distance) of the distillation anew, position by position in float64, each model run on its own from the bottom."""
     s, x = vlm.decoder, vlm.embed(batch["tokens"], batch["pixels"])
     ours, theirs = s.run(x, 0, s.translators[-1] + 1), llm.run(x, 0, s.ranges[-1][1] + 1)
     logp, logq = (m(embeds=x).double().log_softmax(-1) for m in (s, llm))
-    above = below = kl = n = 0
+    distance = kl = 0
     for b in range(len(x)):
+        above = below = 0
         for t in range(int(batch["lengths"][b])):
             above = above + (ours[b, t] - theirs[b, t]).double().square().sum()
             below = below + theirs[b, t].double().square().sum()
             if batch["targets"][b, t] >= 0:
-                kl, n = kl + (logq[b, t].exp() * (logq[b, t] - logp[b, t])).sum(), n + 1
-    return above / below + kl / n
+                kl = kl + (logq[b, t].exp() * (logq[b, t] - logp[b, t])).sum()
+        distance = distance + above / below
+    return kl, distance
 
 
 @pytest.mark.parametrize("stage", ["translator", "encoder"])
@@ -189,24 +191,24 @@ def test_distillation_loss_and_who_learns_from_what(tiny_llm, stage, ranges):
     translator = {n for n in parameters if n.startswith("decoder.")}
     rest = parameters.keys() - translator
 
-    ce, distill = train.surrogate_loss(vlm, batch, stage, llm)
-    assert relative(distill.item(), distillation_oracle(vlm, llm, batch).item()) < 1e-4
-    distill.backward(retain_graph=True)
+    ce, kl, distance = train.surrogate_loss(vlm, batch, stage, llm)
+    for ours, oracle in zip((kl, distance), distillation_oracle(vlm, llm, batch)):
+        assert relative(ours.item(), oracle.item()) < 1e-4
+    (kl + distance).backward(retain_graph=True)
     from_distill = grads(parameters)
     ce.backward()
     from_answers = grads(parameters)
     assert from_distill.keys() == translator
     assert from_answers.keys() == (rest if stage == "encoder" else parameters.keys())
 
-    oracle = distillation_oracle(vlm, llm, batch)  # here gradients reach everything: look at the translator's only
+    oracle = sum(distillation_oracle(vlm, llm, batch))  # here gradients reach everything: look at the translator's only
     names = sorted(translator)
     assert_close(from_distill, dict(zip(names, torch.autograd.grad(oracle, [parameters[n] for n in names]))))
-    alone, nothing = train.surrogate_loss(vlm, batch, stage)
+    alone, *nothing = train.surrogate_loss(vlm, batch, stage)
     alone.backward()
-    assert nothing is None and alone.item() == ce.item()
+    assert nothing == [None, None] and alone.item() == ce.item()
     assert_close(from_answers, grads(parameters))
-    ce, distill = train.surrogate_loss(vlm, batch, stage, llm)  # once more: the steps leave no trace in each other
-    (ce + distill).backward()
+    sum(train.surrogate_loss(vlm, batch, stage, llm)).backward()  # once more: the steps leave no trace in each other
     both = grads(parameters)
     assert_close(both, {n: from_answers.get(n, 0) + from_distill.get(n, 0) for n in parameters})
 
@@ -216,8 +218,8 @@ def test_distillation_is_zero_for_a_perfect_translator(tiny_llm):
     with torch.no_grad():
         for ours, theirs in zip(vlm.decoder.model.layers[3].parameters(), llm.model.layers[3].parameters()):
             ours.copy_(theirs)
-    _, distill = train.surrogate_loss(vlm, mixed_batch(vlm), "encoder", llm)
-    assert distill.item() == 0
+    _, kl, distance = train.surrogate_loss(vlm, mixed_batch(vlm), "encoder", llm)
+    assert kl.item() == distance.item() == 0
 
 
 def test_direct_route(tiny_llm, tmp_path):
@@ -225,23 +227,25 @@ def test_direct_route(tiny_llm, tmp_path):
     vlm, llm = make_vlm(tiny_llm, [])
     batch = mixed_batch(vlm)
     train.trained_parameters(vlm, "encoder")
-    ce, distill = train.surrogate_loss(vlm, batch, "encoder")
+    ce, *distill = train.surrogate_loss(vlm, batch, "encoder")
     vlm.decoder = llm
-    assert distill is None and ce.item() == vlm.loss(batch["tokens"], batch["targets"], batch["pixels"]).item()
+    assert distill == [None, None] and ce.item() == vlm.loss(batch["tokens"], batch["targets"], batch["pixels"]).item()
 
 
 def test_text_alone_needs_no_gradient_below_the_translator(tiny_llm):
     vlm, _ = make_vlm(tiny_llm, [(2, 4)])
     parameters = train.trained_parameters(vlm, "translator")
-    recipe = train.RECIPES["translator"]
+    batches = train.Batches("translator", vlm, 5, 5, "answers+special", seed=0, texts=[data.Sample(None, TEXT)])
+    images, text = batches[0][0][0]  # of the first and only micro-batch
+    assert len(images["tokens"]) == 3 and len(text["tokens"]) == 2 and text["pixels"] is None
     needs = {}
     for i, layer in enumerate(vlm.decoder.model.layers):
         layer.register_forward_hook(lambda module, args, out, i=i: needs.update({i: out.requires_grad}))
-    loss, _ = train.surrogate_loss(vlm, train.text_batch(vlm, [TEXT] * 2, 0, 2, recipe, 0), "translator")
+    loss, *_ = train.surrogate_loss(vlm, text, "translator")
     assert needs == {0: False, 1: False, 2: True, 3: True}
     loss.backward()
     assert set(grads(parameters)) == {n for n in parameters if n.startswith("decoder.model.layers.2.")}
-    train.surrogate_loss(vlm, train.image_batch(vlm, None, 0, 2, recipe, 0), "translator")
+    train.surrogate_loss(vlm, images, "translator")
     assert needs == {0: True, 1: True, 2: True, 3: True}  # images: the projector learns through the trunk
 
 
@@ -282,31 +286,45 @@ def test_trainer_is_adamw_with_clipping_and_without_decay():
 def test_every_step_shows_new_images(tiny_llm):
     """Batches of the world: never the same sample twice, the same ones for the same step, all trained tasks."""
     vlm, _ = make_vlm(tiny_llm, [(2, 4)])
-    recipe, size = train.RECIPES["encoder"], 8
-    batches = [train.image_batch(vlm, None, step, size, recipe, 0) for step in range(3)]
-    pictures = {p.numpy().tobytes() for b in batches for p in b["pixels"]}
-    assert len(pictures) == 3 * size
-    again = train.image_batch(vlm, None, 2, size, recipe, 0)
-    assert all(torch.equal(again[k], batches[2][k]) for k in again)
-    assert not torch.equal(again["pixels"], train.image_batch(vlm, None, 2, size, recipe, 1)["pixels"])
-    expected = [data.world(data.TRAINED_TASKS[j % 4], size + j, 0) for j in range(size)]
-    assert torch.equal(batches[1]["pixels"], torch.stack([data.preprocess(s.image) for s in expected]))
+    of = lambda step, seed=0, size=8: train.Batches("encoder", vlm, size, size, "answers", seed)[step][0][0][0]
+    pictures = {p.numpy().tobytes() for step in range(3) for p in of(step)["pixels"]}
+    assert len(pictures) == 3 * 8
+    assert all(torch.equal(v, of(2)[k]) for k, v in of(2).items())
+    assert not torch.equal(of(2)["pixels"], of(2, seed=1)["pixels"])
+    expected = [data.world(data.TRAINED_TASKS[j % 4], 8 + j, 0) for j in range(8)]
+    assert torch.equal(of(1)["pixels"], torch.stack([data.preprocess(s.image) for s in expected]))
+    small = torch.cat([of(step, size=1)["pixels"] for step in range(8, 16)])  # however small a batch, all tasks come
+    assert torch.equal(small, of(1)["pixels"])
 
 
-def test_every_epoch_shows_every_record_once():
-    walk = train.shuffled(7, 0, 21, seed=0)
-    epochs = [walk[:7], walk[7:14], walk[14:]]
-    assert all(sorted(e) == list(range(7)) for e in epochs) and len({tuple(e) for e in epochs}) == 3
-    assert walk[5:12] == train.shuffled(7, 5, 7, seed=0)  # a function of the place, so that a resumed run sees the same
-    assert walk != train.shuffled(7, 0, 21, seed=1)
+def samples_of(batches, steps):
+    """The pictures (or texts) that a process reads in these steps, in order."""
+    return [row for step in steps for micro in batches[step][0] for b in micro
+            for row in (b["tokens"] if b["pixels"] is None else b["pixels"]).flatten(1).tolist()]
+
+
+def test_processes_and_micro_batches_share_out_the_same_samples(tiny_llm):
+    vlm, _ = make_vlm(tiny_llm, [(2, 4)])
+    make = lambda micro, rank, world: train.Batches("encoder", vlm, 12, micro, "answers", 0, rank=rank, world=world)
+    for step in (0, 3):
+        whole = samples_of(make(12, 0, 1), [step])
+        assert samples_of(make(3, 0, 1), [step]) == whole
+        for micro, world in ((3, 2), (1, 3)):
+            parts = [samples_of(make(micro, r, world), [step]) for r in range(world)]
+            assert all(len(p) == 12 // world for p in parts) and sorted(sum(parts, [])) == sorted(whole)
+    loader = make(6, 0, 1).loader(2, 4, workers=2)  # prepared ahead by other processes: the same
+    assert [[b["pixels"].tolist() for micro in m for b in micro] for m, _ in loader] == \
+           [[b["pixels"].tolist() for micro in make(6, 0, 1)[step][0] for b in micro] for step in (2, 3)]
+    with pytest.raises(ValueError, match="5 samples at a time in 2 process.* 10, which does not divide 12"):
+        make(5, 0, 2)
 
 
 def test_own_chats_are_kept(tiny_llm, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     llm, tokenizer = Llama.from_pretrained(tiny_llm), Tokenizer.from_pretrained(tiny_llm)
     chats = train.own_chats(llm, tokenizer, 5, seed=0)
-    assert len(chats) == 5 and all([m["role"] for m in c] == ["user", "assistant"] for c in chats)
-    assert all(m["content"] for c in chats for m in c)
+    assert len(chats) == 5 and all([m["role"] for m in c.messages] == ["user", "assistant"] for c in chats)
+    assert all(m["content"] for c in chats for m in c.messages) and all(c.image is None for c in chats)
     monkeypatch.setattr(llm, "generate", None)
     assert train.own_chats(llm, tokenizer, 5, seed=0) == chats
 
@@ -352,9 +370,10 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
         return
     assert about["vit"] == stages["vit"]
     assert about["ranges"] == ([] if stage == "decoder" else [[2, 4]])
-    assert about["recipe"] == recipe | dict(loss_on="answers" if stage == "decoder" else "answers+special",
+    assert about["recipe"] == recipe | dict(loss_on="answers" if stage == "decoder" else "answers+special", ends_lr=30 if stage == "encoder" else 1,
                                             distill_every=2 if stage == "encoder" else 0, dtype="torch.float32", records=0,
-                                            projector=stage != "translator", chats=8 if stage == "translator" else 0)
+                                            projector=stage != "translator", texts=8 if stage == "translator" else 0,
+                                            lora=0)
     assert about["start"] == stages[{"translator": "vit", "encoder": "translator", "decoder": "encoder"}[stage]]
     if stage == "decoder":  # same images as the encoder's, but without the chat's special tokens
         assert all(int(r["targets"]) < int(e["targets"]) for r, e in zip(rows, rows_of(Path(stages["encoder"]).parent)))

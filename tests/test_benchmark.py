@@ -1,0 +1,39 @@
+"""benchmark.py --memory: the two steps that it compares are the same step, and the comparison sees what it should."""
+import pytest
+
+import benchmark
+
+
+def test_the_two_steps_are_the_same_step():
+    ours, naive = (benchmark.encoder_step_memory(how, vocab=300, batch=2, width=32) for how in (False, True))
+    assert ours["loss"] == pytest.approx(naive["loss"], rel=1e-5)
+    assert ours["gradient"] == pytest.approx(naive["gradient"], rel=1e-4) and ours["gradient"] > 0
+    assert ours["targets"] == 2 * 60 and ours["positions"] == 2 * (579 + 100)
+
+
+def test_a_fresh_process_shows_what_the_logits_of_every_position_take(capsys):
+    assert benchmark.compare_step_memory(vocab=32768, batch=1, width=32) < 0.7      # 0.2, and room for what wanders
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 and all(row.startswith("| ") and row.count("|") == 5 for row in rows)
+
+
+def test_a_surrogate_is_built_alone_and_out_of_the_llm(monkeypatch, capsys):
+    seen = []       # in this process, which is quick, but has held more before: its peak says nothing
+
+    def here(call):
+        seen.append(eval(f"benchmark.{call}") | dict(peak=2**20))
+        return seen[-1]
+    monkeypatch.setattr(benchmark, "in_fresh_process", here)
+    benchmark.compare_surrogate_memory(ranges=((2, 4),), layers=6, width=96, vocab=64, shards=2)
+    assert "of 4 layers" in capsys.readouterr().out
+    layer = 2 * 96 * 96 + 2 * 32 * 96 + 3 * 96 * 256 + 2 * 96                       # q, o; k, v; MLP; two norms
+    assert [s["layers"] for s in seen] == [4, 4]
+    assert [s["size"] for s in seen] == [2 * (4 * layer + 64 * 96 + 96)] * 2        # two bytes a weight, tied head
+
+
+def test_memory_option_runs_only_the_memory(monkeypatch):
+    seen = []
+    for name in ("graft_memory", "compare_step_memory", "compare_surrogate_memory", "decode", "encoder_step"):
+        monkeypatch.setattr(benchmark, name, lambda *_, name=name, **__: seen.append(name))
+    benchmark.main(["--memory"])
+    assert seen == ["compare_step_memory", "compare_surrogate_memory"]
