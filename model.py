@@ -141,7 +141,8 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
-        self.checkpointing = False  # training: keep only the layers' inputs and compute the rest again in the backward pass
+        self.sharded = False        # over several GPUs (parallel.shard)
+        self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again in the backward pass
 
     @classmethod
     def from_pretrained(cls, path=weights.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None):
@@ -197,7 +198,7 @@ class Llama(nn.Module):
             positions = cache.positions(x.shape[1])                         # (T,), or (B, T) where rows differ
             cos, sin = (table[positions] for table in self.rope(cache.size))
         for i in range(len(self.model.layers))[start:stop]:
-            if self.checkpointing and cache is None and torch.is_grad_enabled():
+            if i in self.checkpointed and torch.is_grad_enabled():
                 x = checkpoint(self.model.layers[i], x, cos, sin, use_reentrant=False)
             else:
                 x = self.model.layers[i](x, cos, sin, cache, i)

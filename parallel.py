@@ -68,6 +68,7 @@ def shard(llm):
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world(),))
     for layer in llm.model.layers:      # gradients are added up in float32, whatever the dtype of the weights
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    llm.sharded = True
     return llm
 
 

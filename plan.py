@@ -48,8 +48,8 @@ PRESETS = {
 LLAVA, LLAVA_ANSWERS = (624_610, 220, 115), (624_610, 220, 85)      # loss on chat tokens and answers, or on these only
 SHAREGPT, GENQA, NOTHING = (40_688, 850, 540), (500_000, 400, 300), (0, 0, 0)
 
-# AdamW, warm-up over 3.05 % of the steps, cosine to 0, clip 1, bf16. `decoder` reads 20 % of LLaVA-665K; the baselines
-# read all of it twice: to train a projector through the full LLM (`adapter`), then to train the decoder, or LoRA in it.
+# AdamW, warm-up over 3.05 % of the steps, cosine to 0, clip 1, bf16. `decoder` reads 20 % of LLaVA-665K. The baselines
+# train a projector through the full LLM on its images (`adapter`), then the decoder, or LoRA in it, on all of it.
 STAGE_1 = dict(batch=256, micro_batch=8, lr=1e-4, loss_on="answers+special", images=LLAVA)
 PAPER = {
     "translator": STAGE_1 | dict(steps=4393, texts=GENQA),
@@ -367,10 +367,10 @@ def show_routes(name, ranks=16):
         f"- the translator's batch has {t['images'][0]:.0f} images and {t['texts'][0]:.0f} texts; encoder and adapter "
         "read LLaVA's images, decoder and LoRA all of it",
         "- FLOPs: 2 for each weight and position, forward, again for checkpointing (on, as in the paper), for the",
-        "  gradients of activations, of trained weights; half of the scores; text has no gradient below the translator;",
-        "  the LM head sees targets only",
+        "  gradients of activations, of trained weights; half of the scores; text has no gradient below the",
+        "  translator; the LM head sees targets only",
         f"- memory: {ranks} GPUs, decoder layers sharded, embeddings and LM head whole, Adam on float32 copies,",
-        f"  micro-batches of {t['micro_batch']} ({PAPER['decoder']['micro_batch']} for decoder and LoRA) of average length",
+        f"  micro-batches of {t['micro_batch']} ({PAPER['decoder']['micro_batch']} for decoder, LoRA), average length",
         f"- LoRA of rank {LORA_RANK} on all matrices of all layers",
         f"- GPU-hours: {UTILIZATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s in every stage",
         "",

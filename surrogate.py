@@ -3,6 +3,7 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
 
     python surrogate.py                         # the default LLM: table, cut, plot
     python surrogate.py --replace 23-28         # what a surrogate of your choice keeps
+    python surrogate.py --cost                  # what the surrogate saves at the paper's size, from first principles
 
 1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then falling.
 2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last layer.
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import plan
 import weights
 from model import Llama
 from tokenizer import Tokenizer
@@ -216,8 +218,16 @@ def main(argv=None):
     parser.add_argument("--length", type=int, default=96, help="tokens of each paragraph to read (default: %(default)s)")
     parser.add_argument("--replace", help="layers to replace, e.g. 23-28 or 12-17,20-28 (default: from the turn to the last but one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
+    parser.add_argument("--out", help="where the plot goes (default: runs/trajectory.png, with --cost runs/cost.png)")
+    parser.add_argument("--cost", nargs="*", metavar="PRESET", help=f"FLOPs, memory and GPU-hours of the surrogate's route, LoRA and the full decoder; loads nothing (default: {' '.join(plan.PRESETS)})")
     args = parser.parse_args(argv)
+    if args.cost is not None:
+        for name in args.cost or plan.PRESETS:
+            print(plan.show_routes(name) + "\n")
+        plan.plot_routes(args.out or "runs/cost.png")
+        print(f"plot: {args.out or 'runs/cost.png'}")
+        return
+    args.out = args.out or "runs/trajectory.png"
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     path = weights.find(args.llm)
     if not Path(args.text).exists():

@@ -11,7 +11,7 @@ Without options a stage makes a short run that starts from what assets/ holds. T
 which data, which tokens carry loss, optimiser and schedule) is the paper's; steps, batch and learning rate are the small world's.
 
     python train.py encoder --preset llama-3.1-8b --dry-run         # the paper's size: what it trains, computes and needs
-    torchrun --nproc-per-node 8 train.py encoder --preset llama-3.1-8b --data llava_v1_5_mix665k.json --images … --start …
+    torchrun --nproc-per-node 8 train.py encoder --preset llama-3.1-8b --data llava_v1_5_mix665k.json --images … --init …
 """
 import argparse
 import collections
@@ -181,7 +181,7 @@ def surrogate_loss(vlm, batch, stage, llm=None):
     s, device = vlm.decoder, vlm.decoder.device
     translators = torch.nn.ModuleList(s.model.layers[i] for i in s.translators)
     x = vlm.embed(batch["tokens"].to(device), batch["pixels"])                          # (B, T, C)
-    if parallel.world() > 1 and batch["pixels"] is None:
+    if s.sharded and batch["pixels"] is None:
         x = x + 0 * vlm.embd_soi        # sharded layers work in step: a process without images sends gradients through all the same
     x = s.run(x, 0, s.trunk)                                                            # (B, T, C): layers shared with the LLM
     if stage == "encoder":
@@ -334,7 +334,7 @@ def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_l
             raise ValueError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: train a translator for these first")
     elif stage == "encoder" and ranges != []:
         raise ValueError("stage encoder needs a trained translator: run `python train.py translator` first and give its "
-                         "checkpoint as --start, or train on the full LLM with --replace none")
+                         "checkpoint as --init, or train on the full LLM with --replace none")
     else:
         decoder = make(llm, DEFAULT_RANGES if ranges is None else ranges)
     vit = vit or about.get("vit") or start or "assets/vit.safetensors"      # a start of stage vit is the ViT itself
@@ -416,8 +416,7 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
     recipe = dict(steps=steps, batch=batch, lr=lr, ends_lr=ends_lr, loss_on=loss_on)
     trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector, lora > 0), lr, steps, ends_lr)
     vlm.to(vlm.decoder.dtype)
-    sharded = any(isinstance(p, parallel.DTensor) for p in vlm.parameters())
-    batches = Batches(stage, vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), together=sharded)
+    batches = Batches(stage, vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), vlm.decoder.sharded)
 
     def backward(step, item):
         """Gradients of one step, of all its micro-batches in this process. Returns what is to be logged."""
@@ -536,7 +535,7 @@ def main(argv=None):
     parser.add_argument("--llm", help=f"target LLM: folder, .gguf file or hub name (default: {weights.DEFAULT_LLM})")
     parser.add_argument("--replace", help="layers that the translator replaces, e.g. 23-28; 'none' trains on the full LLM (default: the start's, else 23-28)")
     parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: the start's)")
-    parser.add_argument("--init", "--start", dest="start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
+    parser.add_argument("--init", dest="start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
     parser.add_argument("--bound", type=float, help="how far visual tokens may lie from the mean text embedding, 0: anywhere, as in the paper (default: the start's; stage vit 2.5, a new projector 0)")
     parser.add_argument("--data", help="LLaVA-format JSON in place of the embedded world")
     parser.add_argument("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
@@ -570,6 +569,11 @@ def main(argv=None):
         preset = plan.PRESETS[args.preset]
         paper = plan.recipe(stage, args.preset)
         recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0) | given
+        if args.llm and Path(args.llm).exists():        # your own copy of the weights: of this model?
+            theirs, ours = weights.llama_config(Path(args.llm)), vars(preset["llm_config"])
+            odd = [k for k in ours if k not in ("rope_scaling", "max_position_embeddings") and ours[k] != theirs[k]]
+            if odd:
+                raise ValueError(f"{args.llm} is not the LLM of the preset {args.preset}: {odd[0]} is {theirs[odd[0]]} there, {ours[odd[0]]} here")
         args.llm = args.llm or preset["llm"]
         args.checkpointing = True
         if args.dry_run:
@@ -628,7 +632,9 @@ def main(argv=None):
         raise ValueError("with --fsdp the LLM cannot write the text for stage translator: give a JSON of text instructions as --text")
     vlm, llm, vit = build(stage, llm_name, ranges, args.vit, start, dtype, device, bound, need_llm=args.distill_every > 0 or own_text,
                           shard=parallel.shard if args.fsdp else None)
-    vlm.decoder.checkpointing = args.checkpointing
+    if args.checkpointing:      # but not the translator where it runs twice and learns only once (surrogate_loss)
+        twice = vlm.decoder.translators if args.distill_every and stage == "encoder" else []
+        vlm.decoder.checkpointed = set(range(len(vlm.decoder.model.layers))) - set(twice)
     if args.lora:
         add_lora(vlm.decoder, args.lora)
     if own_text:

@@ -469,7 +469,7 @@ def main(argv=None):
     parser.add_argument("--llm", help=about_ + "the full LLM, folder or hub name")
     parser.add_argument("--vit", default="openai/clip-vit-large-patch14-336", help=about_ + "the ViT (default: %(default)s)")
     parser.add_argument("--replace", help=about_ + "the layers that the surrogate replaces, e.g. 16-26")
-    parser.add_argument("--start", help=about_ + "stage encoder: the checkpoint that holds the translator")
+    parser.add_argument("--init", dest="start", help=about_ + "stage encoder: the checkpoint that holds the translator")
     args = parser.parse_args(argv)
     tensors, about = read_checkpoint(args.checkpoint)
     if args.out is None:

@@ -94,8 +94,8 @@ def stages(tiny_llm, cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", cache)
         run("vit", "vit")
-        run("translator", "translator", "--start", files["vit"], "--replace", "2-4", "--chats", "8")
-        run("encoder", "encoder", "--start", files["translator"], "--distill-every", "2")
-        run("decoder", "decoder", "--start", files["encoder"])
-        run("encoder", "full", "--start", "none", "--vit", files["vit"], "--replace", "none")
+        run("translator", "translator", "--init", files["vit"], "--replace", "2-4", "--chats", "8")
+        run("encoder", "encoder", "--init", files["translator"], "--distill-every", "2")
+        run("decoder", "decoder", "--init", files["encoder"])
+        run("encoder", "full", "--init", "none", "--vit", files["vit"], "--replace", "none")
     return files

@@ -12,10 +12,10 @@ import graft
 import train
 import weights
 
-SURROGATE = ["translator --start {vit} --replace 2-4 --steps 2 --chats 8 --distill-every 1"]
-TINY = {"frozen": [*SURROGATE, "encoder --start {before} --distill-every 0"],
-        "taught": [*SURROGATE, "encoder --start {before} --distill-every 1"],
-        "direct": ["encoder --start {vit} --replace none"]}
+SURROGATE = ["translator --init {vit} --replace 2-4 --steps 2 --chats 8 --distill-every 1"]
+TINY = {"frozen": [*SURROGATE, "encoder --init {before} --distill-every 0"],
+        "taught": [*SURROGATE, "encoder --init {before} --distill-every 1"],
+        "direct": ["encoder --init {vit} --replace none"]}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_nothing_is_done_twice(run, results, monkeypatch):
 
 
 def test_a_stage_goes_on_after_a_break(stages, tiny_llm, tmp_path, monkeypatch):
-    argv = ["encoder", "--start", stages["vit"], "--replace", "none", "--llm", tiny_llm, "--batch", "2", "--steps", "4",
+    argv = ["encoder", "--init", stages["vit"], "--replace", "none", "--llm", tiny_llm, "--batch", "2", "--steps", "4",
             "--dtype", "float32", "--device", "cpu", "--save-every", "2"]
     whole = experiments.run_stage(argv, tmp_path / "whole")
     assert whole["steps_done"] == 4 and not (tmp_path / "whole" / "state.safetensors").exists()
@@ -140,7 +140,7 @@ def test_recipes_are_command_lines():
         argv, folder = run[-1]
         assert experiments.value(argv, "--steps") == "70" and experiments.value(argv, "--seed") == "3"
         assert "{" not in str(run) and len(run) in (1, 2)
-        assert len(run) == 1 or experiments.value(argv, "--start") == str(run[0][1] / "translator.safetensors")
+        assert len(run) == 1 or experiments.value(argv, "--init") == str(run[0][1] / "translator.safetensors")
     assert todo["k-4"][0] == todo["cut-23"][0] and todo["k-4"][1] != todo["cut-23"][1]
 
 

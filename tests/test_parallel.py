@@ -16,14 +16,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def launch(cache):
-    """Run train.py in `processes` processes through torchrun; returns the finished process (output as text)."""
-    def launch(processes, *argv, check=True, **environment):
+    """Run train.py in `processes` processes through torchrun; returns the exit status."""
+    def launch(processes, *argv, script="train.py", expect=0):
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-        done = subprocess.run([sys.executable, *start, "train.py", *map(str, argv), "--device", "cpu", "--dtype", "float32"],
-                              cwd=ROOT, env=os.environ | {"XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"} | environment,
+        done = subprocess.run([sys.executable, *start, str(script), *map(str, argv), "--device", "cpu", "--dtype", "float32"], cwd=ROOT,
+                              env=os.environ | {"XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                               text=True, capture_output=True, timeout=300)
-        assert not check or done.returncode == 0, done.stderr[-3000:]
-        return done
+        assert done.returncode == expect, done.stderr[-3000:]
     return launch
 
 
@@ -35,10 +34,10 @@ def log(folder):
 def assert_same_run(a, b, stage):
     """Losses and trained weights of two runs agree."""
     for x, y in zip(log(a), log(b), strict=True):
-        assert x["targets"] == y["targets"] and float(x["loss"]) == pytest.approx(float(y["loss"]), abs=2e-5)
+        assert x["targets"] == y["targets"] and float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-5)
         assert bool(x.get("distill")) == bool(y.get("distill"))
         if x.get("distill"):
-            assert float(x["distill"]) == pytest.approx(float(y["distill"]), rel=1e-4, abs=2e-5)
+            assert float(x["distill"]) == pytest.approx(float(y["distill"]), rel=1e-4)
     one, other = (weights.read_checkpoint(folder / f"{stage}.safetensors")[0] for folder in (a, b))
     assert one.keys() == other.keys()
     for n, t in one.items():
@@ -78,3 +77,19 @@ def test_sharded_equals_one(stages, tiny_llm, launch, tmp_path, stage, text):
     launch(1, *common, "--out", tmp_path / "one")
     launch(2, *common, "--out", tmp_path / "two", "--fsdp", "--checkpointing")
     assert_same_run(tmp_path / "one", tmp_path / "two", stage)
+
+
+def test_killed_and_resumed_by_fewer(stages, tiny_llm, launch, tmp_path, text):
+    """Two processes, one of which dies between two checkpoints; one process goes on from the last: nothing is lost."""
+    (tmp_path / "dying.py").write_text(
+        "import os, train\n"
+        "lr_at = train.lr_at\n"
+        "train.lr_at = lambda step, *rest: os._exit(3) if step == 4 and train.parallel.rank() == 1 else lr_at(step, *rest)\n"
+        "train.main()\n")
+    common = ["translator", "--llm", tiny_llm, "--steps", 5, "--batch", 12, "--micro-batch", 3, "--save-every", 3, "--init", "none",
+              "--vit", stages["vit"], "--replace", "2-4", "--text", text, "--lr", "1e-4"]
+    launch(1, *common, "--out", tmp_path / "whole")
+    launch(2, *common, "--out", tmp_path / "killed", "--fsdp", script=tmp_path / "dying.py", expect=1)
+    assert len(log(tmp_path / "killed")) == 3
+    launch(1, *common, "--out", tmp_path / "killed", "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", "translator")

@@ -1,7 +1,10 @@
 """surrogate.py: the surrogate and the fork against the full model, the prediction trajectory against transformers."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
@@ -118,6 +121,31 @@ def test_command_line_says_what_is_wrong(capsys, monkeypatch, llm, smollm_tokeni
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("ranges", [[(2, 5)], [(1, 2), (4, 6)]])
+def test_from_pretrained_reads_only_the_layers_that_it_keeps(tmp_path, monkeypatch, tied, ranges):
+    """The same surrogate as out of the whole LLM, in names, values and predictions."""
+    llm = tiny_llama(tied)
+    tensors = dict(llm.state_dict())
+    half = len(tensors) // 2  # two files, as large models come
+    for i, names in enumerate([list(tensors)[:half], list(tensors)[half:]]):
+        save_file({n: tensors[n] for n in names}, tmp_path / f"model-{i}.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(vars(llm.config) | dict(model_type="llama")))
+    read, open_hf = [], weights.open_hf
+    monkeypatch.setattr(weights, "open_hf", lambda folder: {
+        n: (lambda n=n, f=f: read.append(n) or f()) for n, f in open_hf(folder).items()})
+    ours, theirs = surrogate.from_pretrained(tmp_path, ranges), build_surrogate(llm, ranges)
+    kept = kept_layers(ranges, L)
+    assert {int(n.split(".")[2]) for n in read if "layers" in n} == set(kept) and len(read) == len(set(read))
+    assert (ours.ranges, ours.translators, ours.trunk) == (theirs.ranges, theirs.translators, theirs.trunk)
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    tokens = torch.arange(12)[None]
+    assert torch.equal(ours(tokens), theirs(tokens))
+    with pytest.raises(ValueError, match="cannot replace layers 5-7"):
+        surrogate.from_pretrained(tmp_path, [(5, 7)])
 
 
 def test_load_surrogate(tmp_path, llm):

@@ -16,7 +16,7 @@ import data
 import train
 import weights
 from conftest import save_tiny_llm
-from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
+from model import add_lora, VLM, Llama, LlamaConfig, ViT, ViTConfig
 from surrogate import build_surrogate
 from tokenizer import Tokenizer
 
@@ -405,10 +405,78 @@ def test_llava_data(stages, go, tmp_path, llava):
     assert_complete(tmp_path / "t", "translator", 3, 1e-3)
     assert PROJECTOR < weights.read_checkpoint(translator)[0].keys()  # over a ViT alone: a new projector
     # stage 2 learns from images: of one sample a batch, none may be the record without
-    go("encoder", tmp_path / "e", "--start", translator, *common, "--steps", 6, "--batch", 1)
+    go("encoder", tmp_path / "e", "--init", translator, *common, "--steps", 6, "--batch", 1)
     assert_complete(tmp_path / "e", "encoder", 6, 1e-3)
-    go("decoder", tmp_path / "d", "--start", encoder, *common, "--steps", 3, "--batch", 6)
+    go("decoder", tmp_path / "d", "--init", encoder, *common, "--steps", 3, "--batch", 6)
     assert_complete(tmp_path / "d", "decoder", 3, 1e-3)
+
+
+def test_llava_with_text_workers_and_bad_records(stages, go, tmp_path, llava, capsys):
+    """One epoch of images and text instructions, micro-batch by micro-batch; bad records are named and counted."""
+    options, write, records = llava
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    bad = [{"id": "gone", "image": "no.png", "conversations": records[0]["conversations"]},
+           {"id": "cut", "image": "cut.png", "conversations": records[0]["conversations"]},
+           {"id": "backwards", "conversations": records[-1]["conversations"][::-1]}]
+    write(records + bad)
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps([records[-1] | {"id": i} for i in range(4)]))
+    common = ["--vit", stages["vit"], "--replace", "2-4", "--text", text, *options]
+    refused(capsys, ["translator", "--out", str(tmp_path / "t"), *map(str, common), "--llm", "smollm2-135m"], "gone", "no.png")
+    capsys.readouterr()
+    skip = ["--batch", 5, "--micro-batch", 1, "--on-bad-record", "skip", "--workers", 1]
+    go("translator", tmp_path / "t", *common, *skip)
+    rows = assert_complete(tmp_path / "t", "translator", 2, 1e-3)       # (6 images + 4 texts) // 5
+    printed = capsys.readouterr()
+    both = printed.out + printed.err
+    assert "gone" in printed.err and "backwards" in printed.err and "cut.png" in both
+    assert sum(int(r["skipped"]) for r in rows) == 1 and "1 records could not be read" in printed.out
+    go("encoder", tmp_path / "e", "--init", tmp_path / "t" / "translator.safetensors", *options, *skip, "--lr", "1e-3")
+    assert_complete(tmp_path / "e", "encoder", 1, 1e-3)
+    go("decoder", tmp_path / "d", "--init", tmp_path / "e" / "encoder.safetensors", *options, *skip, "--lr", "1e-3")
+    assert_complete(tmp_path / "d", "decoder", 1, 1e-3)                 # LLaVA's own text is read here: (6 + 1) // 5
+
+
+def test_lora(stages, go, tiny_llm, tmp_path):
+    """Stage 3 with low-rank updates: only these learn in the decoder, and the merged weights answer as the trained model does."""
+    go("decoder", tmp_path / "d", "--init", stages["encoder"], "--steps", 4, "--batch", 4, "--lr", "1e-2", "--lora", 2, "--dtype", "float32")
+    file = tmp_path / "d" / "decoder.safetensors"
+    tensors, about = weights.read_checkpoint(file)
+    low_rank = {n for n in tensors if ".lora_" in n}
+    assert len(low_rank) == 2 * 7 * 6 and not any(n.startswith("decoder.") for n in tensors.keys() - low_rank)
+    tensors, _ = weights.read_checkpoint(tmp_path / "d" / "state.safetensors")
+    merged, plain = VLM.from_pretrained(tiny_llm, file).decoder, Llama.from_pretrained(tiny_llm)
+    x = torch.randn(2, 5, 32)
+    trained = Llama.from_pretrained(tiny_llm)
+    add_lora(trained, 2)
+    assert torch.equal(trained(embeds=x), plain(embeds=x))              # B is 0 at first: nothing changes
+    weights.load_checkpoint(trained, {n.removeprefix("master.decoder."): t for n, t in tensors.items()
+                                      if n.startswith("master.decoder.")}, file)
+    assert (merged(embeds=x) - trained(embeds=x)).abs().max() < 1e-2 < (merged(embeds=x) - plain(embeds=x)).abs().max()
+
+
+def test_activation_checkpointing_changes_nothing(stages, go, tmp_path):
+    options = ["--init", stages["translator"], "--steps", 2, "--batch", 4, "--distill-every", 1, "--dtype", "float32"]
+    go("encoder", tmp_path / "a", *options)
+    go("encoder", tmp_path / "b", *options, "--checkpointing")
+    assert without_clock(rows_of(tmp_path / "a")) == without_clock(rows_of(tmp_path / "b"))
+
+
+def test_presets(tiny_llm, tmp_path, capsys):
+    """--dry-run loads nothing; a preset asks for data, and refuses the weights of another model."""
+    train.main(["encoder", "--preset", "llama-3.1-8b", "--dry-run", "--gpus", "4"])
+    plan_ = capsys.readouterr().out
+    assert "4,880 steps of 128 samples = 8 at a time x 4 times x 4 GPU(s)" in plan_ and "121,759,744" in plan_
+    train.main(["decoder", "--preset", "llama-3.1-70b", "--dry-run", "--gpus", "16", "--fsdp", "--lora", "8"])
+    assert "LoRA" in capsys.readouterr().out
+    no = lambda *argv, words: refused(capsys, [*argv, "--out", str(tmp_path)], *words)
+    no("encoder", "--preset", "llama-3.1-8b", words=["--data", "--dry-run"])
+    no("encoder", "--preset", "llama-3.1-8b", "--dry-run", "--gpus", "5", words=["128", "40"])
+    no("encoder", "--dry-run", words=["--preset", "llama-3.2-3b"])
+    no("vit", "--preset", "llama-3.1-8b", words=["CLIP"])
+    no("encoder", "--preset", "llama-3.1-8b", "--llm", tiny_llm, "--data", "x", words=["not the LLM of the preset", "vocab_size", "500"])
+    no("encoder", "--lora", "4", words=["--lora", "decoder"])
+    no("encoder", "--fsdp", "--distill-every", "1", words=["--fsdp", "--distill-every"])
 
 
 def without_clock(rows):
@@ -420,8 +488,8 @@ def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch, stage):
     """Six steps at once, and six steps killed in the fifth and resumed from the third's checkpoint: the same bits."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     options = ["--steps", 6, "--batch", 5, "--lr", "1e-3", "--save-every", 3, "--dtype", "float32"]
-    options += (["--start", stages["vit"], "--replace", "2-4", "--chats", "8"] if stage == "translator" else
-                ["--start", stages["translator"], "--distill-every", "2"])
+    options += (["--init", stages["vit"], "--replace", "2-4", "--chats", "8"] if stage == "translator" else
+                ["--init", stages["translator"], "--distill-every", "2"])
     go(stage, whole, *options)
 
     def killed(step, steps, lr, schedule=train.lr_at):
@@ -450,7 +518,7 @@ def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch, stage):
 
 def test_a_checkpoint_cut_short_between_its_files_resumes(stages, go, tmp_path, monkeypatch):
     """Killed while it saves: whichever of the files are new, resuming gives the whole log."""
-    options = ["--steps", 4, "--batch", 2, "--save-every", 2, "--start", stages["translator"]]
+    options = ["--steps", 4, "--batch", 2, "--save-every", 2, "--init", stages["translator"]]
     go("encoder", tmp_path / "whole", *options)
     for kill in range(3, 6):  # the files are written in threes: at steps 2 and 4
         out, count, write_whole = tmp_path / str(kill), 0, weights.write_whole
@@ -483,14 +551,14 @@ def test_bound_travels_with_the_checkpoint(stages, go, tiny_llm, tmp_path):
         away = (vlm.visual_tokens(pixels)[:, 1:-1] - text.mean(0)).norm(dim=-1)  # without start and end of image
         assert 0.9 * bound < away.max() <= bound
     free, short = tmp_path / "t" / "translator.safetensors", ("--steps", 1, "--batch", 5)
-    go("translator", tmp_path / "t", *short, "--bound", 0, "--start", stages["vit"], "--replace", "2-4", "--chats", 8)
-    go("encoder", tmp_path / "e", *short, "--start", free)
+    go("translator", tmp_path / "t", *short, "--bound", 0, "--init", stages["vit"], "--replace", "2-4", "--chats", 8)
+    go("encoder", tmp_path / "e", *short, "--init", free)
     assert bound_of(free) == bound_of(tmp_path / "e" / "encoder.safetensors") == 0
 
 
 def test_bf16(stages, go, tmp_path):
     """The whole path in bfloat16, as on a GPU: losses near float32's."""
-    options = ["--steps", 3, "--batch", 6, "--lr", "1e-3", "--start", stages["translator"], "--distill-every", 2]
+    options = ["--steps", 3, "--batch", 6, "--lr", "1e-3", "--init", stages["translator"], "--distill-every", 2]
     go("encoder", tmp_path, *options, "--dtype", "bfloat16")
     rows, float32 = assert_complete(tmp_path, "encoder", 3, 1e-3), rows_of(Path(stages["encoder"]).parent)
     for a, b in zip(rows, float32):
@@ -503,20 +571,20 @@ STILL = ["--steps", 1, "--batch", 2, "--lr", "1e-12", "--dtype", "float32"]  # c
 
 
 def test_stage_3_goes_on_from_stage_3(stages, go, tmp_path):
-    go("decoder", tmp_path, "--start", stages["decoder"], *STILL)
+    go("decoder", tmp_path, "--init", stages["decoder"], *STILL)
     (before, _), (after, _) = map(weights.read_checkpoint, (stages["decoder"], tmp_path / "decoder.safetensors"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
 def test_the_projector_of_stage_0_reaches_stage_2(stages, go, tmp_path):
     """The translator's file holds only the translator: what stage 2 starts from comes down the whole chain."""
-    go("encoder", tmp_path, "--start", stages["translator"], *STILL)
+    go("encoder", tmp_path, "--init", stages["translator"], *STILL)
     (first, _), (second, _) = map(weights.read_checkpoint, (stages["vit"], tmp_path / "encoder.safetensors"))
     assert all(torch.equal(first[n], second[n]) for n in first if n in second) and "adapter.0.weight" in second
 
 
 def test_a_loss_that_explodes_stops_the_run(tiny_llm, stages, tmp_path, capsys):
-    options = ["--start", stages["translator"], "--lr", "1e30", "--batch", "2", "--out", str(tmp_path)]
+    options = ["--init", stages["translator"], "--lr", "1e30", "--batch", "2", "--out", str(tmp_path)]
     refused(capsys, ["encoder", "--llm", tiny_llm, *options], "loss became", "--lr", bar=True)
 
 
@@ -536,7 +604,7 @@ def refused(capsys, argv, *words, bar=False):
 def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     no = lambda stage, *options, words: refused(capsys, [stage, "--llm", tiny_llm, *out, *options], *words)
-    at = ("--start", stages["translator"])
+    at = ("--init", stages["translator"])
 
     for option, value in [("--steps", "0"), ("--steps", "-3"), ("--batch", "0"), ("--batch", "-1"),
                           ("--save-every", "0"), ("--distill-every", "-1")]:  # fmt: skip
@@ -549,17 +617,17 @@ def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     no("translator", *new, "--replace", "x", words=["cannot read the layer ranges"])
     no("translator", *new, words=["cannot replace layers 23-28"])  # the default's, and this LLM has six
     no("encoder", *at, "--replace", "3-4", words=["translator.safetensors", "[(2, 4)]", "[(3, 4)]"])
-    no("encoder", "--start", "none", "--replace", "2-4", *new, words=["needs a trained translator"])
-    no("encoder", "--start", stages["vit"], "--replace", "2-4", words=["needs a trained translator"])
-    direct = ("--start", stages["full"], "--replace", "none")
+    no("encoder", "--init", "none", "--replace", "2-4", *new, words=["needs a trained translator"])
+    no("encoder", "--init", stages["vit"], "--replace", "2-4", words=["needs a trained translator"])
+    direct = ("--init", stages["full"], "--replace", "none")
     no("encoder", *direct, "--distill-every", "1", words=["--distill-every", "surrogate"])
-    no("decoder", "--start", stages["encoder"], "--distill-every", "1", words=["--distill-every", "surrogate"])
+    no("decoder", "--init", stages["encoder"], "--distill-every", "1", words=["--distill-every", "surrogate"])
 
     notes = tmp_path / "notes.safetensors"
     notes.write_text("no checkpoint")
-    no("encoder", "--start", str(notes), words=["notes.safetensors", "truncated or not"])
-    no("encoder", "--start", str(tmp_path / "gone.safetensors"), words=["no such checkpoint", "gone.safetensors"])
-    foreign = ("--start", f"{tiny_llm}/model.safetensors", "--vit", stages["vit"])
+    no("encoder", "--init", str(notes), words=["notes.safetensors", "truncated or not"])
+    no("encoder", "--init", str(tmp_path / "gone.safetensors"), words=["no such checkpoint", "gone.safetensors"])
+    foreign = ("--init", f"{tiny_llm}/model.safetensors", "--vit", stages["vit"])
     no("decoder", *foreign, words=["model.safetensors", "does not belong"])
     no("translator", "--replace", "2-4", "--vit", stages["encoder"], words=["encoder.safetensors", "not a ViT"])
     no("translator", "--replace", "2-4", "--vit", str(tmp_path / "gone.safetensors"), words=["gone.safetensors"])
@@ -572,12 +640,12 @@ def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys):
         common = ["--llm", llm, "--steps", "3", "--batch", "6", "--lr", "1e-3", "--out", folder, "--resume"]
         refused(capsys, [stage, *common, *options], *words)
 
-    same = ("--start", stages["vit"], "--replace", "2-4", "--chats", "8")
-    at = ["--start", stages["translator"]]
+    same = ("--init", stages["vit"], "--replace", "2-4", "--chats", "8")
+    at = ["--init", stages["translator"]]
     no("encoder", None, at, "nothing to resume")
     no("encoder", "translator", at, "state.safetensors", "stage was translator, is encoder")
     no("vit", "encoder", [], "stage was encoder, is vit")
-    no("decoder", "encoder", ["--start", stages["encoder"]], "stage was encoder, is decoder")
+    no("decoder", "encoder", ["--init", stages["encoder"]], "stage was encoder, is decoder")
     no("encoder", "encoder", at, "recipe was", "distill_every")
     no("translator", "translator", [*same, "--lr", "1e-4"], "recipe was", "0.0001")
     no("translator", "translator", [*same, "--steps", "9"], "recipe was", "9")
@@ -591,7 +659,7 @@ def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys):
 
 def test_bad_records_are_named(stages, tiny_llm, tmp_path, capsys, llava):
     options, write, records = llava
-    argv = ["encoder", "--llm", tiny_llm, "--start", stages["translator"], "--out", str(tmp_path / "out"),
+    argv = ["encoder", "--llm", tiny_llm, "--init", stages["translator"], "--out", str(tmp_path / "out"),
             "--steps", "2", "--batch", "6", *options]  # fmt: skip
     marked = {"id": "r7", "conversations": records[0]["conversations"]}
     for bad, word in [(marked, 'names no "image"'), (marked | {"image": "gone.png"}, "gone.png not found")]:

@@ -301,6 +301,29 @@ def test_released_checkpoint_reads(tmp_path):
     assert about == {} and tensors.keys() == model.keys() and all(torch.equal(tensors[n], model[n]) for n in model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_round_trip_through_the_released_layout(tmp_path, capsys, dtype):
+    """Ours -> .pth -> ours, and .pth -> ours -> .pth: the same bits, and a .pth as torch.load gives it to the paper's code."""
+    names = ["adapter.0.weight", "embd_soi", "encoder.vision_model.post_layernorm.bias", "decoder.model.layers.17.mlp.up_proj.weight"]
+    tensors = {n: torch.randn(3, 5).to(dtype) for n in names}
+    ours, pth, back = (str(tmp_path / name) for name in ("a.safetensors", "ckpt.pth", "b.safetensors"))
+    weights.save_checkpoint(ours, tensors, dict(stage="translator", steps_done=4393))
+    assert not weights.main([ours, pth])
+    released = torch.load(pth, weights_only=True)
+    assert released["epoch"] == 1 and released["global_step"] == 4393 and released["model"].keys() == tensors.keys()
+    assert not weights.main([pth, back, "--llm", "meta-llama/Llama-3.1-8B-Instruct", "--replace", "17-30"])
+    read, about = weights.read_checkpoint(back)
+    assert about["stage"] == "translator" and about["llm"] == "meta-llama/Llama-3.1-8B-Instruct" and about["ranges"] == [[17, 30]]
+    assert about["vit"] == "openai/clip-vit-large-patch14-336" and about["bound"] is None
+    for other in (released["model"], read):
+        assert all(torch.equal(other[n], t) and other[n].dtype == dtype for n, t in tensors.items())
+    weights.main([back, str(tmp_path / "again.pth")])
+    assert all(torch.equal(t, tensors[n]) for n, t in torch.load(tmp_path / "again.pth", weights_only=True)["model"].items())
+    weights.main([back])
+    assert 'llm: "meta-llama/Llama-3.1-8B-Instruct"' in capsys.readouterr().out
+    refuses(ValueError, lambda: weights.main([ours, str(tmp_path / "a.zip")]), "a.zip", ".pth or .safetensors")
+
+
 def test_bad_checkpoints(tmp_path):
     refuses(FileNotFoundError, lambda: weights.read_checkpoint(tmp_path / "no.pth"), "no such checkpoint", "no.pth")
     for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
@@ -322,6 +345,8 @@ def test_checkpoint_that_does_not_belong(tmp_path):
         load = lambda: weights.load_checkpoint(vit, tensors, "c.pth")
         refuses(ValueError, load, "c.pth does not belong", name, *words)
         assert (weight == 3).all()  # nothing is copied unless all fits
+    both = {"a.weight": torch.zeros(1), "vision_model.post_layernorm.bias": torch.zeros(8)}  # every misfit is named
+    refuses(ValueError, lambda: weights.load_checkpoint(vit, both, "c.pth"), "a.weight", "post_layernorm.bias")
 
 
 def test_beside(tmp_path, monkeypatch):
