@@ -103,7 +103,7 @@ class Batches(torch.utils.data.Dataset):
         self.tokenizer, self.n_visual, self.image_size = vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size
         self.records, self.texts, self.rank, self.world, self.together = records, texts, rank, world, together
         # images and text alternate by even spacing, as in the paper: one epoch of both, or 3 to 2 where images are endless
-        finite = records is not None and isinstance(texts, data.LlavaRecords | torch.utils.data.Subset)
+        finite = records is not None and isinstance(texts, torch.utils.data.Subset)
         self.mix = (len(records.pictured), len(texts)) if finite else (3, 2) if texts else (1, 0)
 
     def sample(self, i):
@@ -612,10 +612,13 @@ def main(argv=None):
         return
 
     records = data.load_llava(args.data, args.images, args.seed, args.on_bad_record) if args.data else None
-    texts = data.load_llava(args.text, None, args.seed, args.on_bad_record) if args.text else None
-    for source in (records, texts):
+    text = records if args.text == args.data else data.load_llava(args.text, None, args.seed, args.on_bad_record) if args.text else None
+    for source in dict.fromkeys((records, text)):
         for line in source.skipped if source is not None and parallel.rank() == 0 else ():
             print(f"skipped: {line}", file=sys.stderr)
+    if args.text and not text.texts:
+        raise ValueError(f"{args.text} has no record without an image, from which stage translator takes its text")
+    texts = torch.utils.data.Subset(text, text.texts) if args.text else None
     if records is not None and not records.pictured:
         raise ValueError(f"{args.data} has no record with an image" + (", from which alone the stage encoder learns" if stage == "encoder" else ""))
     if records is not None and stage == "decoder" and records.texts:

@@ -15,7 +15,7 @@ import data
 import graft
 import weights
 from conftest import save_tiny_llm
-from model import VLM
+from model import VLM, Llama
 from surrogate import load_surrogate
 
 ROOT = Path(__file__).parent.parent
@@ -227,6 +227,21 @@ def test_the_seeds_use(stages, tiny_llm, tmp_path):
     text = vlm.chat(str(tmp_path / "sign.png"), "What word is on the sign?")
     assert isinstance(text, str) and text
     assert text == vlm.chat(data.world("read", 0).image, "what word is on the sign?")  # wrap lowers the w
+
+
+def test_released_layout_grafts(stages, tiny_llm, tmp_path):
+    """A checkpoint through the paper's .pth and back: encoder, projector and translator have every weight again."""
+    pth, back = str(tmp_path / "ckpt_01_0000003.pth"), str(tmp_path / "encoder.safetensors")
+    weights.main([stages["encoder"], pth])
+    weights.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4"])
+    llm = Llama.from_pretrained(tiny_llm)
+    for a, b in [(VLM.from_pretrained(tiny_llm, file) for file in (stages["encoder"], back)),
+                 (load_surrogate(llm, file) for file in (stages["encoder"], back))]:  # fmt: skip
+        a, b = dict(a.named_parameters()), dict(b.named_parameters())
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    other = Llama.from_pretrained(tiny_llm, layers=[0, 1])
+    with pytest.raises(ValueError, match="does not belong.*model.layers.2.self_attn.q_proj.weight.*layers.2.mlp.down_proj"):
+        load_surrogate(other, back, lambda llm, ranges: llm)  # every key that does not fit is named
 
 
 def test_streamed_answer_equals_chat(vlm):
