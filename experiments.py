@@ -43,13 +43,12 @@ KEPT = "assets/experiments.json"    # all results, as a list
 
 def route(replace, translator="--steps 160 --distill-every 1", encoder="--distill-every 1"):
     """Stages 1 and 2 with one surrogate."""
-    return [f"translator --init {{vit}} --replace {replace} {translator}",
-            f"encoder --init {{before}} --lr 2e-4 {encoder}"]
+    return [f"translator --init {{vit}} --replace {replace} {translator}", f"encoder --init {{before}} {encoder}"]
 
 
 RECIPES = {
-    "paper": ("the paper's recipe: the answers alone heal the translator, then it is frozen",
-              route("20-28", "--steps 160 --distill-every 0", "--distill-every 0")),
+    "paper": ("the paper's recipe: the answers alone heal the translator, then it is frozen; no bound, one learning rate",
+              route("20-28", "--steps 160 --distill-every 0 --bound 0", "--distill-every 0 --ends-lr 1")),
     "healed": ("a better-healed translator: taught by the LLM, three times as long, four times the text; then frozen",
                route("20-28", "--steps 480 --chats 1024 --distill-every 1", "--distill-every 0")),
     "cut-20": ("on-policy: the LLM goes on teaching the translator while the encoder learns", route("20-28")),
@@ -61,8 +60,9 @@ RECIPES = {
     "k-4": ("on-policy only every 4th step", route("23-28", encoder="--distill-every 4")),
     "k-16": ("on-policy only every 16th step", route("23-28", encoder="--distill-every 16")),
     "frozen": ("on-policy in stage 1 only", route("23-28", encoder="--distill-every 0")),
+    "slow-ends": ("the start and end vectors learn no faster than the rest", route("23-28", encoder="--distill-every 4 --ends-lr 1")),
     "direct": ("trained directly on the full LLM: the upper bound",
-               ["encoder --init {vit} --replace none --lr 2e-4"]),
+               ["encoder --init {vit} --replace none"]),
 }
 
 

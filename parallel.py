@@ -7,6 +7,7 @@ Several GPUs: what the processes of a training run tell each other. With one pro
 Data parallel needs no wrapper: each process takes its share of the batch and divides its loss by the targets of *all*
 processes, so the gradients only have to be added up. A sharded weight is a DTensor: each process holds a slice of it.
 """
+import atexit
 import os
 
 import torch
@@ -23,6 +24,7 @@ def start(device):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)
     return device
 
 
