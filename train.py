@@ -37,12 +37,13 @@ from surrogate import build_surrogate, check_ranges, load_surrogate, parse_range
 from tokenizer import Tokenizer
 
 # What differs between the stages. Everything else is the same in all: AdamW (0.9, 0.999) without weight decay, linear
-# warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (the paper's recipe).
+# warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (the paper's recipe). For the embedded world;
+# on LLaVA's data ends_lr is 1 and distill_every 0, as in the paper, whose other numbers are in plan.py.
 RECIPES = {
     "vit":        dict(steps=600, batch=128, lr=1e-3, bound=2.5),
-    "translator": dict(steps=120, batch=16, lr=1e-3, loss_on="answers+special"),
-    "encoder":    dict(steps=120, batch=16, lr=2e-4, loss_on="answers+special", ends_lr=30.0),
-    "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers"),
+    "translator": dict(steps=160, batch=16, lr=1e-3, loss_on="answers+special", ends_lr=1.0, distill_every=1),
+    "encoder":    dict(steps=120, batch=16, lr=2e-4, loss_on="answers+special", ends_lr=30.0, distill_every=4),
+    "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers", ends_lr=1.0, distill_every=0),
 }
 WARMUP = 0.0305
 DEFAULT_RANGES = [(23, 28)]     # of SmolLM2-135M: cut at 20, its surrogate read 25 % of the signs, cut at 23, 81 % (README)
@@ -545,9 +546,9 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, help="samples a step, over all processes (default: the stage's)")
     parser.add_argument("--micro-batch", type=int, help="samples that a process takes through the model at once; gradients are gathered until --batch is full (default: all of its share)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's)")
-    parser.add_argument("--ends-lr", type=float, help="how many times as fast the start and end vectors of an image learn; 1 in the paper (default: 30 for encoder, else 1)")
+    parser.add_argument("--ends-lr", type=float, help="how many times as fast the start and end vectors of an image learn; 1 in the paper (default: 30 for encoder in the embedded world, else 1)")
     parser.add_argument("--chats", type=int, default=256, help="stage translator: text instructions that the LLM writes, without --text (default: %(default)s)")
-    parser.add_argument("--distill-every", type=int, default=0, metavar="K", help="every K-th step, pull the translator to the full LLM on the encoder's own visual tokens; 0: never, as in the paper (default: %(default)s)")
+    parser.add_argument("--distill-every", type=int, metavar="K", help="every K-th step, pull the translator to the full LLM on the encoder's own visual tokens; 0: never, as in the paper (default: in the embedded world 1 for translator and 4 for encoder, else 0)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="stage decoder: train low-rank updates of the decoder in place of all of it (default: all)")
     parser.add_argument("--fsdp", action="store_true", help="shard the decoder's layers over the GPUs (start with torchrun)")
     parser.add_argument("--checkpointing", action="store_true", help="keep only the layers' inputs for the backward pass, and compute the rest again")
@@ -561,14 +562,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     stage = args.stage
 
-    given = {k: getattr(args, k) for k in ("steps", "batch", "lr", "ends_lr", "bound", "micro_batch") if getattr(args, k) is not None}
-    recipe = RECIPES[stage] | given
+    options = ("steps", "batch", "lr", "ends_lr", "distill_every", "bound", "micro_batch")
+    given = {k: getattr(args, k) for k in options if getattr(args, k) is not None}
+    recipe = RECIPES[stage] | (dict(ends_lr=1.0, distill_every=0) if args.data else {}) | given
+    if args.replace == "none":
+        recipe = recipe | dict(distill_every=0) | given         # no surrogate, nothing to distill
     if args.preset:
         if stage == "vit":
             raise ValueError("stage vit has no preset: the paper starts with CLIP")
         preset = plan.PRESETS[args.preset]
         paper = plan.recipe(stage, args.preset)
-        recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0) | given
+        recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0, ends_lr=1.0, distill_every=0) | given
         if args.llm and Path(args.llm).exists():        # your own copy of the weights: of this model?
             theirs, ours = weights.llama_config(Path(args.llm)), vars(preset["llm_config"])
             odd = [k for k in ours if k not in ("rope_scaling", "max_position_embeddings") and ours[k] != theirs[k]]
@@ -578,8 +582,7 @@ def main(argv=None):
         args.checkpointing = True
         if args.dry_run:
             other = {k: v for k, v in recipe.items() if k not in ("bound", "ends_lr")}
-            print(plan.show_plan(plan.stage_plan(stage, args.preset, args.gpus, fsdp=args.fsdp, lora=args.lora,
-                                                 distill_every=args.distill_every, text_gradients=args.fsdp, **other)))
+            print(plan.show_plan(plan.stage_plan(stage, args.preset, args.gpus, fsdp=args.fsdp, lora=args.lora, text_gradients=args.fsdp, **other)))
             return
         if stage == "translator":
             args.vit, args.start = args.vit or preset["vit"], args.start or "none"
@@ -596,7 +599,8 @@ def main(argv=None):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if args.lora and stage != "decoder":
         raise ValueError(f"--lora trains the decoder: it is an option of the stage decoder, not of {stage}")
-    if args.fsdp and args.distill_every:
+    every = recipe.get("distill_every", 0)
+    if args.fsdp and every:
         raise ValueError("--distill-every needs the full LLM beside its surrogate, which share layers: it does not work with --fsdp")
     llm_name, out = args.llm or weights.DEFAULT_LLM, args.out or f"runs/{stage}"
     if args.resume and not (Path(out) / "state.safetensors").exists():
@@ -633,17 +637,17 @@ def main(argv=None):
     own_text = stage == "translator" and texts is None
     if own_text and args.fsdp:
         raise ValueError("with --fsdp the LLM cannot write the text for stage translator: give a JSON of text instructions as --text")
-    vlm, llm, vit = build(stage, llm_name, ranges, args.vit, start, dtype, device, bound, need_llm=args.distill_every > 0 or own_text,
+    vlm, llm, vit = build(stage, llm_name, ranges, args.vit, start, dtype, device, bound, need_llm=every > 0 or own_text,
                           shard=parallel.shard if args.fsdp else None)
     if args.checkpointing:      # but not the translator where it runs twice and learns only once (surrogate_loss)
-        twice = vlm.decoder.translators if args.distill_every and stage == "encoder" else []
+        twice = vlm.decoder.translators if every and stage == "encoder" else []
         vlm.decoder.checkpointed = set(range(len(vlm.decoder.model.layers))) - set(twice)
     if args.lora:
         add_lora(vlm.decoder, args.lora)
     if own_text:
         texts = parallel.first_alone(lambda: own_chats(llm, vlm.tokenizer, args.chats, args.seed))
     train_stage(stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=llm_name, vit_name=vit, start=start,
-                distill_every=args.distill_every, records=records, texts=texts, workers=args.workers, lora=args.lora,
+                records=records, texts=texts, workers=args.workers, lora=args.lora,
                 projector=stage != "translator" or start is None)
 
 

@@ -371,7 +371,7 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
     assert about["vit"] == stages["vit"]
     assert about["ranges"] == ([] if stage == "decoder" else [[2, 4]])
     assert about["recipe"] == recipe | dict(loss_on="answers" if stage == "decoder" else "answers+special", ends_lr=30 if stage == "encoder" else 1,
-                                            distill_every=2 if stage == "encoder" else 0, dtype="torch.float32", records=0,
+                                            distill_every={"translator": 1, "encoder": 2, "decoder": 0}[stage], dtype="torch.float32", records=0,
                                             projector=stage != "translator", texts=8 if stage == "translator" else 0,
                                             lora=0)
     assert about["start"] == stages[{"translator": "vit", "encoder": "translator", "decoder": "encoder"}[stage]]
@@ -444,15 +444,13 @@ def test_lora(stages, go, tiny_llm, tmp_path):
     tensors, about = weights.read_checkpoint(file)
     low_rank = {n for n in tensors if ".lora_" in n}
     assert len(low_rank) == 2 * 7 * 6 and not any(n.startswith("decoder.") for n in tensors.keys() - low_rank)
-    tensors, _ = weights.read_checkpoint(tmp_path / "d" / "state.safetensors")
     merged, plain = VLM.from_pretrained(tiny_llm, file).decoder, Llama.from_pretrained(tiny_llm)
     x = torch.randn(2, 5, 32)
     trained = Llama.from_pretrained(tiny_llm)
     add_lora(trained, 2)
     assert torch.equal(trained(embeds=x), plain(embeds=x))              # B is 0 at first: nothing changes
-    weights.load_checkpoint(trained, {n.removeprefix("master.decoder."): t for n, t in tensors.items()
-                                      if n.startswith("master.decoder.")}, file)
-    assert (merged(embeds=x) - trained(embeds=x)).abs().max() < 1e-2 < (merged(embeds=x) - plain(embeds=x)).abs().max()
+    weights.load_checkpoint(trained, {n.removeprefix("decoder."): tensors[n] for n in low_rank}, file)
+    assert (merged(embeds=x) - trained(embeds=x)).abs().max() < 1e-3 < 1e-2 < (merged(embeds=x) - plain(embeds=x)).abs().max()
 
 
 def test_activation_checkpointing_changes_nothing(stages, go, tmp_path):
