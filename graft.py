@@ -145,7 +145,8 @@ def plot_examples(examples, path):
     import matplotlib.pyplot as plt
     columns = min(4, len(examples))
     lines = math.ceil(len(examples) / columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 3.9 * lines), dpi=100, squeeze=False)
+    systems = max(len(answers) for _, answers in examples)
+    fig, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, (2.9 + 0.5 * systems) * lines), dpi=100, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, (sample, answers) in zip(axes.flat, examples):

@@ -218,14 +218,14 @@ def main(argv=None):
     parser.add_argument("--length", type=int, default=96, help="tokens of each paragraph to read (default: %(default)s)")
     parser.add_argument("--replace", help="layers to replace, e.g. 23-28 or 12-17,20-28 (default: from the turn to the last but one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--out", help="where the plot goes (default: runs/trajectory.png, with --cost runs/cost.png)")
+    parser.add_argument("--out", help="where the plot goes (default: runs/trajectory.png, with --cost runs/routes.png)")
     parser.add_argument("--cost", nargs="*", metavar="PRESET", help=f"FLOPs, memory and GPU-hours of the surrogate's route, LoRA and the full decoder; loads nothing (default: {' '.join(plan.PRESETS)})")
     args = parser.parse_args(argv)
     if args.cost is not None:
         for name in args.cost or plan.PRESETS:
             print(plan.show_routes(name) + "\n")
-        plan.plot_routes(args.out or "runs/cost.png")
-        print(f"plot: {args.out or 'runs/cost.png'}")
+        plan.plot_routes(args.out or "runs/routes.png")
+        print(f"plot: {args.out or 'runs/routes.png'}")
         return
     args.out = args.out or "runs/trajectory.png"
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
