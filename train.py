@@ -64,8 +64,9 @@ def lr_at(step, steps, lr):
 def trained_parameters(vlm, stage, distill=False, projector=True, lora=False):
     """{name: parameter} that a stage trains; these get gradients, all others are frozen.
 
-    lora: stage 3 trains only the low-rank updates of the decoder (model.add_lora). projector=False leaves out everything before the decoder (stage 1 with the projector of stage 0: it is healed already, and
-    the answers' loss through a translator that is not yet would only harm it).
+    lora: of the decoder, stage 3 trains only the low-rank updates (model.add_lora). projector=False leaves out everything
+    before the decoder (stage 1 with the projector of stage 0: it is healed already, and the answers' loss through a
+    translator that is not yet would only harm it).
     """
     L = vlm.encoder.config.num_hidden_layers
     prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."] if projector else []
