@@ -33,12 +33,13 @@ EVAL_SEED = 7           # the stream of held-out images; split "test" never meet
 # Compare
 
 
-def option_logp(logits, first_logits, tokens, lengths):
-    """log p of each option: logits (n, T, V) after its tokens, first_logits (n, V) before them, tokens (n, T), lengths (n,)."""
-    before = torch.cat([first_logits[:, None], logits[:, :-1]], dim=1).float()      # (n, T, V): what predicts token t
-    logp = before.gather(2, tokens[..., None])[..., 0] - before.logsumexp(-1)       # (n, T)
-    real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    return logp.masked_fill(~real, 0).sum(1)
+def option_logp(decoder, before, tokens, lengths, chunk=256):
+    """log p of each option: before (n, T, C) the hidden states that predict its tokens (n, T), of which lengths (n,) are real."""
+    real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]   # (n, T)
+    logp = torch.zeros(tokens.shape, device=tokens.device)
+    pieces = zip(before[real].split(chunk), tokens[real].split(chunk))              # a vocabulary of logits for a few at a time
+    logp[real] = torch.cat([decoder.logits(x).float().log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
+    return logp.sum(1)
 
 
 @torch.no_grad()
@@ -74,7 +75,8 @@ def answer(vlm, surrogate, samples, max_new_tokens=16):
 
     out = {}
     for (name, decoder), x, h, cache in zip(decoders.items(), last, hidden, caches):
-        scores = option_logp(decoder.logits(h), decoder.logits(x).repeat_interleave(K, 0), tokens, n).view(B, K)
+        before = torch.cat([x.repeat_interleave(K, 0)[:, None], h[:, :-1]], dim=1)  # (B*K, T, C)
+        scores = option_logp(decoder, before, tokens, n).view(B, K)
         stream = decoder.decode(x, cache.repeat(1, max_new_tokens), max_new_tokens)
         texts = [tokenizer.decode(t).strip() for t in collect(stream, tokenizer.stop_tokens)]
         out[name] = list(zip(scores.argmax(1).tolist(), texts))

@@ -328,7 +328,7 @@ def merge_lora(tensors, llm, rank, alpha=32):
     out = {n: t for n, t in tensors.items() if ".lora_" not in n}
     for name in (n.removesuffix("lora_A") for n in tensors if n.endswith("lora_A")):
         W, A, B = ours[name + "weight"], tensors[name + "lora_A"].float(), tensors[name + "lora_B"].float()
-        out[name + "weight"] = W.float() + (B @ A).to(W.device) * (alpha / rank)
+        out[name + "weight"] = (W.float() + (B @ A).to(W.device) * (alpha / rank)).to(W.dtype)
     return out
 
 
@@ -550,8 +550,8 @@ class VLM(nn.Module):
         vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
         if tokenizer is None:
             tokenizer = Tokenizer.from_pretrained(weights.find(about.get("llm", weights.DEFAULT_LLM) if isinstance(llm, Llama) else llm))
-        if about.get("stage") == "decoder":         # stage 3 trained the full LLM itself: a copy takes the new weights
-            if about["recipe"].get("lora"):
+        if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
+            if about.get("recipe", {}).get("lora"):     # stage 3 trained the full LLM itself: a copy takes the new weights
                 tensors = merge_lora(tensors, decoder, about["recipe"]["lora"])
             decoder = copy.deepcopy(decoder)
         else:                                       # what other stages hold of a decoder belongs to the surrogate

@@ -12,6 +12,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -44,6 +45,15 @@ def add_up(x):
     return x
 
 
+def union(lines):
+    """The lines that any process has, sorted."""
+    if world() == 1:
+        return sorted(lines)
+    everyones = [None] * world()
+    dist.all_gather_object(everyones, sorted(lines))
+    return sorted(set().union(*everyones))
+
+
 def first_alone(f):
     """Call f() in the first process, then in the others: what it leaves on disk is made only once."""
     if world() == 1:
@@ -70,6 +80,9 @@ def shard(llm):
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world(),))
     for layer in llm.model.layers:      # gradients are added up in float32, whatever the dtype of the weights
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    share = getattr(torch.distributed.fsdp, "share_comm_ctx", None)     # torch 2.13 has it
+    if share:           # one stream of gathering and adding up for all layers: else each keeps its gradient until the backward's end
+        share(list(llm.model.layers))
     llm.sharded = True
     return llm
 

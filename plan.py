@@ -196,7 +196,7 @@ def memory(stage, llm_config, vit_config, ranges, samples, positions, targets, r
     layers, translators, _ = decoder_layers(stage, c, ranges)
     whole, layer, share = stage == "decoder" and not lora, layer_matrices(c) + 2 * d, 1 / ranks if fsdp else 1
     parts = trained_and_frozen(stage, c, v, ranges, lora, distill)
-    shared = {p: share if p in ("translators", "decoder's layers", "LoRA") else 1 for p in parts}
+    shared = {p: share if p in ("translators", "decoder's layers") else 1 for p in parts}
     there = sum(shared[p] * sum(counts) for p, counts in parts.items())
     if distill:         # of the full LLM, what the surrogate has not
         there += share * (c.num_hidden_layers - layers + translators) * layer

@@ -106,6 +106,7 @@ def build_surrogate(llm, ranges):
     with torch.device("meta"):                          # an empty shell: all its modules come from the LLM
         surrogate = Llama(dataclasses.replace(llm.config, num_hidden_layers=0))
     surrogate.config.num_hidden_layers = len(kept)
+    surrogate.sharded = llm.sharded
     firsts = {first for first, _ in ranges}
     layers = [copy.deepcopy(llm.model.layers[i]) if i in firsts else llm.model.layers[i] for i in kept]
     surrogate.model.update(dict(llm.model.items()) | {"layers": torch.nn.ModuleList(layers)})

@@ -119,6 +119,12 @@ class Batches(torch.utils.data.Dataset):
         return self.records[pictured[data.shuffled_index(k, len(pictured), self.seed)]]
 
     def __getitem__(self, step):
+        try:
+            return self.read(step)
+        except (ValueError, OSError) as error:      # from a worker process, only what is returned arrives as it is
+            return error, []
+
+    def read(self, step):
         known, micro_batches = len(getattr(self.records, "skipped", ())), []
         for m in range(self.size // (self.micro * self.world)):
             first = step * self.size + (m * self.world + self.rank) * self.micro
@@ -345,6 +351,8 @@ def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_l
     vlm.to(device)                          # what is before the decoder stays float32 until the Trainer has copied it
     if start:
         go_on = stage == about.get("stage") == "decoder"        # else the start's decoder is the surrogate's, or not wanted
+        if go_on and about["recipe"].get("lora"):
+            raise ValueError(f"{start} holds low-rank updates of a decoder, from which no new run can begin: go on with --resume")
         while "adapter.0.weight" not in tensors and about.get("start"):
             below, about = weights.read_checkpoint(weights.beside(about["start"], start))       # stage 1 left the projector
             tensors = below | tensors                                                           # as it was: take it from there
@@ -420,13 +428,19 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
     vlm.to(vlm.decoder.dtype)
     batches = Batches(stage, vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), vlm.decoder.sharded)
 
+    bad = set()         # records that could not be read, and were replaced
+
     def backward(step, item):
         """Gradients of one step, of all its micro-batches in this process. Returns what is to be logged."""
         micro_batches, skipped = item
+        if isinstance(micro_batches, Exception):
+            raise micro_batches
+        skipped = [line for line in skipped if line not in bad]     # each worker finds it anew
+        bad.update(skipped)
         for line in skipped:
             tqdm.write(f"skipped: {line}")
         distil = llm if distill_every and step % distill_every == 0 else None
-        n = parallel.add_up(torch.tensor(sum(int((b["targets"] >= 0).sum()) for m in micro_batches for b in m), device=device))
+        n = parallel.add_up(torch.tensor(sum(int((b["targets"] >= 0).sum()) for m in micro_batches for b in m), device=device)).clamp(min=1)
         sums = torch.zeros(3, device=device)        # cross-entropy, KL divergence, distance: each a mean of the global batch
         for groups in micro_batches:
             total = 0.0
@@ -438,7 +452,8 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
                 for i, (loss, share) in enumerate(zip(losses, (n, n, batch))):
                     total = total + loss / share
                     sums[i] += loss.detach() / share
-            total.backward()
+            if total.requires_grad:             # text alone, where nothing above it is trained, teaches nothing
+                total.backward()
             trainer.add_gradients()
         parallel.add_up(sums)
         return dict(loss=sums[0], **({} if distil is None else dict(distill=sums[1] + sums[2])), targets=n, skipped=len(skipped))
@@ -448,6 +463,9 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
                  recipe=recipe | dict(distill_every=distill_every, projector=projector, dtype=str(vlm.decoder.dtype), lora=lora,
                                       texts=len(texts or []), records=len(records or [])))
     run(trainer, backward, lambda start, stop: batches.loader(start, stop, workers), out, stage, about, resume, save_every)
+    bad = parallel.union(bad)
+    if bad and parallel.rank() == 0:
+        print(f"{len(bad)} records could not be read and were replaced")
     return vlm
 
 
@@ -495,14 +513,12 @@ def run(trainer, backward, batches, out, stage, about, resume, save_every, saved
         rows.append(dict(step=step, lr=f"{lr_now:.3g}", seconds=round(time.time() - start, 2)) | logged)
         bar.set_postfix({k: v for k, v in logged.items() if k not in ("targets", "skipped")})
         if not math.isfinite(logged["loss"]):
-            raise ValueError(f"the loss became {logged['loss']} at step {step}: try a smaller --lr (the last checkpoint in {out} is intact)")
+            raise ValueError(f"the loss became {logged['loss']} at step {step}: try a smaller --lr" + (f" (the last checkpoint in {out} is intact)" if state.exists() else ""))
         if (step + 1) % save_every == 0 or step == steps - 1:
             save()
     if first:
         plot_loss(rows, stage, out / "loss.png")
-        skipped = sum(int(r.get("skipped") or 0) for r in rows)
-        print(f"{stage}: {steps} steps, loss {rows[0]['loss']} -> {rows[-1]['loss']}, {rows[-1]['seconds']:.0f} s; see {out}/" +
-              (f"; {skipped} records could not be read and were replaced" if skipped else ""))
+        print(f"{stage}: {steps} steps, loss {rows[0]['loss']} -> {rows[-1]['loss']}, {rows[-1]['seconds']:.0f} s; see {out}/")
 
 
 def plot_loss(rows, stage, path):
@@ -576,25 +592,22 @@ def main(argv=None):
         recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0, ends_lr=1.0, distill_every=0) | given
         if args.llm and Path(args.llm).exists():        # your own copy of the weights: of this model?
             theirs, ours = weights.llama_config(Path(args.llm)), vars(preset["llm_config"])
-            odd = [k for k in ours if k not in ("rope_scaling", "max_position_embeddings") and ours[k] != theirs[k]]
+            odd = [k for k in ours if k not in ("rope_scaling", "max_position_embeddings") and
+                   not math.isclose(ours[k], theirs[k], rel_tol=1e-6)]      # a .gguf's numbers are float32
             if odd:
                 raise ValueError(f"{args.llm} is not the LLM of the preset {args.preset}: {odd[0]} is {theirs[odd[0]]} there, {ours[odd[0]]} here")
         args.llm = args.llm or preset["llm"]
         args.checkpointing = True
-        if args.dry_run:
-            other = {k: v for k, v in recipe.items() if k not in ("bound", "ends_lr")}
-            print(plan.show_plan(plan.stage_plan(stage, args.preset, args.gpus, fsdp=args.fsdp, lora=args.lora, text_gradients=args.fsdp, **other)))
-            return
         if stage == "translator":
             args.vit, args.start = args.vit or preset["vit"], args.start or "none"
             args.replace = args.replace or ",".join(f"{a}-{b}" for a, b in preset["ranges"])
         args.start = args.start or {"encoder": "runs/translator/translator.safetensors", "decoder": "runs/encoder/encoder.safetensors"}[stage]
-        if not args.data or stage == "translator" and not args.text:
+        if not args.dry_run and (not args.data or stage == "translator" and not args.text):
             raise ValueError(f"the preset {args.preset} learns from photographs: give LLaVA's JSON as --data and its folder as --images"
                              + (", and a JSON of text instructions as --text" if stage == "translator" else "") + " (or --dry-run)")
     elif args.dry_run:
         raise ValueError(f"--dry-run describes a preset: give one of {', '.join(plan.PRESETS)} as --preset")
-    for name, least in dict(steps=1, batch=1, micro_batch=1, chats=1, save_every=1, distill_every=0, lora=0, workers=0).items():
+    for name, least in dict(steps=1, batch=1, micro_batch=1, chats=1, save_every=1, distill_every=0, lora=0, workers=0, gpus=1).items():
         value = (vars(args) | recipe)[name]
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -603,6 +616,15 @@ def main(argv=None):
     every = recipe.get("distill_every", 0)
     if args.fsdp and every:
         raise ValueError("--distill-every needs the full LLM beside its surrogate, which share layers: it does not work with --fsdp")
+    if args.text and stage != "translator":
+        raise ValueError(f"--text is for stage translator: stage {stage} reads " + ("images alone" if stage == "encoder" else "the text in --data"))
+    if args.dry_run:
+        target = args.preset
+        if args.replace:
+            target = preset | dict(ranges=check_ranges(parse_ranges(args.replace), preset["llm_config"].num_hidden_layers))
+        other = {k: v for k, v in recipe.items() if k not in ("bound", "ends_lr")}
+        print(plan.show_plan(plan.stage_plan(stage, target, args.gpus, fsdp=args.fsdp, lora=args.lora, text_gradients=args.fsdp, **other)))
+        return
     llm_name, out = args.llm or weights.DEFAULT_LLM, args.out or f"runs/{stage}"
     if args.resume and not (Path(out) / "state.safetensors").exists():
         raise FileNotFoundError(f"nothing to resume: {out}/state.safetensors is not there (see --out)")
@@ -617,7 +639,8 @@ def main(argv=None):
         return
 
     records = data.load_llava(args.data, args.images, args.seed, args.on_bad_record) if args.data else None
-    text = records if args.text == args.data else data.load_llava(args.text, None, args.seed, args.on_bad_record) if args.text else None
+    same = args.text and args.data and Path(args.text).resolve() == Path(args.data).resolve()
+    text = records if same else data.load_llava(args.text, None, args.seed, args.on_bad_record) if args.text else None
     for source in dict.fromkeys((records, text)):
         for line in source.skipped if source is not None and parallel.rank() == 0 else ():
             print(f"skipped: {line}", file=sys.stderr)
@@ -629,7 +652,8 @@ def main(argv=None):
     if records is not None and stage == "decoder" and records.texts:
         texts = torch.utils.data.Subset(records, records.texts)     # stages 1 and 2 leave out LLaVA's own text, as the paper does
     if records is not None and "steps" not in given and not args.preset:
-        recipe["steps"] = max(1, (len(records.pictured) + (len(texts) if texts is not None else 0)) // recipe["batch"])
+        n_texts = len(texts) if texts is not None else len(records.pictured) * 2 // 3 if stage == "translator" else 0     # see Batches
+        recipe["steps"] = max(1, (len(records.pictured) + n_texts) // recipe["batch"])
 
     start = args.start or ("assets/encoder.safetensors" if stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
     bound = recipe.pop("bound", None)

@@ -113,7 +113,7 @@ def open_torch(path):
     try:        # mmap: pages are read when a tensor is used, so a 70B file costs no memory here (needs torch >= 1.6's zip)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         state = state.get("model", state)   # the paper's released checkpoints wrap it with epoch and global_step
-        return {name: (lambda t=t: t) for name, t in state.items()}
+        return {name: (lambda t=t: t) for name, t in state.items() if torch.is_tensor(t)}
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is truncated or not a PyTorch weight file ({why}): download it again") from None
@@ -374,6 +374,8 @@ def save_checkpoint(path, tensors, about):
     """
     header, end = {"__metadata__": {k: json.dumps(v) for k, v in about.items()}}, 0
     for name, t in tensors.items():
+        if t.dtype not in DTYPES:
+            raise ValueError(f"cannot save {name}: {t.dtype} is none of float32, float16 and bfloat16")
         begin, end = end, end + t.numel() * t.element_size()
         header[name] = dict(dtype=DTYPES[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
     head = json.dumps(header).encode()
@@ -476,16 +478,21 @@ def main(argv=None):
         print(*(f"{k}: {json.dumps(v)}" for k, v in about.items()), sep="\n")
         print(*(f"{n}  {tuple(t.shape)} {t.dtype}" for n, t in tensors.items()), sep="\n")
     elif Path(args.out).suffix == ".pth":
+        if any(".lora_" in n for n in tensors):
+            raise ValueError(f"{args.checkpoint} holds low-rank updates, for which the paper's layout has no place")
         save_released(args.out, tensors, about.get("steps_done", 0))
     elif Path(args.out).suffix != ".safetensors":
         raise ValueError(f"cannot write {args.out}: give a name that ends in .pth or .safetensors")
     else:
         if not about:
-            from surrogate import parse_ranges      # here, because surrogate.py stands on this file
-            ranges = parse_ranges(args.replace or "none")
-            translator = any(n.startswith("decoder.") for n in tensors)
-            about = dict(stage="translator" if translator else "encoder", llm=args.llm or DEFAULT_LLM, vit=args.vit,
-                         ranges=ranges, start=args.start, bound=None)
+            from surrogate import check_ranges, parse_ranges        # here, because surrogate.py stands on this file
+            ranges = check_ranges(parse_ranges(args.replace or "none"), 1000)
+            decoder = any(n.startswith("decoder.") for n in tensors)
+            whole = "decoder.model.embed_tokens.weight" in tensors      # stage 3's; else it is the translator
+            if decoder and not whole and not ranges:
+                raise ValueError(f"{args.checkpoint} holds a translator: say which layers it replaces, e.g. --replace 17-30")
+            about = dict(stage="decoder" if whole else "translator" if decoder else "encoder", llm=args.llm or DEFAULT_LLM, vit=args.vit,
+                         ranges=ranges, start=args.start, bound=None, recipe={})
         save_checkpoint(args.out, tensors, about)
     return 0
 

@@ -7,8 +7,9 @@
     cross_entropy.py  linear_cross_entropy  LM head and cross-entropy together, without the (N, vocabulary) logits
     benchmark.py      python -m kernels.benchmark
 
-Each has two backends that compute the same function: Triton kernels for CUDA tensors, plain PyTorch everywhere else
-(a laptop without Triton never imports it). To force one, set KERNELS=torch or KERNELS=triton in the environment, or
+Each has two backends that compute the same function: Triton kernels for CUDA tensors (on NVIDIA's GPUs from Ampere on),
+plain PyTorch everywhere else (a laptop without Triton never imports it). To force one, set KERNELS=torch or
+KERNELS=triton in the environment, or
 
     with kernels.backend("torch"):
         ...
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c as one instruction: Triton 3.9 wants to be told
 # These imports must stay above the functions: importing kernels/attention.py also binds the name `attention` in this
@@ -58,7 +60,15 @@ def _use_triton(x):
     if _choice == "triton" and not x.is_cuda and not _attention.INTERPRET.value:
         raise ValueError("the backend is 'triton', but a tensor is on the CPU, where Triton only runs in its "
                          "interpreter: start Python with TRITON_INTERPRET=1, or choose 'torch'")
-    return _choice == "triton" or (_choice == "auto" and triton is not None and x.is_cuda)
+    if _choice == "auto":  # float64 is for checking gradients: only PyTorch computes it
+        return triton is not None and x.is_cuda and x.dtype != torch.float64 and _fits(x.device)
+    return _choice == "triton"
+
+
+@torch.compiler.assume_constant_result
+def _fits(device):
+    """Has this GPU the 99 KB of shared memory that a tile may take? A T4 (64 KB) has not, nor have AMD's."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 99 * 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +277,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable  # the saved gradients are numbers: a second derivative would leave them out
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors  # the chain rule's last factor, a scalar, is all that is missing
         return (None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
@@ -287,7 +298,6 @@ def _check_like(name, x, other_name, other, shape=True):
 
 
 def _check_dtype(name, x):
-    # float64 is for checking gradients, and only PyTorch computes it
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) and (x.dtype != torch.float64 or _use_triton(x)):
         raise ValueError(f"{name} is {x.dtype}, expected bfloat16, float16 or float32")
 

@@ -56,7 +56,7 @@ CONFIGS = {
         "dkdv": {16: (64, 128, 8, 3), 32: (64, 128, 8, 3), 64: (64, 128, 8, 3), 128: (64, 128, 8, 3)},
         "dq": {16: (128, 64, 8, 3), 32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
     },
-    # all others: they have 99 KB at least
+    # all others that the kernels run on: they have 99 KB at least
     "small": {
         "forward": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (128, 64, 4, 3), 128: (64, 64, 4, 2)},
         "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 4, 2)},
@@ -112,7 +112,7 @@ def _load(x, stride_t, stride_d, start, end, BLOCK: tl.constexpr, D: tl.constexp
     """Tokens start .. start + BLOCK - 1 of one head as a (BLOCK, BLOCK_D) tile. MASKED: zeros from token `end` on."""
     row = tl.arange(0, BLOCK)
     channel, exists = _channels(D, BLOCK_D)
-    # The start may lie beyond 2^31 elements, which takes 64 bits; the way within a tile, at most 128 tokens, does not.
+    # The start may lie beyond 2^31 elements, which takes 64 bits; the way within a tile does not (`_near` sees to it).
     x += tl.cast(start, tl.int64) * stride_t
     pointers = x + (row[:, None] * stride_t + channel[None, :] * stride_d)
     if MASKED and D == BLOCK_D:
@@ -489,6 +489,11 @@ def _rope_backward(ctx, dy):
 _rope_op.register_autograd(_rope_backward, setup_context=_rope_setup)
 
 
+def _near(x):
+    """x, or a copy if its tokens or channels lie so far apart that 128 of them span more than 2^31 elements."""
+    return x if 128 * (x.stride(1) + x.stride(3)) < 2**31 else x.contiguous()
+
+
 @custom_op("kernels::attention", mutates_args=())
 def _forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None, cos: Tensor | None,
                 sin: Tensor | None, for_backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -503,6 +508,8 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor |
         k = rotated_k = _rope_op(k, cos, sin, False)
     if q.numel() == 0:
         return o, lse, rotated_q, rotated_k
+    q, k, v = _near(q), _near(k), _near(v)
+    lengths = None if lengths is None else lengths.contiguous()
     options = _config("forward", q)
     with torch.cuda.device_of(q):
         _forward[(triton.cdiv(Tq, options["BLOCK_M"]) * H * B,)](
@@ -530,6 +537,8 @@ def _backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Te
         return dq.zero_(), dk.zero_(), dv.zero_()
     if cos is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
+    do, q, k, v = _near(do), _near(q), _near(k), _near(v)
+    lengths = None if lengths is None else lengths.contiguous()
     T_padded = triton.cdiv(Tq, 128) * 128
     lse_padded, delta = (lse.new_empty((B, H, T_padded)) for _ in range(2))
     inputs = (q, *q.stride(), k, *k.stride(), v, *v.stride(), do, *do.stride(), lengths, cos, sin, lse_padded, delta)

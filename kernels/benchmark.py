@@ -4,21 +4,23 @@ How fast are the kernels, and against whom?
     python -m kernels.benchmark                 # on a GPU: one table, a row per shape, every peer timed in the same run
     python -m kernels.benchmark --only attention --markdown table.md
     python -m kernels.benchmark --step          # a training step of the encoder with the kernels and without
-    python -m kernels.benchmark --tune          # times the alternatives to attention.CONFIGS
+    python -m kernels.benchmark --tune          # times the alternatives to attention.CONFIGS (--tune dkdv: of one kernel)
     python -m kernels.benchmark --compile       # needs no GPU: registers, spills and shared memory of each kernel
 
 Without a GPU it says so, and checks the results under Triton's interpreter instead.
 
 Ratios are peer's time / our time: above 1 we are faster. SDPA's backends are asked one by one, each on (B, H, T, D)
 views of the same memory; one that cannot share keys among query heads gets them repeated, which is part of its time.
+Rows appear on stderr as they are measured, the whole table comes last.
 """
 import argparse
-import contextlib
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +53,24 @@ CLIP_MLP = [("CLIP ViT-L/14-336", 32 * 577, 4096)]
 HEAD = [("Llama-3.2-3B", 1024, 3072, 128256), ("Llama-3.2-3B", 4096, 3072, 128256), ("SmolLM2-135M", 1024, 576, 49152)]
 
 
-def milliseconds(function):
-    """Median time by GPU events, with a cold L2 cache (do_bench overwrites it before every run)."""
-    return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
+def milliseconds(function, runs=50):
+    """Median time by GPU events, with a cold L2 cache.
+
+    It is the GPU's time alone: to launch an operator from Python takes longer than a small kernel runs, so the GPU sleeps
+    before every run, and meanwhile Python queues what is to be timed. (--step measures what a training step really takes.)
+    """
+    for _ in range(3):
+        function()  # compiles, and chooses algorithms
+    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # 256 MB, more than any L2 holds
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for start, end in events:
+        torch.cuda._sleep(4_000_000)  # clock cycles: some 2 ms
+        cache.zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def forward_and_backward(function, inputs):
@@ -66,19 +83,21 @@ def forward_and_backward(function, inputs):
     return milliseconds(lambda: function(*inputs)), milliseconds(backward)
 
 
-def timed_peers(ours, peers, inputs):
-    """{name: (ms forward, ms backward)} of "ours" and of each peer; a peer that cannot is left out."""
-    times = {"ours": forward_and_backward(ours, inputs)}
-    for name, peer in peers.items():
+def timed_peers(ours, peers, inputs, measure=forward_and_backward):
+    """{name: measure(function, inputs)} of "ours" and of each peer; one that cannot is left out."""
+    times = {}
+    for name, function in {"ours": ours, **peers}.items():
         try:
-            times[name] = forward_and_backward(peer, inputs)
+            times[name] = measure(function, inputs)
         except Exception as problem:  # a backend that does not support a shape says so in many ways
-            print(f"  {name}: {str(problem).splitlines()[0][:100]}", file=sys.stderr)
+            print(f"  {name}: {problem!r:.200}", file=sys.stderr)
     return times
 
 
 def rows_of(name, shape, times, work, unit, ceiling):
     """Two table rows. work: (forward, backward) in FLOP or bytes; ceiling: what this chip did at best per second."""
+    if "ours" not in times:
+        return [(name, shape, "both", "failed: see stderr", "", "", "")]
     rows = []
     for k, direction in enumerate(("forward", "backward")):
         ms = times["ours"][k]
@@ -86,6 +105,7 @@ def rows_of(name, shape, times, work, unit, ceiling):
         shown = f"{rate / 1e12:.0f} TFLOP/s" if unit == "FLOP" else f"{rate / 1e9:.0f} GB/s"
         ratios = ", ".join(f"{peer} {t[k] / ms:.2f}" for peer, t in times.items() if peer != "ours")
         rows.append((name, shape, direction, f"{ms:.3f}", shown, f"{rate / ceiling:.0%}", ratios))
+        print("  " + " | ".join(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
@@ -102,6 +122,11 @@ def sdpa(backend, causal, shared):
             o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return o.transpose(1, 2)
     return run
+
+
+def compiled(function):
+    """torch.compile for the very shape: by itself it would make the second shape that it meets a variable."""
+    return torch.compile(function, dynamic=False)
 
 
 def plain_norm(x, weight, residual):
@@ -161,7 +186,7 @@ def attention_rows(flops, shapes=ATTENTION, device="cuda", dtype=torch.bfloat16)
         if causal:
             angles = torch.rand(T, D // 2, device=device) * 6
             cos, sin = angles.cos(), angles.sin()
-            peers = {"torch.compile of RoPE + best SDPA": torch.compile(plain_rope_attention)}
+            peers = {"torch.compile of RoPE + best SDPA": compiled(plain_rope_attention)}
             times = timed_peers(lambda q, k, v, cos, sin: kernels.attention(q, k, v, True, rope=(cos, sin)), peers,
                                 (q, k, v, cos, sin))
             rows += rows_of(f"RoPE + attention, {name}", shape, times, (work, 2.5 * work), "FLOP", flops)
@@ -175,7 +200,7 @@ def norm_rows(copy, shapes=NORM, device="cuda", dtype=torch.bfloat16):
         nbytes = N * d * x.element_size()
         for trained in (False, True):
             weight = torch.ones(d, dtype=dtype, device=device, requires_grad=trained)
-            peers = {"PyTorch": plain_norm, "torch.compile": torch.compile(plain_norm)}
+            peers = {"PyTorch": plain_norm, "torch.compile": compiled(plain_norm)}
             if liger():
                 peers["Liger"] = lambda x, w, r: liger().liger_fused_add_rms_norm(x, r, w, 1e-5)
             times = timed_peers(lambda x, w, r: kernels.rms_norm(x, w, 1e-5, r), peers, (x, weight, residual))
@@ -191,7 +216,7 @@ def mlp_rows(copy, shapes=MLP, clip_shapes=CLIP_MLP, device="cuda", dtype=torch.
         gate, up = (torch.randn(N, d, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
         nbytes = N * d * gate.element_size()
         plain = lambda gate, up: F.silu(gate) * up
-        peers = {"PyTorch": plain, "torch.compile": torch.compile(plain)}
+        peers = {"PyTorch": plain, "torch.compile": compiled(plain)}
         if liger():
             peers["Liger"] = lambda gate, up: liger().liger_swiglu(gate, up)
         times = timed_peers(kernels.swiglu, peers, (gate, up))
@@ -200,9 +225,20 @@ def mlp_rows(copy, shapes=MLP, clip_shapes=CLIP_MLP, device="cuda", dtype=torch.
         x = torch.randn(N, d, dtype=dtype, device=device, requires_grad=True)
         nbytes = N * d * x.element_size()
         plain = lambda x: x * torch.sigmoid(1.702 * x)
-        times = timed_peers(kernels.quick_gelu, {"PyTorch": plain, "torch.compile": torch.compile(plain)}, (x,))
+        times = timed_peers(kernels.quick_gelu, {"PyTorch": plain, "torch.compile": compiled(plain)}, (x,))
         rows += rows_of(f"quick GELU, {name}", f"{N} x {d}", times, (2 * nbytes, 3 * nbytes), "byte", copy)
     return rows
+
+
+def time_and_memory(function, inputs):
+    """(ms, MB at the peak) of a loss, forward and backward."""
+    both = lambda: torch.autograd.grad(function(*inputs), inputs[0])
+    both()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    peak = torch.cuda.max_memory_allocated()
+    return milliseconds(both), (peak - before) / 2**20
 
 
 def loss_rows(flops, shapes=HEAD, device="cuda", dtype=torch.bfloat16):
@@ -212,21 +248,20 @@ def loss_rows(flops, shapes=HEAD, device="cuda", dtype=torch.bfloat16):
         hidden = torch.randn(N, d, dtype=dtype, device=device, requires_grad=True)
         weight = torch.randn(V, d, dtype=dtype, device=device) / d**0.5
         targets = torch.randint(V, (N,), device=device)
-        peers = {"PyTorch": plain_loss, "torch.compile": torch.compile(plain_loss)}
+        peers = {"PyTorch": plain_loss, "torch.compile": compiled(plain_loss)}
         if liger():
             peers["Liger"] = lambda h, w, t: liger().liger_fused_linear_cross_entropy(h, w, t, reduction="sum")
-        both = lambda f: lambda: torch.autograd.grad(f(hidden, weight, targets), hidden)
-        times, memory = {}, {}
-        for peer, f in {"ours": kernels.linear_cross_entropy, **peers}.items():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            both(f)()
-            memory[peer] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            times[peer] = milliseconds(both(f))
-        rate = 4 * N * d * V / times["ours"] * 1e3
-        ratios = ", ".join(f"{p} {t / times['ours']:.2f} ({memory[p]:.0f} MB)" for p, t in times.items() if p != "ours")
-        rows.append((f"LM head + loss, {name}", f"{N} x {d} x {V}", "both", f"{times['ours']:.3f}",
-                     f"{rate / 1e12:.0f} TFLOP/s", f"{rate / flops:.0%}", f"{ratios}; ours {memory['ours']:.0f} MB"))
+        times = timed_peers(kernels.linear_cross_entropy, peers, (hidden, weight, targets), time_and_memory)
+        label, shape = f"LM head + loss, {name}", f"{N} x {d} x {V}"
+        if "ours" not in times:
+            rows.append((label, shape, "both", "failed: see stderr", "", "", ""))
+            continue
+        ms, memory = times.pop("ours")
+        rate = 4 * N * d * V / ms * 1e3
+        ratios = ", ".join(f"{p} {t / ms:.2f} ({m:.0f} MB)" for p, (t, m) in times.items())
+        rows.append((label, shape, "both", f"{ms:.3f}", f"{rate / 1e12:.0f} TFLOP/s", f"{rate / flops:.0%}",
+                     f"{ratios}; ours {memory:.0f} MB"))
+        print("  " + " | ".join(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
@@ -255,7 +290,10 @@ def table(only):
 
 
 def encoder_step(llm, vit, batch, length, targets, device="cuda", dtype=torch.bfloat16, steps=10):
-    """[(backend, ms per step, tokens/s, peak GB, loss)] without the kernels and with them, in turns, on one model."""
+    """[(backend, ms per step, tokens/s, peak GB, loss)] without the kernels and with them, in turns, on one model.
+
+    Times are the median of `steps` steps by the clock, launches and all: each step waits for the GPU, as train.py's does.
+    """
     from model import IMAGE, VLM, Llama, ViT
     torch.manual_seed(0)
     with torch.device(device):
@@ -277,20 +315,25 @@ def encoder_step(llm, vit, batch, length, targets, device="cuda", dtype=torch.bf
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return loss.item()
 
     results = []
     for backend in ("torch", "triton", "torch", "triton"):
         with kernels.backend(backend):
-            losses = [step() for _ in range(3)]
+            loss, seconds, peak = step(), [], 0.0  # the first step compiles
+            step()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                ms = milliseconds(step)
+            for _ in range(steps):
+                start = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - start)
+            if device == "cuda":
                 peak = torch.cuda.max_memory_allocated() / 2**30
-            else:
-                ms, peak = float("nan"), float("nan")
-            results.append((backend, f"{ms:.1f}", f"{batch * length / ms * 1e3:.0f}", f"{peak:.1f}",
-                            f"{losses[0].item():.4f}"))
+            seconds = statistics.median(seconds)
+            results.append((backend, f"{1e3 * seconds:.1f}", f"{batch * length / seconds:.0f}", f"{peak:.1f}",
+                            f"{loss:.4f}"))
+            print("  " + " | ".join(results[-1]), file=sys.stderr, flush=True)
     return results
 
 
@@ -311,8 +354,9 @@ def step_table():
 # Alternatives to attention.CONFIGS
 
 
-def tune():
-    """Time every tile shape that fits, per kernel and shape, best first. Move the winner into attention.CONFIGS."""
+def tune(which):
+    """Time every tile shape that fits, per kernel and shape, best first. Move the winner into attention.CONFIGS, and
+    run the tests again: nothing here looks at the results."""
     attention = sys.modules["kernels.attention"]
     shared_memory = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     chip = CONFIGS["large" if shared_memory >= 220 * 1024 else "small"]
@@ -324,12 +368,15 @@ def tune():
         runs = {"forward": lambda: attention._forward_op(q, k, v, causal, None, None, None, True),
                 "dkdv": lambda: attention._backward_op(do, q, k, v, o, lse, causal, None, None, None, False, True),
                 "dq": lambda: attention._backward_op(do, q, k, v, o, lse, causal, None, None, None, True, False)}
-        for kernel, run in runs.items():
-            kept, found = chip[kernel][D], []
+        for kernel in which or runs:
+            run, kept, found = runs[kernel], chip[kernel][D], []
             for candidate in candidates(kernel):
                 chip[kernel][D] = candidate
-                with contextlib.suppress(Exception):  # it does not fit the chip, which is said in several ways
+                try:
                     found.append((milliseconds(run), candidate))
+                    print(f"  {name}, {kernel} {candidate}: {found[-1][0]:.3f} ms", file=sys.stderr, flush=True)
+                except Exception as problem:  # it does not fit the chip, which is said in several ways
+                    print(f"  {name}, {kernel} {candidate}: {problem!r:.200}", file=sys.stderr, flush=True)
             chip[kernel][D] = kept
             for ms, candidate in sorted(f for i, f in enumerate(sorted(found)) if i < 5 or f[1] == kept):
                 rows.append((f"{name}, T {T}, D {D}", kernel, candidate, f"{ms:.3f}",
@@ -470,7 +517,8 @@ def main(argv=None):
     families = ("attention", "rms_norm", "swiglu", "cross_entropy")
     parser.add_argument("--only", nargs="+", choices=families, default=families, help="these kernels only")
     parser.add_argument("--step", action="store_true", help="a training step of the encoder instead")
-    parser.add_argument("--tune", action="store_true", help="times the alternatives to attention.CONFIGS instead")
+    parser.add_argument("--tune", nargs="*", choices=("forward", "dkdv", "dq"), metavar="KERNEL",
+                        help="times the alternatives to attention.CONFIGS instead, of these kernels or of all")
     parser.add_argument("--compile", type=int, nargs="?", const=90, metavar="CAPABILITY",
                         help="registers and spills instead, for any chip: 80 (A100), 89 (RTX 40), 90 (H100, H200)")
     parser.add_argument("--markdown", metavar="FILE", help="write the result into a file as well")
@@ -485,7 +533,7 @@ def main(argv=None):
               "(--compile shows registers, spills and shared memory of the compiled kernels without a GPU.)\n")
         result = check()
     else:
-        result = step_table() if args.step else tune() if args.tune else table(args.only)
+        result = step_table() if args.step else table(args.only) if args.tune is None else tune(args.tune)
     print(result)
     if args.markdown:
         with open(args.markdown, "w") as f:

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,9 @@ def test_greedy_answers_equal_generate(vlm, surrogate):
 def test_option_logp_by_hand():
     """Two options of one and two tokens over three words, all probabilities known."""
     p = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.7, 0.2])
-    first = torch.stack([p[0], p[0]]).log() + 3  # logits: any constant may be added
-    logits = torch.stack([torch.stack([p[1], p[1]])] * 2).log() - 1
-    got = graft.option_logp(logits, first, torch.tensor([[2, 0], [0, 1]]), torch.tensor([1, 2]))
+    decoder = types.SimpleNamespace(logits=lambda hidden: hidden)
+    before = torch.stack([torch.stack([p[0].log() + 3, p[1].log() - 1])] * 2)  # logits: any constant may be added
+    got = graft.option_logp(decoder, before, torch.tensor([[2, 0], [0, 1]]), torch.tensor([1, 2]), chunk=2)
     assert torch.allclose(got, torch.tensor([math.log(0.2), math.log(0.5 * 0.7)]))
 
 

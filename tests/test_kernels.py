@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_queries_at_the_end_of_the_keys(backend, Tq, Tk, causal):
 @pytest.mark.parametrize("Tq, lengths", [(1, (77, 5, 0)), (7, (77, 64, 3))])
 def test_lengths(backend, Tq, lengths, causal):
     q, k, v = randn(3, Tq, 4, 64), randn(3, 77, 2, 64), randn(3, 77, 2, 64)
-    lengths = torch.tensor(lengths, device=DEVICE)
+    lengths = torch.tensor(lengths, device=DEVICE).repeat_interleave(2)[::2]  # with a stride of its own
     with torch.no_grad():  # what lies beyond in the cache must not matter
         for x in (k, v):
             x[torch.arange(77, device=DEVICE) >= lengths[:, None]] = float("nan")
@@ -222,16 +223,31 @@ def test_no_kernel_for_gradients_nobody_wants(triton_backend, monkeypatch, wante
 
 
 @needs_triton
-def test_offsets_beyond_32_bits(triton_backend, monkeypatch):
+@pytest.mark.parametrize("shape, strides", [((2, 9, 2, 64), (2**31, 128, 64, 1)), ((1, 9, 2, 64), (1, 2**28, 64, 1))])
+def test_offsets_beyond_32_bits(triton_backend, monkeypatch, shape, strides):
+    """From one row of the batch to the next, and from the first token of one tile to its last."""
     monkeypatch.undo()  # poisoning would touch all the memory, which is only reserved
     try:
         memory = torch.empty(2**31 + 2**16, dtype=torch.float16, device=DEVICE)
     except RuntimeError:
         pytest.skip("no 4 GB to reserve")
-    x = memory.as_strided((2, 9, 2, 64), (2**31, 128, 64, 1))
-    x.copy_(torch.randn(x.shape))
+    x, do = (memory[start:].as_strided(shape, strides).copy_(torch.randn(shape)) for start in (0, 2**15))
+    x.requires_grad_()
     out = kernels.attention(x, x, x)
-    assert_close(out, attention(*[x.double()] * 3), torch.float16)
+    exact = x.detach().double().requires_grad_()
+    reference = attention(exact, exact, exact)
+    assert_close(out, reference, torch.float16)
+    assert_close(*torch.autograd.grad(out, x, do), *torch.autograd.grad(reference, exact, do.double()), torch.float16)
+
+
+@needs_triton
+def test_gradient_that_is_one_number_expanded(triton_backend):
+    """As that of a plain sum arrives: all its strides are 0."""
+    x, w = randn(2, 9, 2, 64), randn(64)
+    for f in (kernels.attention, lambda q, k, v: kernels.rms_norm(q, w, 1e-5, k)[0], lambda q, k, v: kernels.swiglu(q, k)):
+        inputs = (x, x, x)
+        dense = torch.autograd.grad(f(*inputs), x, torch.ones_like(x))
+        assert torch.equal(*torch.autograd.grad(f(*inputs).sum(), x), *dense)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,9 +305,10 @@ def test_activations(backend, dtype):
 def test_linear_cross_entropy(backend, dtype, trained, monkeypatch):
     V = 9001  # more than one block of the kernel
     monkeypatch.setattr(kernels, "CHUNK", 7 * V)  # 3 chunks
-    hidden = randn(20, 64, dtype=dtype)
+    N = 20 if DEVICE == "cpu" else 300  # a GPU takes 128 rows at least
+    hidden = randn(N, 64, dtype=dtype)
     weight = randn(V, 64, dtype=dtype).detach().div(8).requires_grad_(trained)
-    targets = torch.randint(V, (20,), device=DEVICE)
+    targets = torch.randint(V, (N,), device=DEVICE)
     targets[3] = -1
     exact = lambda h, w, t: F.cross_entropy(h @ w.t(), t, ignore_index=-1, reduction="sum")
     check(lambda *inputs: 2 * kernels.linear_cross_entropy(*inputs), lambda *inputs: 2 * exact(*inputs),
@@ -308,6 +325,21 @@ def test_linear_cross_entropy_of_extreme_logits(backend):
     loss = kernels.linear_cross_entropy(hidden, weight, torch.tensor([0, 0], device=DEVICE))
     assert loss.item() == pytest.approx(1e4 + torch.log(torch.tensor(2.0)).item())
     assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
+
+
+@needs_triton
+def test_a_target_beyond_the_vocabulary_is_noticed(triton_backend):
+    hidden, weight = randn(2, 8), randn(50, 8)
+    assert kernels.linear_cross_entropy(hidden, weight, torch.tensor([3, 50], device=DEVICE)).isnan()
+
+
+def test_no_second_derivative_by_mistake(backend):
+    """Of a loss whose saved gradients are plain numbers it would be incomplete, and nothing would say so."""
+    hidden, weight = randn(2, 8), randn(50, 8)
+    loss = kernels.linear_cross_entropy(hidden, weight, torch.tensor([3, 4], device=DEVICE))
+    grad, = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,6 +444,30 @@ def test_bad_input_names_the_argument(backend, message):
     with pytest.raises(ValueError) as problem:
         wrong_calls()[message]()
     assert str(problem.value).startswith(message) and "\n" not in str(problem.value)
+
+
+@needs_triton
+def test_which_gpus_get_the_kernels(monkeypatch):
+    shared_memory = {"T4": 64, "A100": 163, "RTX 4090": 99, "H100": 227}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        **{} if device == "MI300" else {"shared_memory_per_block_optin": shared_memory.get(device, 0) * 1024}))
+    x = lambda device, dtype=torch.bfloat16: SimpleNamespace(is_cuda=True, dtype=dtype, device=device)
+    assert [d for d in (*shared_memory, "MI300") if kernels._use_triton(x(d))] == ["A100", "RTX 4090", "H100"]
+    assert not kernels._use_triton(x("H100", torch.float64))
+    asks = lambda x: x + 1 if kernels._fits(x.device) else x  # no break in the graph
+    assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)) == 0
+
+
+@needs_triton
+def test_step_of_the_benchmark():
+    from kernels import benchmark
+    llm = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                      num_key_value_heads=1, head_dim=16)
+    vit = ViTConfig(image_size=16, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                    num_attention_heads=2)
+    rows = benchmark.encoder_step(llm, vit, batch=1, length=20, targets=3, device=DEVICE, dtype=torch.float32, steps=1)
+    assert [row[0] for row in rows] == ["torch", "triton"] * 2
+    assert all(float(row[4]) == pytest.approx(float(rows[0][4]), rel=1e-3) for row in rows)
 
 
 def run(code, **environment):

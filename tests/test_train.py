@@ -411,7 +411,7 @@ def test_llava_data(stages, go, tmp_path, llava):
     assert_complete(tmp_path / "d", "decoder", 3, 1e-3)
 
 
-def test_llava_with_text_workers_and_bad_records(stages, go, tmp_path, llava, capsys):
+def test_llava_with_text_workers_and_bad_records(stages, go, tiny_llm, tmp_path, llava, capsys):
     """One epoch of images and text instructions, micro-batch by micro-batch; bad records are named and counted."""
     options, write, records = llava
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
@@ -424,6 +424,15 @@ def test_llava_with_text_workers_and_bad_records(stages, go, tmp_path, llava, ca
     common = ["--vit", stages["vit"], "--replace", "2-4", "--text", text, *options]
     refused(capsys, ["translator", "--out", str(tmp_path / "t"), *map(str, common), "--llm", "smollm2-135m"], "gone", "no.png")
     capsys.readouterr()
+    # only opening shows what is wrong with the image; a worker process finds it, and the message names it all the same
+    write(records[:1] + bad[1:2])
+    refused(capsys, ["encoder", "--llm", tiny_llm, "--out", str(tmp_path / "e"), "--init", stages["translator"], *options, "--workers", "1"],
+            "record 1", "id 'cut'", bar=True)
+    write(records + bad)
+    capsys.readouterr()
+    # nothing is trained above text alone when the full LLM stands in for the surrogate: such micro-batches teach nothing
+    go("translator", tmp_path / "a", *common, "--replace", "none", "--init", "none", "--batch", 5, "--micro-batch", 1, "--steps", 1,
+       "--on-bad-record", "skip")
     skip = ["--batch", 5, "--micro-batch", 1, "--on-bad-record", "skip", "--workers", 1]
     go("translator", tmp_path / "t", *common, *skip)
     rows = assert_complete(tmp_path / "t", "translator", 2, 1e-3)       # (6 images + 4 texts) // 5
@@ -450,6 +459,8 @@ def test_lora(stages, go, tiny_llm, tmp_path):
     add_lora(trained, 2)
     assert torch.equal(trained(embeds=x), plain(embeds=x))              # B is 0 at first: nothing changes
     weights.load_checkpoint(trained, {n.removeprefix("decoder."): tensors[n] for n in low_rank}, file)
+    with pytest.raises(ValueError, match="low-rank updates.*--resume"):
+        go("decoder", tmp_path / "again", "--init", file)
     assert (merged(embeds=x) - trained(embeds=x)).abs().max() < 1e-3 < 1e-2 < (merged(embeds=x) - plain(embeds=x)).abs().max()
 
 
@@ -470,11 +481,15 @@ def test_presets(tiny_llm, tmp_path, capsys):
     no = lambda *argv, words: refused(capsys, [*argv, "--out", str(tmp_path)], *words)
     no("encoder", "--preset", "llama-3.1-8b", words=["--data", "--dry-run"])
     no("encoder", "--preset", "llama-3.1-8b", "--dry-run", "--gpus", "5", words=["128", "40"])
+    no("encoder", "--preset", "llama-3.1-8b", "--dry-run", "--gpus", "0", words=["--gpus", "at least 1"])
+    no("encoder", "--preset", "llama-3.1-8b", "--dry-run", "--replace", "30-40", words=["cannot replace layers 30-40"])
+    no("encoder", "--preset", "llama-3.1-8b", "--dry-run", "--lora", "8", words=["--lora", "decoder"])
     no("encoder", "--dry-run", words=["--preset", "llama-3.2-3b"])
     no("vit", "--preset", "llama-3.1-8b", words=["CLIP"])
     no("encoder", "--preset", "llama-3.1-8b", "--llm", tiny_llm, "--data", "x", words=["not the LLM of the preset", "vocab_size", "500"])
     no("encoder", "--lora", "4", words=["--lora", "decoder"])
     no("encoder", "--fsdp", "--distill-every", "1", words=["--fsdp", "--distill-every"])
+    no("encoder", "--text", "x.json", words=["--text", "translator"])
 
 
 def without_clock(rows):
