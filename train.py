@@ -582,8 +582,8 @@ def main(argv=None):
     options = ("steps", "batch", "lr", "ends_lr", "distill_every", "bound", "micro_batch")
     given = {k: getattr(args, k) for k in options if getattr(args, k) is not None}
     recipe = RECIPES[stage] | (dict(ends_lr=1.0, distill_every=0) if args.data else {}) | given
-    if args.replace == "none":
-        recipe = recipe | dict(distill_every=0) | given         # no surrogate, nothing to distill
+    if args.replace == "none" or args.fsdp:
+        recipe = recipe | dict(distill_every=0) | given         # there is no surrogate, or no whole LLM beside it
     if args.preset:
         if stage == "vit":
             raise ValueError("stage vit has no preset: the paper starts with CLIP")

@@ -336,7 +336,7 @@ def test_a_target_beyond_the_vocabulary_is_noticed(triton_backend):
 def test_no_second_derivative_by_mistake(backend):
     """Of a loss whose saved gradients are plain numbers it would be incomplete, and nothing would say so."""
     hidden, weight = randn(2, 8), randn(50, 8)
-    loss = kernels.linear_cross_entropy(hidden, weight, torch.tensor([3, 4], device=DEVICE))
+    loss = kernels.linear_cross_entropy(hidden, weight, torch.tensor([3, 4], device=DEVICE)).square()
     grad, = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -73,7 +73,7 @@ def test_sharded_equals_one(stages, tiny_llm, launch, tmp_path, stage, text):
     """FSDP2 with activation checkpointing; killed after three steps, it goes on in one process."""
     options = {"translator": ["--init", "none", "--vit", stages["vit"], "--replace", "2-4", "--text", text],
                "encoder": ["--init", stages["translator"]], "decoder": ["--init", stages["encoder"]]}[stage]
-    common = [stage, "--llm", tiny_llm, "--steps", 5, "--batch", 12, "--micro-batch", 3, "--lr", "1e-4", "--save-every", 3, *options]
+    common = [stage, "--llm", tiny_llm, "--steps", 5, "--batch", 12, "--micro-batch", 3, "--lr", "1e-4", "--distill-every", 0, *options]
     launch(1, *common, "--out", tmp_path / "one")
     launch(2, *common, "--out", tmp_path / "two", "--fsdp", "--checkpointing")
     assert_same_run(tmp_path / "one", tmp_path / "two", stage)
@@ -87,7 +87,7 @@ def test_killed_and_resumed_by_fewer(stages, tiny_llm, launch, tmp_path, text):
         "train.lr_at = lambda step, *rest: os._exit(3) if step == 4 and train.parallel.rank() == 1 else lr_at(step, *rest)\n"
         "train.main()\n")
     common = ["translator", "--llm", tiny_llm, "--steps", 5, "--batch", 12, "--micro-batch", 3, "--save-every", 3, "--init", "none",
-              "--vit", stages["vit"], "--replace", "2-4", "--text", text, "--lr", "1e-4"]
+              "--vit", stages["vit"], "--replace", "2-4", "--text", text, "--lr", "1e-4", "--distill-every", 0]
     launch(1, *common, "--out", tmp_path / "whole")
     launch(2, *common, "--out", tmp_path / "killed", "--fsdp", script=tmp_path / "dying.py", expect=1)
     assert len(log(tmp_path / "killed")) == 3
