@@ -147,8 +147,10 @@ def plot_examples(examples, path):
     import matplotlib.pyplot as plt
     columns = min(4, len(examples))
     lines = math.ceil(len(examples) / columns)
-    systems = max(len(answers) for _, answers in examples)
-    fig, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, (2.9 + 0.5 * systems) * lines), dpi=100, squeeze=False)
+    side, title, text = 2.7, 0.5, 0.54 * max(len(answers) for _, answers in examples)       # inches
+    height = (side + title + text) * lines + 0.4
+    fig, axes = plt.subplots(lines, columns, figsize=(3.1 * columns, height), dpi=100, squeeze=False)
+    fig.subplots_adjust(left=0.01, right=0.99, wspace=0.05, hspace=(title + text) / side, top=1 - (title + 0.4) / height, bottom=text / height)
     for ax in axes.flat:
         ax.axis("off")
     for ax, (sample, answers) in zip(axes.flat, examples):
@@ -161,8 +163,8 @@ def plot_examples(examples, path):
             options = dict(transform=ax.transAxes, va="top", parse_math=False)
             ax.text(0, -0.04 - 0.2 * i, f"{name}: {choice}", fontsize=9, color="#2d6a4f" if choice == sample.answer else "#c1121f", **options)
             ax.text(0, -0.13 - 0.2 * i, f"says: {' '.join(text.split())[:48]}", fontsize=7, color="#666666", **options)
-    fig.suptitle("the likeliest of the options (green: right, red: wrong), and below what the model says by itself   * never trained", fontsize=9)
-    fig.tight_layout()
+    fig.suptitle("the likeliest of the options (green: right, red: wrong), and below what the model says by itself   * never trained",
+                 fontsize=9, y=1 - 0.15 / height)
     weights.write_whole(path, lambda part: fig.savefig(part, format="png"))
     plt.close(fig)
 
