@@ -4,7 +4,7 @@ How fast are the kernels, and against whom?
     python -m kernels.benchmark                 # on a GPU: one table, a row per shape, every peer timed in the same run
     python -m kernels.benchmark --only attention --markdown table.md
     python -m kernels.benchmark --step          # a training step of the encoder with the kernels and without
-    python -m kernels.benchmark --tune          # times the alternatives to attention.CONFIGS (--tune dkdv: of one kernel)
+    python -m kernels.benchmark --tune          # times the alternatives to attention.CONFIGS (--tune dkdv: only that)
     python -m kernels.benchmark --compile       # needs no GPU: registers, spills and shared memory of each kernel
 
 Without a GPU it says so, and checks the results under Triton's interpreter instead.
@@ -56,8 +56,8 @@ HEAD = [("Llama-3.2-3B", 1024, 3072, 128256), ("Llama-3.2-3B", 4096, 3072, 12825
 def milliseconds(function, runs=50):
     """Median time by GPU events, with a cold L2 cache.
 
-    It is the GPU's time alone: to launch an operator from Python takes longer than a small kernel runs, so the GPU sleeps
-    before every run, and meanwhile Python queues what is to be timed. (--step measures what a training step really takes.)
+    It is the GPU's time alone: to launch an operator from Python takes longer than a small kernel runs, so the GPU
+    sleeps before every run, and meanwhile Python queues what is to be timed. (--step times all that a step takes.)
     """
     for _ in range(3):
         function()  # compiles, and chooses algorithms
@@ -292,7 +292,7 @@ def table(only):
 def encoder_step(llm, vit, batch, length, targets, device="cuda", dtype=torch.bfloat16, steps=10):
     """[(backend, ms per step, tokens/s, peak GB, loss)] without the kernels and with them, in turns, on one model.
 
-    Times are the median of `steps` steps by the clock, launches and all: each step waits for the GPU, as train.py's does.
+    Times are the median of `steps` steps by the clock, launches and all: each step waits for the GPU.
     """
     from model import IMAGE, VLM, Llama, ViT
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ def _cross_entropy(Logits, stride, Targets, Losses, V, NEED_GRAD: tl.constexpr, 
     Logits += row * stride
     target = tl.load(Targets + row)
     has_target = target >= 0
-    # now, before it is overwritten; a target beyond the vocabulary makes the loss NaN, rather than some other row's logit
+    # now, before it is overwritten; a target beyond the vocabulary makes the loss NaN, not another row's logit
     x_target = tl.load(Logits + tl.maximum(target, 0), mask=target < V, other=float("nan")).to(tl.float32)
     i = tl.arange(0, BLOCK)
 

@@ -260,10 +260,10 @@ def test_offsets_beyond_32_bits(triton_backend, monkeypatch, shape, strides):
 def test_gradient_that_is_one_number_expanded(triton_backend):
     """As that of a plain sum arrives: all its strides are 0."""
     x, w = randn(2, 9, 2, 64), randn(64)
-    for f in (kernels.attention, lambda q, k, v: kernels.rms_norm(q, w, 1e-5, k)[0], lambda q, k, v: kernels.swiglu(q, k)):
-        inputs = (x, x, x)
-        dense = torch.autograd.grad(f(*inputs), x, torch.ones_like(x))
-        assert torch.equal(*torch.autograd.grad(f(*inputs).sum(), x), *dense)
+    for f in (lambda: kernels.attention(x, x, x), lambda: kernels.rms_norm(x, w, 1e-5, x)[0],
+              lambda: kernels.swiglu(x, x)):
+        dense = torch.autograd.grad(f(), x, torch.ones_like(x))
+        assert torch.equal(*torch.autograd.grad(f().sum(), x), *dense)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
