@@ -331,6 +331,6 @@ def test_shipped_weights_read_signs_and_know_capitals(smollm, smollm_tokenizer):
     """The ten lines of the README, and the graft far above chance on images that no training saw."""
     assets = ROOT / "assets"
     vlm = VLM.from_pretrained(smollm, assets / "encoder.safetensors", tokenizer=smollm_tokenizer)
-    assert "Paris" in vlm.chat(assets / "sign.png", "What is the capital of the country on the sign?", max_new_tokens=16)
+    assert "French" in vlm.chat(assets / "sign.png", "What language do people speak in the country on the sign?", max_new_tokens=16)
     rows, _ = graft.compare(vlm, n=16, tasks=["read", "capital"], seed=11, progress=False)
-    assert all(row["ranked"] >= 0.5 for row in rows)        # chance is 0.1; over 100 images it was 0.83 and 0.76
+    assert all(row["ranked"] >= 0.6 for row in rows)        # chance is 0.1; over 500 images it was 0.99 and 0.86
