@@ -84,7 +84,7 @@ def encoder_step(device, dtype, batch=16, rounds=5, distill_every=0, replace=((1
     tokenizer = Tokenizer.from_pretrained(weights.find(weights.DEFAULT_LLM))
     vlm = VLM(ViT(ViTConfig()), surrogate.build_surrogate(llm, replace), tokenizer).to(device=device, dtype=dtype)
     trainer = train.Trainer(train.trained_parameters(vlm, "encoder", distill_every > 0), 5e-5, 100)
-    batches = train.Batches("encoder", vlm, batch, batch, train.RECIPES["encoder"]["loss_on"], seed=0)
+    batches = train.Batches(vlm, batch, batch, train.RECIPES["encoder"]["loss_on"], seed=0)
     times = []
     for step in tqdm(range(rounds + 1), desc="encoder step", unit="step"):
         def one():

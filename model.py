@@ -311,7 +311,7 @@ class LoRALinear(nn.Linear):
 def add_lora(llm, rank, alpha=32):
     """Give every matrix in the layers of a Llama an update of this rank, in place. It starts at 0: B is 0, A is random.
 
-    The paper's LoRA baseline has rank 8 and alpha 32 on q_proj and v_proj alone; on all matrices it does better at little cost.
+    (The paper's code has rank 8 and alpha 32, by default on q_proj and v_proj alone.)
     """
     for module in [m for layer in llm.model.layers for m in layer.modules() if type(m) is nn.Linear]:
         A = torch.randn(rank, module.in_features) / math.sqrt(module.in_features)

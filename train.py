@@ -97,11 +97,11 @@ class Batches(torch.utils.data.Dataset):
     which run one after the other. A micro-batch is one or two batches of `data.collate`: samples with an image, and text.
     """
 
-    def __init__(self, stage, vlm, size, micro, loss_on, seed, records=None, texts=None, rank=0, world=1, together=False):
+    def __init__(self, vlm, size, micro, loss_on, seed, records=None, texts=None, rank=0, world=1, together=False):
         if size % (micro * world):
             raise ValueError(f"a batch of {size} cannot be shared out: {micro} samples at a time in {world} process(es) "
                              f"make {micro * world}, which does not divide {size} (see --batch and --micro-batch)")
-        self.stage, self.size, self.micro, self.loss_on, self.seed = stage, size, micro, loss_on, seed
+        self.size, self.micro, self.loss_on, self.seed = size, micro, loss_on, seed
         self.tokenizer, self.n_visual, self.image_size = vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size
         self.records, self.texts, self.rank, self.world, self.together = records, texts, rank, world, together
         # images and text alternate by even spacing, as in the paper: one epoch of both, or 3 to 2 where images are endless
@@ -426,7 +426,7 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
     recipe = dict(steps=steps, batch=batch, lr=lr, ends_lr=ends_lr, loss_on=loss_on)
     trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector, lora > 0), lr, steps, ends_lr)
     vlm.to(vlm.decoder.dtype)
-    batches = Batches(stage, vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), vlm.decoder.sharded)
+    batches = Batches(vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), vlm.decoder.sharded)
 
     bad = set()         # records that could not be read, and were replaced
 

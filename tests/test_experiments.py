@@ -70,7 +70,7 @@ def test_results(results):
     assert 0 < frozen["flops"][-1] < direct["flops"][-1] and frozen["flops"][-1] < taught["flops"][-1]
     assert frozen["flops"][0] == taught["flops"][0] and direct["flops"] == other_seed["flops"]
     for r in results:
-        assert r["stage_0"] == frozen["stage_0"] and r["stage_0"]["flops"] > 0 and min(r["seconds"]) >= 0
+        assert r["stage_0"] == frozen["stage_0"] and r["stage_0"]["flops"] > 0
         systems = ["graft"] if r["recipe"] == "direct" else ["pair", "graft"]
         assert [(row["task"], row["system"]) for row in r["rows"]] == [(t, s) for t in graft.TASKS for s in systems]
         assert all(row["ranked"] in (0, 0.5, 1) for row in r["rows"])

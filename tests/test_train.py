@@ -235,7 +235,7 @@ def test_direct_route(tiny_llm, tmp_path):
 def test_text_alone_needs_no_gradient_below_the_translator(tiny_llm):
     vlm, _ = make_vlm(tiny_llm, [(2, 4)])
     parameters = train.trained_parameters(vlm, "translator")
-    batches = train.Batches("translator", vlm, 5, 5, "answers+special", seed=0, texts=[data.Sample(None, TEXT)])
+    batches = train.Batches(vlm, 5, 5, "answers+special", seed=0, texts=[data.Sample(None, TEXT)])
     images, text = batches[0][0][0]  # of the first and only micro-batch
     assert len(images["tokens"]) == 3 and len(text["tokens"]) == 2 and text["pixels"] is None
     needs = {}
@@ -286,7 +286,7 @@ def test_trainer_is_adamw_with_clipping_and_without_decay():
 def test_every_step_shows_new_images(tiny_llm):
     """Batches of the world: never the same sample twice, the same ones for the same step, all trained tasks."""
     vlm, _ = make_vlm(tiny_llm, [(2, 4)])
-    of = lambda step, seed=0, size=8: train.Batches("encoder", vlm, size, size, "answers", seed)[step][0][0][0]
+    of = lambda step, seed=0, size=8: train.Batches(vlm, size, size, "answers", seed)[step][0][0][0]
     pictures = {p.numpy().tobytes() for step in range(3) for p in of(step)["pixels"]}
     assert len(pictures) == 3 * 8
     assert all(torch.equal(v, of(2)[k]) for k, v in of(2).items())
@@ -305,7 +305,7 @@ def samples_of(batches, steps):
 
 def test_processes_and_micro_batches_share_out_the_same_samples(tiny_llm):
     vlm, _ = make_vlm(tiny_llm, [(2, 4)])
-    make = lambda micro, rank, world: train.Batches("encoder", vlm, 12, micro, "answers", 0, rank=rank, world=world)
+    make = lambda micro, rank, world: train.Batches(vlm, 12, micro, "answers", 0, rank=rank, world=world)
     for step in (0, 3):
         whole = samples_of(make(12, 0, 1), [step])
         assert samples_of(make(3, 0, 1), [step]) == whole
