@@ -89,9 +89,9 @@ def encoder_step(device, dtype, batch=16, rounds=5, distill_every=0, replace=((1
     for step in tqdm(range(rounds + 1), desc="encoder step", unit="step"):
         def one():
             (((b,),), _) = batches[step]            # one micro-batch, and nothing but images in it
-            n = int((b["targets"] >= 0).sum())
+            n, positions = int((b["targets"] >= 0).sum()), int(b["lengths"].sum())
             ce, kl, distance = train.surrogate_loss(vlm, b, "encoder", llm if distill_every else None)
-            (ce / n + (kl / n + distance / batch if distill_every else 0)).backward()
+            (ce / n + (kl / n + distance / positions if distill_every else 0)).backward()
             trainer.update()
             return b["tokens"].shape[1]
         seconds, positions = clock(one, device)

@@ -41,26 +41,26 @@ KEPT = "assets/experiments.json"    # all results, as a list
 # seed are added, and the last stage gets the same number of steps in every recipe.
 
 
-def route(replace, translator="--steps 160 --distill-every 1", encoder="--distill-every 1"):
+def route(replace, translator="--steps 300", encoder=""):
     """Stages 1 and 2 with one surrogate."""
     return [f"translator --init {{vit}} --replace {replace} {translator}", f"encoder --init {{before}} {encoder}"]
 
 
+TWO = "20-23,24-28"
 RECIPES = {
-    "paper": ("the paper's recipe: the answers alone heal the translator, then it is frozen; no bound, one learning rate",
-              route("20-28", "--steps 160 --distill-every 0 --bound 0", "--distill-every 0 --ends-lr 1")),
-    "healed": ("a better-healed translator: taught by the LLM, three times as long, four times the text; then frozen",
-               route("20-28", "--steps 480 --chats 1024 --distill-every 1", "--distill-every 0")),
+    "paper": ("the paper's recipe: the answers heal the translator, then it is frozen; no bound, one learning rate",
+              route("20-28", "--steps 160 --epochs 1 --distill-every 0 --bound 0", "--distill-every 0 --ends-lr 1")),
+    "healed": ("a better-healed translator: taught by the LLM, for longer, the states before it kept; then frozen",
+               route("20-28", "--steps 600", "--distill-every 0")),
     "cut-20": ("on-policy: the LLM goes on teaching the translator while the encoder learns", route("20-28")),
-    "cut-21": ("a later cut", route("21-28")),
-    "cut-23": ("a still later cut", route("23-28")),
-    "two": ("two translators", route("20-23,25-28")),
-    "no-bound": ("visual tokens may lie anywhere, from stage 1 on",
-                 route("23-28", "--steps 160 --distill-every 1 --bound 0")),
-    "k-4": ("on-policy only every 4th step", route("23-28", encoder="--distill-every 4")),
-    "k-16": ("on-policy only every 16th step", route("23-28", encoder="--distill-every 16")),
-    "frozen": ("on-policy in stage 1 only", route("23-28", encoder="--distill-every 0")),
-    "slow-ends": ("the start and end vectors learn no faster than the rest", route("23-28", encoder="--distill-every 4 --ends-lr 1")),
+    "cut-23": ("a later cut", route("23-28")),
+    "two": ("two translators: the shipped weights' recipe", route(TWO)),
+    "no-bound": ("visual tokens may lie anywhere, from stage 1 on", route(TWO, "--steps 300 --bound 0")),
+    "k-1": ("the LLM teaches on every sample of stage 2, not on one of 4", route(TWO, encoder="--distill-every 1")),
+    "k-16": ("on one of 16", route(TWO, encoder="--distill-every 16")),
+    "frozen": ("on none: in stage 1 only", route(TWO, encoder="--distill-every 0")),
+    "slow-translator": ("in stage 2, the translators learn no faster than the rest", route(TWO, encoder="--translator-lr 1")),
+    "slow-ends": ("the start and end vectors learn no faster than the rest", route(TWO, encoder="--ends-lr 1")),
     "direct": ("trained directly on the full LLM: the upper bound",
                ["encoder --init {vit} --replace none"]),
 }
@@ -100,22 +100,19 @@ def measure(argv):
     return n.get_total_flops()
 
 
-def count_flops(argv):
-    """Training FLOPs of a stage, out of runs of one and two real steps, with the on-policy pass and without.
+def count_flops(argv, epochs=1):
+    """Training FLOPs of a stage, out of runs of one and two real steps. epochs: of its samples; only the first computes all.
 
     The text that the LLM writes for stage 1 is data (the paper takes GenQA's): it comes from the cache, uncounted.
     """
-    steps, every = int(value(argv, "--steps")), int(value(argv, "--distill-every", 0))
-    taught = math.ceil(steps / every) if every else 0                   # steps 0, k, 2k …
+    steps = int(value(argv, "--steps"))
+    fresh = math.ceil(steps / epochs)
+    once = ["--epochs", "1"] if argv[0] == "translator" else []
     if argv[0] == "translator":
         measure([*argv, "--steps", "1"])                                # only to have the text in the cache
-    total = 0
-    for kind, n in ((1, taught), (0, steps - taught)):
-        if n:
-            one, two = (measure([*argv, "--steps", s, "--distill-every", str(kind)]) for s in "12")
-            before = 2 * one - two if kind == bool(every) else 0        # what precedes the first step
-            total += before + n * (two - one)
-    return total
+    one, two = (measure([*argv, "--steps", s, *once]) for s in "12")
+    again = measure([*argv, "--steps", "2", "--epochs", "2"]) - one if fresh < steps else 0
+    return 2 * one - two + fresh * (two - one) + (steps - fresh) * again
 
 
 def write_json(file, content):
@@ -191,8 +188,9 @@ def run_recipe(name, seed=0, steps=300, batch=16, samples=100, out="runs/experim
         was = run_stage(argv, folder)
         seconds.append(was["seconds"])
         argv = [*argv, "--dtype", was["recipe"]["dtype"].removeprefix("torch.")]
+        epochs = was["recipe"].get("epochs", 1)
         key = f"{' | '.join(stages[:i + 1])} {steps} x {batch} {' '.join(options)}"     # the same for all seeds
-        flops.append(remember(counted, key, lambda: count_flops(argv)))
+        flops.append(remember(counted, key, lambda: count_flops(argv, epochs)))
     was = weights.read_checkpoint(vit)[1]
     argv = ["vit", "--steps", "1", "--batch", str(was["recipe"]["batch"]), *options]
     step = remember(counted, " ".join(argv), lambda: measure(argv))
@@ -376,7 +374,7 @@ def main(argv=None):
         raise ValueError(f"unknown recipe {unknown[0]!r}: choose from all, {', '.join(RECIPES)}")
     if args.list:
         for name, (says, stages) in RECIPES.items():
-            print(f"{name:9} {says}\n" + "".join(f"{'':9} python train.py {line}\n" for line in stages))
+            print(f"{name:15} {says}\n" + "".join(f"{'':15} python train.py {line}\n" for line in stages))
         return
 
     common = dict(batch=args.batch, out=args.out, options=["--device", args.device] if args.device else [])
@@ -388,7 +386,7 @@ def main(argv=None):
     results = read_results(args.out, KEPT)
     if not results:
         print("No results yet, so the smallest comparison, of 30 steps: it shows how this works, not what is true.")
-        for name, stages in (("short", route("23-28", "--steps 20 --distill-every 1")), ("direct", None)):
+        for name, stages in (("short", route("23-28", "--steps 20")), ("direct", None)):
             results.append(run_recipe(name, steps=30, samples=8, stages=stages, **common))
     if args.keep:
         write_json(Path(KEPT), results)

@@ -146,13 +146,13 @@ def step_flops(stage, llm_config, vit_config, ranges, images, texts=NOTHING, che
     text from the translator on (text_gradients: in all, as where images and text share a padded batch). Gradients of
     weights cost another where weights are trained, checkpointing another where activations have gradients. The LM head
     sees only targets. causal: how much of the T x T scores is computed; kernels skip the masked half.
-    distill: the step also pulls the translators to the full LLM (train.surrogate_loss).
+    distill: the full LLM teaches the translators, the answers do not (train.surrogate_loss).
     """
     c, v, d = llm_config, vit_config, llm_config.hidden_size
     layers, translators, trunk = decoder_layers(stage, c, ranges)
     whole = stage == "decoder" and not lora
     m, low_rank, head = layer_matrices(c), lora_weights(c, lora * (stage == "decoder")), 2 * c.vocab_size * d
-    trained = layers if whole else translators if stage == "translator" else 0
+    trained = layers if whole else translators if stage == "translator" and not distill else 0
 
     V = v.num_patches + 1
     vit_layer = 2 * vit_matrices(v) * V + 4 * V * V * v.hidden_size
@@ -169,11 +169,13 @@ def step_flops(stage, llm_config, vit_config, ranges, images, texts=NOTHING, che
         again = checkpointing * (forward - (0 if low_rank else 2 * d * c.intermediate_size * T))
         backward = 2 * (m + low_rank) * T + 2 * scores
         above = layers - trunk if text and stage != "decoder" and not text_gradients else layers
-        out["forward"] += n * layers * forward
+        alone = distill and text        # there the answers' loss would teach nothing: not computed, nor what it needs
+        above, N_answers = (0, 0) if alone else (above, N)
+        out["forward"] += n * (trunk if alone else layers) * forward
         out["recomputation"] += n * above * again
         out["gradients of activations"] += n * above * backward
         out["gradients of weights"] += n * 2 * T * (trained * m + layers * low_rank)
-        out["LM head"] += n * N * head * (1 + (above > 0) + whole)
+        out["LM head"] += n * N_answers * head * (1 + (above > 0) + whole)
         if distill:     # the surrogate from its first translator on, with gradients; the full LLM there, without
             out["distillation"] += n * ((layers - trunk) * (forward + again + backward) + translators * 2 * m * T
                                         + (c.num_hidden_layers - trunk) * forward + 3 * N * head)

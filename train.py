@@ -17,6 +17,7 @@ import argparse
 import collections
 import csv
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -38,15 +39,22 @@ from tokenizer import Tokenizer
 
 # What differs between the stages. Everything else is the same in all: AdamW (0.9, 0.999) without weight decay, linear
 # warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (the paper's recipe). For the embedded world;
-# on LLaVA's data ends_lr is 1 and distill_every 0, as in the paper, whose other numbers are in plan.py.
+# on LLaVA's data ends_lr, translator_lr and epochs are 1 and distill_every 0, as in the paper, whose other numbers are in plan.py.
 RECIPES = {
     "vit":        dict(steps=600, batch=128, lr=1e-3, bound=2.5),
-    "translator": dict(steps=160, batch=16, lr=1e-3, loss_on="answers+special", ends_lr=1.0, distill_every=1),
-    "encoder":    dict(steps=120, batch=16, lr=2e-4, loss_on="answers+special", ends_lr=30.0, distill_every=4),
-    "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers", ends_lr=1.0, distill_every=0),
+    "translator": dict(steps=300, batch=16, lr=1e-3, loss_on="answers+special", epochs=4, distill_every=1),
+    "encoder":    dict(steps=120, batch=16, lr=2e-4, loss_on="answers+special", ends_lr=30.0, translator_lr=5.0, distill_every=4),
+    "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers", distill_every=0),
 }
 WARMUP = 0.0305
-DEFAULT_RANGES = [(23, 28)]     # of SmolLM2-135M: cut at 20, its surrogate read 25 % of the signs, cut at 23, 81 % (README)
+DEFAULT_RANGES = [(20, 23), (24, 28)]     # of SmolLM2-135M: two translators, which follow the LLM better than one does (README)
+
+
+def check_recipe(stage, epochs, distill_every, projector):
+    if epochs > 1 and (stage != "translator" or projector):
+        raise ValueError("--epochs reads kept states again: only stage translator can, and only after a stage 0 that aligned the projector")
+    if distill_every > 1 and stage == "translator":
+        raise ValueError("--distill-every: in stage translator the full LLM teaches every sample (1) or none (0)")
 
 
 def lr_at(step, steps, lr):
@@ -94,16 +102,17 @@ class Batches(torch.utils.data.Dataset):
     """batches[step] -> what this process reads in that step: (micro-batches, skipped records).
 
     A step's samples are shared out over the processes (world of them, this is number rank) and then over micro-batches,
-    which run one after the other. A micro-batch is one or two batches of `data.collate`: samples with an image, and text.
+    which run one after the other. A micro-batch is one or two batches of `collate`: samples with an image, and text.
     """
 
-    def __init__(self, vlm, size, micro, loss_on, seed, records=None, texts=None, rank=0, world=1, together=False):
+    def __init__(self, vlm, size, micro, loss_on, seed, records=None, texts=None, rank=0, world=1, together=False, every=1):
         if size % (micro * world):
             raise ValueError(f"a batch of {size} cannot be shared out: {micro} samples at a time in {world} process(es) "
                              f"make {micro * world}, which does not divide {size} (see --batch and --micro-batch)")
         self.size, self.micro, self.loss_on, self.seed = size, micro, loss_on, seed
         self.tokenizer, self.n_visual, self.image_size = vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size
         self.records, self.texts, self.rank, self.world, self.together = records, texts, rank, world, together
+        self.every = max(1, every)
         # images and text alternate by even spacing, as in the paper: one epoch of both, or 3 to 2 where images are endless
         finite = records is not None and isinstance(texts, torch.utils.data.Subset)
         self.mix = (len(records.pictured), len(texts)) if finite else (3, 2) if texts else (1, 0)
@@ -128,16 +137,22 @@ class Batches(torch.utils.data.Dataset):
         known, micro_batches = len(getattr(self.records, "skipped", ())), []
         for m in range(self.size // (self.micro * self.world)):
             first = step * self.size + (m * self.world + self.rank) * self.micro
-            samples = [self.sample(i) for i in range(first, first + self.micro)]
+            samples = [(i, self.sample(i)) for i in range(first, first + self.micro)]
             # text needs no gradient below the translator: apart from the images, autograd keeps no activations there
-            groups = [samples] if self.together else [[s for s in samples if s.image is not None], [s for s in samples if s.image is None]]
-            micro_batches.append([data.collate(g, self.tokenizer, self.n_visual, self.image_size, self.loss_on, max_length=4096)
-                                  for g in groups if g])
+            groups = [samples] if self.together else [[s for s in samples if (s[1].image is None) == text] for text in (False, True)]
+            micro_batches.append([self.collate(g) for g in groups if g])
         return micro_batches, list(getattr(self.records, "skipped", ()))[known:]
 
-    def loader(self, start, stop, workers=0):
-        """Iterate over the steps start … stop-1; `workers` processes prepare them ahead."""
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers, collate_fn=as_is)
+    def collate(self, samples):
+        """[(number in the run, sample)] -> a batch, with "taught": its rows that the full LLM teaches the translator on."""
+        batch = data.collate([s for _, s in samples], self.tokenizer, self.n_visual, self.image_size, self.loss_on, max_length=4096)
+        # one of `every` samples, each time a place further on: or it would be the same task again and again
+        taught = [row for row, (i, _) in enumerate(samples) if (i + i // self.every) % self.every == 0]
+        return batch | {"taught": torch.tensor(taught, dtype=torch.long)}
+
+    def loader(self, steps, workers=0):
+        """Iterate over these steps; `workers` processes prepare them ahead."""
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
 
 
 def as_is(x):
@@ -178,39 +193,51 @@ def own_chats(llm, tokenizer, n, seed, batch=64):
 
 
 def surrogate_loss(vlm, batch, stage, llm=None):
-    """(cross-entropy, KL divergence, distance) of one batch through the surrogate: the first two summed over the targets, the
-    third over the rows. Divide by the targets and rows of the global batch. Without `llm` the last two are None.
+    """(cross-entropy, KL divergence, distance) of one batch through the surrogate, each a sum: the first over all targets, the
+    others over targets and positions of the rows batch["taught"] (default: all). Without `llm` or such rows they are None.
 
     The paper's loss is the first. With `llm` given, the others pull the translator towards the full LLM *on the visual tokens
     that the encoder makes now* (on-policy): the encoder cannot learn to please a translator that the LLM disagrees with.
-    The LLM only runs forward, and only the layers that the surrogate lacks. In stage 2 the answers' loss teaches the encoder
-    and never the translator, the distillation the translator and never the encoder: so the translator runs twice.
+    The LLM only runs forward, and only the layers that the surrogate lacks. The answers' loss then teaches what is before the
+    decoder and never the translator, the distillation the translator and nothing else: so the translator runs twice.
+
+    batch["states"], if it is there, keeps what a frozen projector, trunk and LLM make of the batch: for its next epoch.
     """
-    s, device = vlm.decoder, vlm.decoder.device
+    s, device, states = vlm.decoder, vlm.decoder.device, batch.get("states", {})
     translators = torch.nn.ModuleList(s.model.layers[i] for i in s.translators)
-    x = vlm.embed(batch["tokens"].to(device), batch["pixels"])                          # (B, T, C)
-    if s.sharded and batch["pixels"] is None:
-        x = x + 0 * vlm.embd_soi        # sharded layers work in step: a process without images sends gradients through all the same
-    x = s.run(x, 0, s.trunk)                                                            # (B, T, C): layers shared with the LLM
-    if stage == "encoder":
-        translators.requires_grad_(False)
-    ce = s.loss(s.run(x, s.trunk), batch["targets"])
-    if llm is None:
+    if "trunk" not in states:
+        x = vlm.embed(batch["tokens"].to(device), batch["pixels"])                      # (B, T, C)
+        if s.sharded and batch["pixels"] is None:
+            x = x + 0 * vlm.embd_soi    # sharded layers work in step: a process without images sends gradients through all the same
+        states["trunk"] = s.run(x, 0, s.trunk)                                          # layers shared with the LLM
+    x, ce = states["trunk"], None                                                       # (B, T, C)
+    rows = batch.get("taught", torch.arange(len(x)))
+    if llm is None or x.requires_grad:
+        translators.requires_grad_(llm is None and stage == "translator")
+        ce = s.loss(s.run(x, s.trunk), batch["targets"])
+    if llm is None or not len(rows):
         return ce, None, None
 
     translators.requires_grad_(True)
-    x = x.detach()
+    x, targets = x[rows.to(device)].detach(), batch["targets"][rows].flatten().to(device)   # (R, T, C), (R*T,)
+    index = (targets >= 0).nonzero().squeeze(1)                                         # (N,) positions with a target
     last, after = s.translators[-1] + 1, s.ranges[-1][1] + 1        # the layer that follows, counted in the surrogate and in the LLM
-    ours = s.run(x, s.trunk, last)                                                      # (B, T, C)
-    with torch.no_grad():
-        theirs = llm.run(x, s.trunk, after)                                             # (B, T, C): what ours should be
-        real = (torch.arange(x.shape[1]) < batch["lengths"][:, None]).to(device)        # (B, T): not padding
-    off, size = ((h.float().square().sum(-1) * real).sum(1) for h in (ours - theirs, theirs))       # (B,) each
-    index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(device)           # (N,) positions with a target
+    if "theirs" not in states:
+        with torch.no_grad():
+            states["theirs"] = llm.run(x, s.trunk, after)                               # (R, T, C): what the translator should make
+            states["full"] = llm.run(states["theirs"], after).flatten(0, 1)[index]      # (N, C): what the LLM makes of it
+    theirs = states["theirs"]
+    ours = s.run(x, s.trunk, last)                                                      # (R, T, C)
+    real = (torch.arange(x.shape[1]) < batch["lengths"][rows, None]).to(device)         # (R, T): not padding
+    # each position in units of its own length: the first token's state is 100 times as long as the others' ("massive
+    # activations", arXiv 2402.17762), and would be all that a common unit sees
+    off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (R, T) each
     logp = s.logits(s.run(ours, last).flatten(0, 1)[index]).float().log_softmax(-1)     # (N, vocab)
     with torch.no_grad():
-        full_logp = llm.logits(llm.run(theirs, after).flatten(0, 1)[index]).float().log_softmax(-1)
-    return ce, F.kl_div(logp, full_logp, log_target=True, reduction="sum"), (off / size).sum()
+        full_logp = llm.logits(states["full"]).float().log_softmax(-1)
+    if ce is None:      # nothing before the decoder learns: only for the log
+        ce = F.nll_loss(logp.detach(), targets[index], reduction="sum")
+    return ce, F.kl_div(logp, full_logp, log_target=True, reduction="sum"), (off / size)[real].sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,13 +251,13 @@ class Trainer:
     optimiser state are those of this process's slice.
     """
 
-    def __init__(self, parameters, lr, steps, ends_lr=1.0):
+    def __init__(self, parameters, lr, steps, ends_lr=1.0, translator_lr=1.0):
         self.parameters, self.lr, self.steps, self.step = parameters, lr, steps, 0
         self.master = {n: parallel.local(p.detach()).float().clone().requires_grad_(True) for n, p in parameters.items()}
         # start and end of image are two vectors among thousands: in a short run they only move if they learn faster
-        groups = [dict(params=[m for n, m in self.master.items() if n.startswith("embd_") == ends], factor=factor)
-                  for ends, factor in ((False, 1.0), (True, ends_lr))]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
+        factor = lambda n: ends_lr if n.startswith("embd_") else translator_lr if n.startswith("decoder.") else 1.0
+        groups = [dict(params=[m for n, m in self.master.items() if factor(n) == f], factor=f) for f in sorted({factor(n) for n in self.master})]
+        self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
 
     def is_sharded(self, name):
         return isinstance(self.parameters[name], parallel.DTensor)
@@ -418,29 +445,46 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
 
 
 def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, loss_on, llm_name, vit_name, start=None,
-                distill_every=0, records=None, texts=None, save_every=100, projector=True, micro_batch=None, workers=0, lora=0, ends_lr=1.0):
-    """Stages 1 to 3. Returns the VLM, trained. projector, lora: see `trained_parameters`; records, texts, micro_batch: `Batches`."""
+                distill_every=0, records=None, texts=None, save_every=100, projector=True, micro_batch=None, workers=0, lora=0, ends_lr=1.0,
+                translator_lr=1.0, epochs=1):
+    """Stages 1 to 3. Returns the VLM, trained. projector, lora: see `trained_parameters`; records, texts, micro_batch: `Batches`.
+
+    epochs: go through the samples of the first steps / epochs steps again and again. Where nothing before the translator is
+    trained, their states at the cut are kept in memory (about 3 MB for 16 samples of the small world), and neither trunk nor
+    LLM has to run again.
+    """
+    check_recipe(stage, epochs, distill_every, projector)
     if distill_every and not getattr(vlm.decoder, "translators", None):
         raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
     micro = micro_batch or max(1, batch // parallel.world())
-    recipe = dict(steps=steps, batch=batch, lr=lr, ends_lr=ends_lr, loss_on=loss_on)
-    trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector, lora > 0), lr, steps, ends_lr)
+    recipe = dict(steps=steps, batch=batch, lr=lr, ends_lr=ends_lr, translator_lr=translator_lr, loss_on=loss_on)
+    trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector, lora > 0), lr, steps, ends_lr, translator_lr)
     vlm.to(vlm.decoder.dtype)
-    batches = Batches(vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), vlm.decoder.sharded)
+    batches = Batches(vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), vlm.decoder.sharded, distill_every)
 
     bad = set()         # records that could not be read, and were replaced
+    fresh, kept = math.ceil(steps / epochs), {}     # steps with samples of their own, and what they read
+
+    def read(start, stop):
+        return itertools.chain(batches.loader([i % fresh for i in range(start, min(stop, start + fresh))], workers), itertools.repeat(None))
 
     def backward(step, item):
         """Gradients of one step, of all its micro-batches in this process. Returns what is to be logged."""
-        micro_batches, skipped = item
+        micro_batches, skipped = item or kept[step % fresh]
         if isinstance(micro_batches, Exception):
             raise micro_batches
         skipped = [line for line in skipped if line not in bad]     # each worker finds it anew
         bad.update(skipped)
         for line in skipped:
             tqdm.write(f"skipped: {line}")
-        distil = llm if distill_every and step % distill_every == 0 else None
-        n = parallel.add_up(torch.tensor(sum(int((b["targets"] >= 0).sum()) for m in micro_batches for b in m), device=device)).clamp(min=1)
+        if epochs > 1 and step % fresh not in kept:
+            kept[step % fresh] = micro_batches, []
+            for b in itertools.chain(*micro_batches):
+                b["states"] = {}
+        distil = llm if distill_every else None
+        own = [(int((b["targets"] >= 0).sum()), int((b["targets"][b["taught"]] >= 0).sum()), int(b["lengths"][b["taught"]].sum()))
+               for m in micro_batches for b in m]
+        n, *taught = parallel.add_up(torch.tensor(own, device=device).sum(0)).clamp(min=1)
         sums = torch.zeros(3, device=device)        # cross-entropy, KL divergence, distance: each a mean of the global batch
         for groups in micro_batches:
             total = 0.0
@@ -449,7 +493,7 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
                     losses = [vlm.loss(b["tokens"].to(device), b["targets"], b["pixels"])]
                 else:
                     losses = [x for x in surrogate_loss(vlm, b, stage, distil) if x is not None]
-                for i, (loss, share) in enumerate(zip(losses, (n, n, batch))):
+                for i, (loss, share) in enumerate(zip(losses, (n, *taught))):
                     total = total + loss / share
                     sums[i] += loss.detach() / share
             if total.requires_grad:             # text alone, where nothing above it is trained, teaches nothing
@@ -461,8 +505,8 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
     about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, start=start, bound=vlm.bound,
                  vit_config=vars(vlm.encoder.config), seed=seed,
                  recipe=recipe | dict(distill_every=distill_every, projector=projector, dtype=str(vlm.decoder.dtype), lora=lora,
-                                      texts=len(texts or []), records=len(records or [])))
-    run(trainer, backward, lambda start, stop: batches.loader(start, stop, workers), out, stage, about, resume, save_every)
+                                      epochs=epochs, texts=len(texts or []), records=len(records or [])))
+    run(trainer, backward, read, out, stage, about, resume, save_every)
     bad = parallel.union(bad)
     if bad and parallel.rank() == 0:
         print(f"{len(bad)} records could not be read and were replaced")
@@ -551,7 +595,7 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="with --preset: print what would be trained, computed and needed, load nothing")
     parser.add_argument("--gpus", type=int, default=8, help="--dry-run: for how many GPUs (default: %(default)s)")
     parser.add_argument("--llm", help=f"target LLM: folder, .gguf file or hub name (default: {weights.DEFAULT_LLM})")
-    parser.add_argument("--replace", help="layers that the translator replaces, e.g. 23-28; 'none' trains on the full LLM (default: those of --init, else 23-28)")
+    parser.add_argument("--replace", help="layers that translators replace, e.g. 23-28, or 20-23,24-28 by two; 'none' trains on the full LLM (default: those of --init, else 20-23,24-28)")
     parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: that of --init)")
     parser.add_argument("--init", dest="start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
     parser.add_argument("--bound", type=float, help="how far visual tokens may lie from the mean text embedding, 0: anywhere, as in the paper (default: that of --init; stage vit 2.5, a new projector 0)")
@@ -564,8 +608,10 @@ def main(argv=None):
     parser.add_argument("--micro-batch", type=int, help="samples that a process takes through the model at once; gradients are gathered until --batch is full (default: all of its share)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's)")
     parser.add_argument("--ends-lr", type=float, help="how many times as fast the start and end vectors of an image learn; 1 in the paper (default: 30 for encoder in the embedded world, else 1)")
+    parser.add_argument("--translator-lr", type=float, help="stage encoder: how many times as fast the translator learns that the full LLM teaches (default: 5 in the embedded world, else 1)")
     parser.add_argument("--chats", type=int, default=256, help="stage translator: text instructions that the LLM writes, without --text (default: %(default)s)")
-    parser.add_argument("--distill-every", type=int, metavar="K", help="every K-th step, pull the translator to the full LLM on the encoder's own visual tokens; 0: never, as in the paper (default: in the embedded world 1 for translator and 4 for encoder, else 0)")
+    parser.add_argument("--epochs", type=int, help="stage translator: how many times --steps go through their samples; the states of the frozen layers are kept in memory (default: 4 in the embedded world, else 1)")
+    parser.add_argument("--distill-every", type=int, metavar="K", help="the full LLM teaches the translator on one of K samples, on the encoder's own visual tokens; 0: never, as in the paper (default: in the embedded world 1 for translator and 4 for encoder, else 0)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="stage decoder: train low-rank updates of the decoder in place of all of it (default: all)")
     parser.add_argument("--fsdp", action="store_true", help="shard the decoder's layers over the GPUs (start with torchrun)")
     parser.add_argument("--checkpointing", action="store_true", help="keep only the layers' inputs for the backward pass, and compute the rest again")
@@ -579,9 +625,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     stage = args.stage
 
-    options = ("steps", "batch", "lr", "ends_lr", "distill_every", "bound", "micro_batch")
+    options = ("steps", "batch", "lr", "ends_lr", "translator_lr", "distill_every", "bound", "micro_batch", "epochs")
     given = {k: getattr(args, k) for k in options if getattr(args, k) is not None}
-    recipe = RECIPES[stage] | (dict(ends_lr=1.0, distill_every=0) if args.data else {}) | given
+    recipe = RECIPES[stage] | (dict(ends_lr=1.0, translator_lr=1.0, distill_every=0, epochs=1) if args.data else {}) | given
     if args.replace == "none" or args.fsdp:
         recipe = recipe | dict(distill_every=0) | given         # there is no surrogate, or no whole LLM beside it
     if args.preset:
@@ -589,7 +635,7 @@ def main(argv=None):
             raise ValueError("stage vit has no preset: the paper starts with CLIP")
         preset = plan.PRESETS[args.preset]
         paper = plan.recipe(stage, args.preset)
-        recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0, ends_lr=1.0, distill_every=0) | given
+        recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0, ends_lr=1.0, translator_lr=1.0, distill_every=0) | given
         if args.llm and Path(args.llm).exists():        # your own copy of the weights: of this model?
             theirs, ours = weights.llama_config(Path(args.llm)), vars(preset["llm_config"])
             odd = [k for k in ours if k not in ("rope_scaling", "max_position_embeddings") and
@@ -607,7 +653,7 @@ def main(argv=None):
                              + (", and a JSON of text instructions as --text" if stage == "translator" else "") + " (or --dry-run)")
     elif args.dry_run:
         raise ValueError(f"--dry-run describes a preset: give one of {', '.join(plan.PRESETS)} as --preset")
-    for name, least in dict(steps=1, batch=1, micro_batch=1, chats=1, save_every=1, distill_every=0, lora=0, workers=0, gpus=1).items():
+    for name, least in dict(steps=1, batch=1, micro_batch=1, epochs=1, chats=1, save_every=1, distill_every=0, lora=0, workers=0, gpus=1).items():
         value = (vars(args) | recipe)[name]
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -622,7 +668,7 @@ def main(argv=None):
         target = args.preset
         if args.replace:
             target = preset | dict(ranges=check_ranges(parse_ranges(args.replace), preset["llm_config"].num_hidden_layers))
-        other = {k: v for k, v in recipe.items() if k not in ("bound", "ends_lr")}
+        other = {k: v for k, v in recipe.items() if k not in ("bound", "ends_lr", "translator_lr", "epochs")}
         print(plan.show_plan(plan.stage_plan(stage, target, args.gpus, fsdp=args.fsdp, lora=args.lora, text_gradients=args.fsdp, **other)))
         return
     llm_name, out = args.llm or weights.DEFAULT_LLM, args.out or f"runs/{stage}"
@@ -659,21 +705,24 @@ def main(argv=None):
     bound = recipe.pop("bound", None)
     ranges = parse_ranges(args.replace) if args.replace is not None else None
     start = None if start == "none" else start
+    projector = stage != "translator" or start is None
+    if projector:       # it learns, and what is behind it changes: states cannot be kept
+        recipe = recipe | dict(epochs=1) | given
+    check_recipe(stage, recipe.get("epochs", 1), every, projector)
     own_text = stage == "translator" and texts is None
     if own_text and args.fsdp:
         raise ValueError("with --fsdp the LLM cannot write the text for stage translator: give a JSON of text instructions as --text")
     vlm, llm, vit = build(stage, llm_name, ranges, args.vit, start, dtype, device, bound, need_llm=every > 0 or own_text,
                           shard=parallel.shard if args.fsdp else None)
     if args.checkpointing:      # but not the translator where it runs twice and learns only once (surrogate_loss)
-        twice = vlm.decoder.translators if every and stage == "encoder" else []
+        twice = vlm.decoder.translators if every else []
         vlm.decoder.checkpointed = set(range(len(vlm.decoder.model.layers))) - set(twice)
     if args.lora:
         add_lora(vlm.decoder, args.lora)
     if own_text:
         texts = parallel.first_alone(lambda: own_chats(llm, vlm.tokenizer, args.chats, args.seed))
     train_stage(stage, **recipe, **common, vlm=vlm, llm=llm, llm_name=llm_name, vit_name=vit, start=start,
-                records=records, texts=texts, workers=args.workers, lora=args.lora,
-                projector=stage != "translator" or start is None)
+                records=records, texts=texts, workers=args.workers, lora=args.lora, projector=projector)
 
 
 if __name__ == "__main__":

@@ -50,15 +50,16 @@ def test_flops_of_products_and_attention(monkeypatch):
     assert experiments.measure(["encoder"]) == 2 * (2 * 6 * 32 * 8) + 6 * (2 * 2 * 10 * 10 * 16)
 
 
-@pytest.mark.parametrize("every, expected", [(0, 1000 + 10 * 7), (1, 1000 + 10 * 9), (4, 1000 + 3 * 9 + 7 * 7)])
-def test_flops_of_a_stage(monkeypatch, every, expected):
-    """What precedes the first step once, and 10 steps, of which those number 0, k, 2k … cost more."""
+@pytest.mark.parametrize("epochs, expected", [(1, 1000 + 10 * 9), (4, 1000 + 3 * 9 + 7 * 4)])
+def test_flops_of_a_stage(monkeypatch, epochs, expected):
+    """What precedes the first step once, and 10 steps, of which those that go over kept states again cost less."""
     def measure(argv):
-        kind = experiments.value(argv, "--distill-every")
-        return 1000 + int(experiments.value(argv, "--steps")) * (9 if kind == "1" else 7)
+        steps, again = (int(experiments.value(argv, option, 1)) for option in ("--steps", "--epochs"))
+        fresh = -(-steps // again)
+        return 1000 + 9 * fresh + 4 * (steps - fresh)
 
     monkeypatch.setattr(experiments, "measure", measure)
-    assert experiments.count_flops(["encoder", "--steps", "10", "--distill-every", str(every)]) == expected
+    assert experiments.count_flops(["translator", "--steps", "10"], epochs) == expected
 
 
 # ---- a recipe -------------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def test_recipes_are_command_lines():
         assert experiments.value(argv, "--steps") == "70" and experiments.value(argv, "--seed") == "3"
         assert "{" not in str(run) and len(run) in (1, 2)
         assert len(run) == 1 or experiments.value(argv, "--init") == str(run[0][1] / "translator.safetensors")
-    assert todo["k-4"][0] == todo["cut-23"][0] and todo["k-4"][1] != todo["cut-23"][1]
+    assert todo["k-16"][0] == todo["two"][0] and todo["k-16"][1] != todo["two"][1]
 
 
 # ---- table and plots ------------------------------------------------------------------------------------------------
