@@ -6,6 +6,7 @@ The paper's claims, measured: train by every recipe on the same number of sample
     python experiments.py --run paper cut-23 direct --seed 0 1 2    # train, evaluate; what is done is not done again
     python experiments.py --stage3                                  # stage 3 from the grafted encoder and from scratch
     python experiments.py --keep --plot assets                      # collect all results in assets/experiments.json
+    python experiments.py --gradients runs/translator/translator.safetensors   # do they point where the full LLM's do?
 
 Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen.
 """
@@ -86,6 +87,37 @@ def commands(stages, seed, steps, batch, out, vit, options=()):
 def value(argv, option, default=None):
     """What an option is set to; as in argparse, the last one counts."""
     return next((b for a, b in reversed(list(zip(argv, argv[1:]))) if a == option), default)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a surrogate is worth before stage 2: would the full LLM send the same gradients?
+
+
+def gradients(checkpoint, batches=4, batch=16, device="cpu", dtype=None):
+    """A surrogate against the full LLM, by the gradients of the answers' loss on what stage 2 trains of ViT and projector.
+
+    checkpoint: of stage translator or encoder. Returns {part: cosine between the two gradients}, and the loss per target of
+    both, on `batches` batches of the world. An encoder that follows a surrogate of cosine 0 learns nothing for the LLM.
+    """
+    name, dtype = weights.read_checkpoint(checkpoint)[1]["llm"], dtype or train.default_dtype(device)
+    vlm, llm, _ = train.build("encoder", name, None, None, str(checkpoint), dtype, device)
+    parameters, surrogate = train.trained_parameters(vlm.to(dtype), "encoder"), vlm.decoder
+    samples = train.Batches(vlm, batch, batch, train.RECIPES["encoder"]["loss_on"], VALIDATION_SEED)
+    parts = {"ViT": "encoder.", "projector": "adapter."}
+    found, result = {}, {}
+    for system, decoder in (("pair", surrogate), ("graft", llm)):
+        vlm.decoder, total, n = decoder, 0.0, 0
+        for step in range(batches):
+            (((b,),), _) = samples[step]                                # one micro-batch, and nothing but images in it
+            loss = vlm.loss(b["tokens"].to(device), b["targets"], b["pixels"])
+            loss.backward()
+            total, n = total + loss.item(), n + int((b["targets"] >= 0).sum())
+        result[f"{system}: loss"] = total / n
+        for part, prefix in parts.items():
+            found[system, part] = torch.cat([p.grad.flatten().float() for m, p in parameters.items() if m.startswith(prefix)])
+        for p in parameters.values():
+            p.grad = None
+    return {part: torch.cosine_similarity(found["pair", part], found["graft", part], 0).item() for part in parts} | result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,6 +390,7 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument("--run", nargs="+", default=[], metavar="RECIPE", help="train and evaluate these, or all")
     parser.add_argument("--stage3", action="store_true", help="compare stage 3 from both starts")
+    parser.add_argument("--gradients", nargs="+", default=[], metavar="CHECKPOINT", help="compare their surrogates' gradients with the full LLM's, then stop")
     parser.add_argument("--seed", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--steps", type=int, default=300, help="steps of stage 2 (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="samples a step (default: %(default)s)")
@@ -375,6 +408,15 @@ def main(argv=None):
     if args.list:
         for name, (says, stages) in RECIPES.items():
             print(f"{name:15} {says}\n" + "".join(f"{'':15} python train.py {line}\n" for line in stages))
+        return
+
+    if args.gradients:
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        print("| checkpoint | replaced | cosine of gradients: ViT | projector | loss: surrogate | full LLM |\n" + "|---" * 6 + "|")
+        for file in args.gradients:
+            found = gradients(file, batch=args.batch, device=device)
+            replaced = ",".join(f"{a}-{b}" for a, b in weights.read_checkpoint(file)[1]["ranges"])
+            print(f"| {file} | {replaced} | " + " | ".join(f"{x:.2f}" for x in found.values()) + " |", flush=True)
         return
 
     common = dict(batch=args.batch, out=args.out, options=["--device", args.device] if args.device else [])

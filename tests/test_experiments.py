@@ -11,6 +11,7 @@ import experiments
 import graft
 import train
 import weights
+from model import VLM
 
 SURROGATE = ["translator --init {vit} --replace 2-4 --steps 2 --chats 8 --distill-every 1"]
 TINY = {"frozen": [*SURROGATE, "encoder --init {before} --distill-every 0"],
@@ -60,6 +61,23 @@ def test_flops_of_a_stage(monkeypatch, epochs, expected):
 
     monkeypatch.setattr(experiments, "measure", measure)
     assert experiments.count_flops(["translator", "--steps", "10"], epochs) == expected
+
+
+def test_gradients_of_a_perfect_and_a_real_surrogate(stages, tiny_llm, cache, tmp_path, capsys, monkeypatch):
+    """A translator that is the layer which it replaces has cosine 1; the loss is the one that the LLM itself computes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    new = ["translator", "--llm", tiny_llm, "--vit", stages["vit"], "--chats", "8", "--steps", "1", "--batch", "2"]
+    train.main([*new, "--replace", "3-3", "--lr", "1e-9", "--out", str(tmp_path), "--dtype", "float32"])
+    same = experiments.gradients(tmp_path / "translator.safetensors", 2, 4, dtype=torch.float32)
+    assert same["ViT"] > 0.9999 and same["projector"] > 0.9999 and abs(same["pair: loss"] - same["graft: loss"]) < 1e-3
+    vlm = VLM.from_pretrained(tiny_llm, tmp_path / "translator.safetensors")
+    b = train.Batches(vlm, 8, 8, "answers+special", experiments.VALIDATION_SEED)[0][0][0][0]
+    assert same["graft: loss"] == pytest.approx(vlm.loss(b["tokens"], b["targets"], b["pixels"]).item() / int((b["targets"] >= 0).sum()), rel=1e-4)
+    real = experiments.gradients(stages["translator"], 2, 4, dtype=torch.float32)
+    assert -1 < real["ViT"] < 0.999
+    capsys.readouterr()
+    experiments.main(["--gradients", stages["translator"], "--batch", "4"])
+    assert "| 2-4 | " in capsys.readouterr().out
 
 
 # ---- a recipe -------------------------------------------------------------------------------------------------------
