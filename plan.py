@@ -146,7 +146,8 @@ def step_flops(stage, llm_config, vit_config, ranges, images, texts=NOTHING, che
     text from the translator on (text_gradients: in all, as where images and text share a padded batch). Gradients of
     weights cost another where weights are trained, checkpointing another where activations have gradients. The LM head
     sees only targets. causal: how much of the T x T scores is computed; kernels skip the masked half.
-    distill: the full LLM teaches the translators, the answers do not (train.surrogate_loss).
+    distill: the full LLM teaches the translators, the answers do not (train.surrogate_loss); these run twice and are
+    never computed again. All samples count as new ones, and the projector as learning (train.py --epochs).
     """
     c, v, d = llm_config, vit_config, llm_config.hidden_size
     layers, translators, trunk = decoder_layers(stage, c, ranges)
@@ -172,12 +173,12 @@ def step_flops(stage, llm_config, vit_config, ranges, images, texts=NOTHING, che
         alone = distill and text        # there the answers' loss would teach nothing: not computed, nor what it needs
         above, N_answers = (0, 0) if alone else (above, N)
         out["forward"] += n * (trunk if alone else layers) * forward
-        out["recomputation"] += n * above * again
+        out["recomputation"] += n * (above - distill * translators * (above > 0)) * again
         out["gradients of activations"] += n * above * backward
         out["gradients of weights"] += n * 2 * T * (trained * m + layers * low_rank)
         out["LM head"] += n * N_answers * head * (1 + (above > 0) + whole)
         if distill:     # the surrogate from its first translator on, with gradients; the full LLM there, without
-            out["distillation"] += n * ((layers - trunk) * (forward + again + backward) + translators * 2 * m * T
+            out["distillation"] += n * ((layers - trunk) * (forward + backward) + (layers - trunk - translators) * again + translators * 2 * m * T
                                         + (c.num_hidden_layers - trunk) * forward + 3 * N * head)
     return out
 

@@ -47,14 +47,19 @@ RECIPES = {
     "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers", distill_every=0),
 }
 WARMUP = 0.0305
-DEFAULT_RANGES = [(20, 23), (24, 28)]     # of SmolLM2-135M: two translators, which follow the LLM better than one does (README)
+DEFAULT_RANGES = [(23, 28)]     # of SmolLM2-135M: earlier cuts save more, but their gradients follow the LLM less (README)
 
 
-def check_recipe(stage, epochs, distill_every, projector):
+def check_recipe(stage, projector, epochs, distill_every, translator_lr):
+    """ValueError for what a stage cannot do. projector: does it learn?"""
     if epochs > 1 and (stage != "translator" or projector):
         raise ValueError("--epochs reads kept states again: only stage translator can, and only after a stage 0 that aligned the projector")
     if distill_every > 1 and stage == "translator":
         raise ValueError("--distill-every: in stage translator the full LLM teaches every sample (1) or none (0)")
+    if distill_every and stage == "decoder":
+        raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
+    if translator_lr != 1 and stage != "encoder":
+        raise ValueError("--translator-lr is for stage encoder, where a translator learns beside the encoder")
 
 
 def lr_at(step, steps, lr):
@@ -146,8 +151,9 @@ class Batches(torch.utils.data.Dataset):
     def collate(self, samples):
         """[(number in the run, sample)] -> a batch, with "taught": its rows that the full LLM teaches the translator on."""
         batch = data.collate([s for _, s in samples], self.tokenizer, self.n_visual, self.image_size, self.loss_on, max_length=4096)
-        # one of `every` samples, each time a place further on: or it would be the same task again and again
-        taught = [row for row, (i, _) in enumerate(samples) if (i + i // self.every) % self.every == 0]
+        # one of `every` samples, and the world's four tasks (i % 4) in turn
+        turn = self.every if self.every % 4 == 0 else 4
+        taught = [row for row, (i, _) in enumerate(samples) if (i + i // turn) % self.every == 0]
         return batch | {"taught": torch.tensor(taught, dtype=torch.long)}
 
     def loader(self, steps, workers=0):
@@ -198,8 +204,8 @@ def surrogate_loss(vlm, batch, stage, llm=None):
 
     The paper's loss is the first. With `llm` given, the others pull the translator towards the full LLM *on the visual tokens
     that the encoder makes now* (on-policy): the encoder cannot learn to please a translator that the LLM disagrees with.
-    The LLM only runs forward, and only the layers that the surrogate lacks. The answers' loss then teaches what is before the
-    decoder and never the translator, the distillation the translator and nothing else: so the translator runs twice.
+    The LLM only runs forward, and only from the cut on. The answers' loss then teaches what is before the decoder and never the
+    translator, the distillation the translator and nothing else: so the translator runs twice.
 
     batch["states"], if it is there, keeps what a frozen projector, trunk and LLM make of the batch: for its next epoch.
     """
@@ -211,16 +217,18 @@ def surrogate_loss(vlm, batch, stage, llm=None):
             x = x + 0 * vlm.embd_soi    # sharded layers work in step: a process without images sends gradients through all the same
         states["trunk"] = s.run(x, 0, s.trunk)                                          # layers shared with the LLM
     x, ce = states["trunk"], None                                                       # (B, T, C)
-    rows = batch.get("taught", torch.arange(len(x)))
-    if llm is None or x.requires_grad:
+    rows = batch.get("taught", torch.arange(len(x)))                                    # (R,)
+    if llm is None or x.requires_grad or not len(rows):
         translators.requires_grad_(llm is None and stage == "translator")
         ce = s.loss(s.run(x, s.trunk), batch["targets"])
-    if llm is None or not len(rows):
+    if llm is None:
+        return ce, None, None
+    translators.requires_grad_(True)
+    if not len(rows):
         return ce, None, None
 
-    translators.requires_grad_(True)
-    x, targets = x[rows.to(device)].detach(), batch["targets"][rows].flatten().to(device)   # (R, T, C), (R*T,)
-    index = (targets >= 0).nonzero().squeeze(1)                                         # (N,) positions with a target
+    x, targets = x.detach()[rows.to(device)], batch["targets"][rows].flatten()          # (R, T, C), (R*T,)
+    index = (targets >= 0).nonzero().squeeze(1).to(device)      # (N,) positions with a target: found on the CPU, no GPU waits
     last, after = s.translators[-1] + 1, s.ranges[-1][1] + 1        # the layer that follows, counted in the surrogate and in the LLM
     if "theirs" not in states:
         with torch.no_grad():
@@ -236,8 +244,8 @@ def surrogate_loss(vlm, batch, stage, llm=None):
     with torch.no_grad():
         full_logp = llm.logits(states["full"]).float().log_softmax(-1)
     if ce is None:      # nothing before the decoder learns: only for the log
-        ce = F.nll_loss(logp.detach(), targets[index], reduction="sum")
-    return ce, F.kl_div(logp, full_logp, log_target=True, reduction="sum"), (off / size)[real].sum()
+        ce = F.nll_loss(logp.detach(), targets[targets >= 0].to(device), reduction="sum")
+    return ce, F.kl_div(logp, full_logp, log_target=True, reduction="sum"), (off / size).masked_fill(~real, 0).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,9 +459,9 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
 
     epochs: go through the samples of the first steps / epochs steps again and again. Where nothing before the translator is
     trained, their states at the cut are kept in memory (about 3 MB for 16 samples of the small world), and neither trunk nor
-    LLM has to run again.
+    LLM has to run again (but its head).
     """
-    check_recipe(stage, epochs, distill_every, projector)
+    check_recipe(stage, projector, epochs, distill_every, translator_lr)
     if distill_every and not getattr(vlm.decoder, "translators", None):
         raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
     micro = micro_batch or max(1, batch // parallel.world())
@@ -480,7 +488,7 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
         if epochs > 1 and step % fresh not in kept:
             kept[step % fresh] = micro_batches, []
             for b in itertools.chain(*micro_batches):
-                b["states"] = {}
+                b.update({k: v.clone() for k, v in b.items() if torch.is_tensor(v)}, states={})    # out of a worker's shared memory
         distil = llm if distill_every else None
         own = [(int((b["targets"] >= 0).sum()), int((b["targets"][b["taught"]] >= 0).sum()), int(b["lengths"][b["taught"]].sum()))
                for m in micro_batches for b in m]
@@ -496,7 +504,7 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
                 for i, (loss, share) in enumerate(zip(losses, (n, *taught))):
                     total = total + loss / share
                     sums[i] += loss.detach() / share
-            if total.requires_grad:             # text alone, where nothing above it is trained, teaches nothing
+            if torch.is_tensor(total) and total.requires_grad:      # text alone, where nothing above it is trained, teaches nothing
                 total.backward()
             trainer.add_gradients()
         parallel.add_up(sums)
@@ -595,7 +603,7 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="with --preset: print what would be trained, computed and needed, load nothing")
     parser.add_argument("--gpus", type=int, default=8, help="--dry-run: for how many GPUs (default: %(default)s)")
     parser.add_argument("--llm", help=f"target LLM: folder, .gguf file or hub name (default: {weights.DEFAULT_LLM})")
-    parser.add_argument("--replace", help="layers that translators replace, e.g. 23-28, or 20-23,24-28 by two; 'none' trains on the full LLM (default: those of --init, else 20-23,24-28)")
+    parser.add_argument("--replace", help="layers that translators replace, e.g. 23-28, or 20-23,24-28 by two; 'none' trains on the full LLM (default: those of --init, else 23-28)")
     parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: that of --init)")
     parser.add_argument("--init", dest="start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
     parser.add_argument("--bound", type=float, help="how far visual tokens may lie from the mean text embedding, 0: anywhere, as in the paper (default: that of --init; stage vit 2.5, a new projector 0)")
@@ -603,15 +611,15 @@ def main(argv=None):
     parser.add_argument("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
     parser.add_argument("--text", help="stage translator: LLaVA-format JSON of text instructions, mixed in by even spacing (default: the LLM writes some)")
     parser.add_argument("--on-bad-record", choices=["stop", "skip"], default="stop", help="a record that is malformed, or whose image is missing or damaged: stop there, or name it and go on (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: the stage's short run; with --data one epoch)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: the stage's short run; with --data all records once, or --epochs times)")
     parser.add_argument("--batch", type=int, help="samples a step, over all processes (default: the stage's)")
     parser.add_argument("--micro-batch", type=int, help="samples that a process takes through the model at once; gradients are gathered until --batch is full (default: all of its share)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's)")
     parser.add_argument("--ends-lr", type=float, help="how many times as fast the start and end vectors of an image learn; 1 in the paper (default: 30 for encoder in the embedded world, else 1)")
     parser.add_argument("--translator-lr", type=float, help="stage encoder: how many times as fast the translator learns that the full LLM teaches (default: 5 in the embedded world, else 1)")
     parser.add_argument("--chats", type=int, default=256, help="stage translator: text instructions that the LLM writes, without --text (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="stage translator: how many times --steps go through their samples; the states of the frozen layers are kept in memory (default: 4 in the embedded world, else 1)")
-    parser.add_argument("--distill-every", type=int, metavar="K", help="the full LLM teaches the translator on one of K samples, on the encoder's own visual tokens; 0: never, as in the paper (default: in the embedded world 1 for translator and 4 for encoder, else 0)")
+    parser.add_argument("--epochs", type=int, help="stage translator: how many times --steps go through their samples; the states of the frozen layers stay in the device's memory (default: 4 in the embedded world, else, and with a new projector, 1)")
+    parser.add_argument("--distill-every", type=int, metavar="K", help="the full LLM teaches the translator on one of K samples (stage translator: on all, 1), on the encoder's own visual tokens; 0: never, as in the paper (default: in the embedded world 1 for translator and 4 for encoder, else 0)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="stage decoder: train low-rank updates of the decoder in place of all of it (default: all)")
     parser.add_argument("--fsdp", action="store_true", help="shard the decoder's layers over the GPUs (start with torchrun)")
     parser.add_argument("--checkpointing", action="store_true", help="keep only the layers' inputs for the backward pass, and compute the rest again")
@@ -659,7 +667,13 @@ def main(argv=None):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if args.lora and stage != "decoder":
         raise ValueError(f"--lora trains the decoder: it is an option of the stage decoder, not of {stage}")
+    start = args.start or ("assets/encoder.safetensors" if stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
+    start = None if start == "none" else start
+    projector = stage != "translator" or start is None
+    if projector or "epochs" not in recipe:     # a projector that learns changes all that is behind it: states cannot be kept
+        recipe["epochs"] = given.get("epochs", 1)
     every = recipe.get("distill_every", 0)
+    check_recipe(stage, projector, recipe["epochs"], every, recipe.get("translator_lr", 1.0))
     if args.fsdp and every:
         raise ValueError("--distill-every needs the full LLM beside its surrogate, which share layers: it does not work with --fsdp")
     if args.text and stage != "translator":
@@ -668,7 +682,7 @@ def main(argv=None):
         target = args.preset
         if args.replace:
             target = preset | dict(ranges=check_ranges(parse_ranges(args.replace), preset["llm_config"].num_hidden_layers))
-        other = {k: v for k, v in recipe.items() if k not in ("bound", "ends_lr", "translator_lr", "epochs")}
+        other = {k: v for k, v in recipe.items() if k in ("steps", "batch", "micro_batch", "lr", "loss_on", "distill_every")}
         print(plan.show_plan(plan.stage_plan(stage, target, args.gpus, fsdp=args.fsdp, lora=args.lora, text_gradients=args.fsdp, **other)))
         return
     llm_name, out = args.llm or weights.DEFAULT_LLM, args.out or f"runs/{stage}"
@@ -699,16 +713,10 @@ def main(argv=None):
         texts = torch.utils.data.Subset(records, records.texts)     # stages 1 and 2 leave out LLaVA's own text, as the paper does
     if records is not None and "steps" not in given and not args.preset:
         n_texts = len(texts) if texts is not None else len(records.pictured) * 2 // 3 if stage == "translator" else 0     # see Batches
-        recipe["steps"] = max(1, (len(records.pictured) + n_texts) // recipe["batch"])
+        recipe["steps"] = max(1, (len(records.pictured) + n_texts) // recipe["batch"]) * recipe["epochs"]
 
-    start = args.start or ("assets/encoder.safetensors" if stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
     bound = recipe.pop("bound", None)
     ranges = parse_ranges(args.replace) if args.replace is not None else None
-    start = None if start == "none" else start
-    projector = stage != "translator" or start is None
-    if projector:       # it learns, and what is behind it changes: states cannot be kept
-        recipe = recipe | dict(epochs=1) | given
-    check_recipe(stage, recipe.get("epochs", 1), every, projector)
     own_text = stage == "translator" and texts is None
     if own_text and args.fsdp:
         raise ValueError("with --fsdp the LLM cannot write the text for stage translator: give a JSON of text instructions as --text")
