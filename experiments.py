@@ -139,8 +139,9 @@ def count_flops(argv, epochs=1):
     """
     steps = int(value(argv, "--steps"))
     fresh = math.ceil(steps / epochs)
-    once = ["--epochs", "1"] if argv[0] == "translator" else []
+    once = []
     if argv[0] == "translator":
+        once = ["--epochs", "1"]
         measure([*argv, "--steps", "1"])                                # only to have the text in the cache
     one, two = (measure([*argv, "--steps", s, *once]) for s in "12")
     again = measure([*argv, "--steps", "2", "--epochs", "2"]) - one if fresh < steps else 0

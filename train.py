@@ -50,13 +50,13 @@ WARMUP = 0.0305
 DEFAULT_RANGES = [(23, 28)]     # of SmolLM2-135M: earlier cuts save more, but their gradients follow the LLM less (README)
 
 
-def check_recipe(stage, projector, epochs, distill_every, translator_lr):
-    """ValueError for what a stage cannot do. projector: does it learn?"""
+def check_recipe(stage, projector, surrogate, epochs, distill_every, translator_lr):
+    """ValueError for what a stage cannot do. projector: does it learn? surrogate: is there one?"""
     if epochs > 1 and (stage != "translator" or projector):
         raise ValueError("--epochs reads kept states again: only stage translator can, and only after a stage 0 that aligned the projector")
     if distill_every > 1 and stage == "translator":
         raise ValueError("--distill-every: in stage translator the full LLM teaches every sample (1) or none (0)")
-    if distill_every and stage == "decoder":
+    if distill_every and not surrogate:
         raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
     if translator_lr != 1 and stage != "encoder":
         raise ValueError("--translator-lr is for stage encoder, where a translator learns beside the encoder")
@@ -237,7 +237,7 @@ def surrogate_loss(vlm, batch, stage, llm=None):
     theirs = states["theirs"]
     ours = s.run(x, s.trunk, last)                                                      # (R, T, C)
     real = (torch.arange(x.shape[1]) < batch["lengths"][rows, None]).to(device)         # (R, T): not padding
-    # each position in units of its own length: the first token's state is 100 times as long as the others' ("massive
+    # each position in units of its own length: the first token's state is many times as long as the others' ("massive
     # activations", arXiv 2402.17762), and would be all that a common unit sees
     off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (R, T) each
     logp = s.logits(s.run(ours, last).flatten(0, 1)[index]).float().log_softmax(-1)     # (N, vocab)
@@ -461,9 +461,7 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
     trained, their states at the cut are kept in memory (about 3 MB for 16 samples of the small world), and neither trunk nor
     LLM has to run again (but its head).
     """
-    check_recipe(stage, projector, epochs, distill_every, translator_lr)
-    if distill_every and not getattr(vlm.decoder, "translators", None):
-        raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
+    check_recipe(stage, projector, bool(getattr(vlm.decoder, "translators", None)), epochs, distill_every, translator_lr)
     micro = micro_batch or max(1, batch // parallel.world())
     recipe = dict(steps=steps, batch=batch, lr=lr, ends_lr=ends_lr, translator_lr=translator_lr, loss_on=loss_on)
     trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector, lora > 0), lr, steps, ends_lr, translator_lr)
@@ -673,7 +671,8 @@ def main(argv=None):
     if projector or "epochs" not in recipe:     # a projector that learns changes all that is behind it: states cannot be kept
         recipe["epochs"] = given.get("epochs", 1)
     every = recipe.get("distill_every", 0)
-    check_recipe(stage, projector, recipe["epochs"], every, recipe.get("translator_lr", 1.0))
+    surrogate_here = stage != "decoder" and args.replace != "none"
+    check_recipe(stage, projector, surrogate_here, recipe["epochs"], every, recipe.get("translator_lr", 1.0))
     if args.fsdp and every:
         raise ValueError("--distill-every needs the full LLM beside its surrogate, which share layers: it does not work with --fsdp")
     if args.text and stage != "translator":
