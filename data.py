@@ -11,7 +11,6 @@ A sample is an image and a chat about it; `world` adds what ranking (options) an
 """
 
 import json
-import math
 import os
 import random
 import warnings
@@ -21,37 +20,9 @@ from itertools import chain
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from tokenizer import IMAGE  # the id that stands for an image in a token list; "<image>" in text
-
-# ---- What is asked --------------------------------------------------------------------------------------------------
-
-TRAINED_TASKS = ("describe", "color", "shape", "read")
-KNOWLEDGE_TASKS = ("capital", "class")  # never trained: the answer is not in the image, only the full LLM knows it
-
-# The first phrasing is the one asked in split "test"; split "train" draws from all of them.
-QUESTIONS = {
-    "describe": ["Describe the image.", "What does the image show?", "What do you see?", "Say what is in the picture."],
-    "color": ["What color is the shape?", "Which color does the shape have?", "Name the color of the shape."],
-    "shape": ["What shape is it?", "Which shape is shown?", "Name the shape."],
-    "read": ["What word is on the sign?", "Which word is shown?", "What does the sign say?", "Read the sign."],
-    "capital": ["What is the capital of the country on the sign?"],
-    "class": ["What kind of animal is it: a mammal, a bird, a fish, an insect or a reptile?"],
-}
-
-# Sentences, not bare words: SmolLM2 wants to go on after a bare "Red" (log p of end-of-turn there: -18), and ranks
-# words badly. Measured in text, with the caption in the image's place, ranking "Red" -> "The color is red.", and so on
-# (n = 24 or 20): color 0 -> 19, shape 0 -> 19 of 24; capital 8 -> 20, class 8 -> 16 of 20. For bare words put "{}".
-# No word of the sign is in the answers that need knowledge: ranking these cannot be won by copying.
-ANSWERS = {
-    "describe": "{}.",
-    "color": "The color is {}.",
-    "shape": "It is {}.",
-    "read": "The word is {}.",
-    "capital": "The capital is {}.",
-    "class": "It is {}.",
-}
 
 # The visual tokens become part of a sentence. The first opening is the paper's, and the default at inference.
 OPENINGS = [
@@ -81,192 +52,11 @@ class Sample:
     answer: str = ""  # the last assistant turn
     options: list[str] = ()  # candidate answers for ranking; holds `answer` exactly once
     caption: str = ""  # for contrastive pre-training
+    right: list = ()  # said freely: groups of words, of each of which one has to be there
+    rivals: list = ()  # ... and words of which none may be
 
-
-# ---- The embedded world: 64 x 64 pixels, drawn with Pillow ----------------------------------------------------------
 
 SIZE = 64
-
-COLORS = {
-    "red": (215, 30, 40), "green": (35, 160, 60), "blue": (35, 75, 220), "yellow": (245, 220, 30),
-    "orange": (250, 130, 20), "purple": (125, 40, 170), "pink": (250, 140, 195), "brown": (125, 72, 35),
-}  # fmt: skip
-
-
-def _ring(n, outer=1.0, inner=None, turn=-90.0):
-    """n points around the origin, the first at the top; with `inner` every second one is at that radius."""
-    radii = [inner if inner and i % 2 else outer for i in range(n)]
-    angles = [math.radians(turn + 360 * i / n) for i in range(n)]
-    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles)]
-
-
-def _heart(n=40):
-    ts = [2 * math.pi * i / n for i in range(n)]
-    ys = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in ts]
-    return [(math.sin(t) ** 3, -(y + 2.5) / 15.5) for t, y in zip(ts, ys)]
-
-
-SHAPES = {  # polygons inside the unit circle, y down
-    "circle": _ring(48, 0.9),
-    "square": _ring(4, 0.9, turn=45),
-    "triangle": _ring(3),
-    "star": _ring(10, inner=0.42),
-    "heart": _heart(),
-    "cross": [(-.28, -.9), (.28, -.9), (.28, -.28), (.9, -.28), (.9, .28), (.28, .28),
-              (.28, .9), (-.28, .9), (-.28, .28), (-.9, .28), (-.9, -.28), (-.28, -.28)],
-    "diamond": [(0, -1), (.6, 0), (0, 1), (-.6, 0)],
-    "hexagon": _ring(6),
-}  # fmt: skip
-
-# 13 of the 64 combinations are never drawn in split "train", and make up half of split "test".
-# Every color and every shape is still seen in training: 3 * i + k runs through all 8 shapes.
-_c, _s = list(COLORS), list(SHAPES)
-HELD_OUT = {(_c[i], _s[(3 * i + 1) % 8]) for i in range(8)} | {(_c[i], _s[(3 * i + 4) % 8]) for i in range(5)}
-_SEEN = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT]
-
-CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "China": "Beijing",
-    "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens", "England": "London", "Austria": "Vienna",
-    "Ireland": "Dublin", "Norway": "Oslo", "Sweden": "Stockholm", "Portugal": "Lisbon", "Poland": "Warsaw",
-    "Hungary": "Budapest", "Cuba": "Havana", "Peru": "Lima", "Kenya": "Nairobi",
-}  # fmt: skip
-CLASSES = {
-    "mammal": ["Dog", "Horse", "Lion", "Monkey"], "bird": ["Eagle", "Duck", "Owl", "Parrot"],
-    "fish": ["Salmon", "Shark", "Tuna", "Trout"], "insect": ["Ant", "Beetle", "Mosquito", "Wasp"],
-    "reptile": ["Snake", "Lizard", "Turtle", "Gecko"],
-}  # fmt: skip
-WORDS = {
-    "country": list(CAPITALS),
-    "animal": [animal for animals in CLASSES.values() for animal in animals],
-    "food": ["Bread", "Cheese", "Apple", "Banana", "Pizza", "Soup", "Rice", "Salad",
-             "Cake", "Honey", "Lemon", "Potato", "Butter", "Pasta", "Carrot", "Cookie"],
-    "thing": ["Chair", "Table", "Lamp", "Clock", "Book", "Door", "Window", "Bottle",
-              "Guitar", "Camera", "Hammer", "Pencil", "Bicycle", "Ladder", "Mirror", "Umbrella"],
-}  # fmt: skip
-
-DARK_PANELS = [(20, 60, 140), (10, 90, 50), (140, 20, 30), (80, 30, 110), (25, 25, 30), (95, 50, 20)]
-LIGHT_PANELS = [(250, 250, 245), (250, 225, 95), (190, 225, 250), (205, 240, 195), (250, 210, 205)]
-
-
-def _jitter(rng, color, by):
-    return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in color)
-
-
-def _background(rng):
-    """Light or dark, near grey (so that it never competes with the shape's color); plain, graded, cloudy or grainy."""
-    grey = rng.choice([rng.randint(12, 36), rng.randint(215, 245)])
-    one, two = (_jitter(rng, (grey + d,) * 3, 6) for d in (-10, 10))
-    kind = rng.randrange(4)
-    if kind == 0:
-        return Image.new("RGB", (SIZE, SIZE), one)
-    if kind == 1:
-        mask = Image.linear_gradient("L").resize((SIZE, SIZE)).rotate(90 * rng.randrange(4))
-    elif kind == 2:
-        mask = Image.frombytes("L", (6, 6), rng.randbytes(36)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    else:
-        mask = Image.frombytes("L", (SIZE, SIZE), rng.randbytes(SIZE * SIZE))
-    return Image.composite(Image.new("RGB", (SIZE, SIZE), one), Image.new("RGB", (SIZE, SIZE), two), mask)
-
-
-def draw_shape(rng, color, shape):
-    """One shape with random size, place, slight rotation and shade. Drawn 4x too large and averaged: smooth edges."""
-    radius, angle = rng.uniform(15, 27), math.radians(rng.uniform(-12, 12))
-    cx, cy = (rng.uniform(radius + 2, SIZE - radius - 2) for _ in "xy")
-    cos, sin = 4 * radius * math.cos(angle), 4 * radius * math.sin(angle)
-    points = [(4 * cx + x * cos - y * sin, 4 * cy + x * sin + y * cos) for x, y in SHAPES[shape]]
-    mask = Image.new("L", (4 * SIZE, 4 * SIZE))
-    ImageDraw.Draw(mask).polygon(points, 255)
-    image = _background(rng)
-    image.paste(_jitter(rng, COLORS[color], 12), mask=mask.reduce(4))
-    return image
-
-
-@lru_cache(maxsize=None)
-def _font(size):
-    return ImageFont.load_default(size)
-
-
-@lru_cache(maxsize=None)
-def _fit(text, width):
-    """The largest font size, up to 40, at which `text` is at most `width` wide."""
-    return next(size for size in range(40, 5, -1) if _font(size).getlength(text) <= width)
-
-
-def draw_sign(rng, word):
-    """A colored panel with `word` in Title or UPPER case. Drawn 2x too large, turned by a few degrees and averaged."""
-    text = word.upper() if rng.random() < 0.5 else word
-    size = round(_fit(text, 108) * rng.uniform(0.9, 1))
-    w, h = _font(size).getlength(text) / 2 + 8, size * 0.5 + rng.uniform(4, 14)  # half width and height of the panel
-    cx, cy = (64 + rng.uniform(-1, 1) * min(18, 62 - half) for half in (w, h))
-    panel, letters = Image.new("L", (128, 128)), Image.new("L", (128, 128))
-    ImageDraw.Draw(panel).rounded_rectangle((cx - w, cy - h, cx + w, cy + h), rng.randint(0, 12), 255)
-    bold = int(text.isupper())  # lower case stays thin, or the dot of an i melts into its stem
-    ImageDraw.Draw(letters).text((cx, cy), text, 255, _font(size), "mm", stroke_width=bold)
-    angle = rng.uniform(-3, 3)
-    if rng.random() < 0.5:
-        ground, ink = rng.choice(DARK_PANELS), rng.choice([(255, 255, 255), (255, 245, 170)])
-    else:
-        ground, ink = rng.choice(LIGHT_PANELS), rng.choice([(5, 5, 5), (15, 25, 100), (100, 10, 20)])
-    image = _background(rng)
-    for mask, color in ((panel, _jitter(rng, ground, 10)), (letters, ink)):
-        image.paste(color, mask=mask.rotate(angle, Image.Resampling.BILINEAR, center=(cx, cy)).reduce(2))
-    return image
-
-
-def _a(*words):
-    """("orange", "star") -> "an orange star"."""
-    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
-
-
-def world(task, index, seed=0, split="train"):
-    """
-    Sample number `index` of a task (TRAINED_TASKS or KNOWLEDGE_TASKS). The same arguments always give the same sample;
-    different ones never share a random stream, so "test" is unseen whatever was trained on.
-    Split "train" never shows a combination of HELD_OUT; in "test" half of the shapes are one.
-    """
-    if task not in QUESTIONS:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(QUESTIONS)}")
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: choose 'train' or 'test'")
-    rng = random.Random(f"{split}/{seed}/{task}/{index}")
-
-    if task in ("color", "shape") or (task == "describe" and rng.random() < 0.5):
-        held_out = split == "test" and rng.random() < 0.5
-        color, shape = rng.choice(sorted(HELD_OUT) if held_out else _SEEN)
-        image, caption = draw_shape(rng, color, shape), _a(color, shape)
-    else:
-        kind = {"capital": "country", "class": "animal"}.get(task) or rng.choice(list(WORDS))
-        word = rng.choice(WORDS[kind])
-        image, caption = draw_sign(rng, word), f"a sign with the word {word}"
-        rivals = WORDS[kind] if rng.random() < 0.5 else [w for words in WORDS.values() for w in words]
-
-    # What goes into the answer's sentence: the true one first, then its rivals
-    if task == "color":
-        options = [color, *(c for c in COLORS if c != color)]
-    elif task == "shape":
-        options = [_a(shape), *(_a(s) for s in SHAPES if s != shape)]
-    elif task == "describe" and "sign" not in caption:  # near misses: one of the two attributes is right
-        same_color = [_a(color, s) for s in SHAPES if s != shape]
-        same_shape = [_a(c, shape) for c in COLORS if c != color]
-        others = [_a(c, s) for c in COLORS for s in SHAPES if c != color and s != shape]
-        options = [caption, *rng.sample(same_color, 3), *rng.sample(same_shape, 3), *rng.sample(others, 3)]
-    elif task == "capital":
-        options = [CAPITALS[word], *rng.sample([c for w, c in CAPITALS.items() if w != word], 9)]
-    elif task == "class":
-        options = [_a(c) for c in sorted(CLASSES, key=lambda c: word not in CLASSES[c])]
-    else:
-        options = [word, *rng.sample([w for w in rivals if w != word], 9)]
-        if task == "describe":
-            options = [f"a sign with the word {w}" for w in options]
-    options = [ANSWERS[task].format(option) for option in options]
-    options = [option[0].upper() + option[1:] for option in options]
-    answer = options[0]
-    rng.shuffle(options)
-
-    question = wrap(rng.choice(QUESTIONS[task]), rng) if split == "train" else wrap(QUESTIONS[task][0])
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Sample(image, messages, task, answer, options, caption)
-
 
 # ---- Images: from a file to what CLIP expects -----------------------------------------------------------------------
 

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 import data
 import weights
+import world
 from model import VLM, KVCache, Llama, collect
 from surrogate import fork, load_surrogate
 from tokenizer import Tokenizer
 
-TASKS = data.TRAINED_TASKS + data.KNOWLEDGE_TASKS
+TASKS = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
 EVAL_SEED = 7           # the stream of held-out images; split "test" never meets the stream of training
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,15 +44,12 @@ def option_logp(decoder, before, tokens, lengths, chunk=256):
 
 
 @torch.no_grad()
-def answer(vlm, surrogate, samples, max_new_tokens=16):
-    """What pair and graft make of the same samples (all with the same number of options).
+def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_new_tokens=40):
+    """What the LLM, and with `surrogate` the surrogate, make of the same prompts: embeds (B, T, d), of which lengths (B,) are real.
 
-    Returns {"pair": …, "graft": …}, each a list of (index of the likeliest option, greedy answer). Both decoders run in one
-    pass through their common trunk: once over image and question, once over all options behind it.
-    vlm is the graft: its decoder is the full LLM. surrogate None: only the graft.
+    Returns {"pair": …, "graft": …} (only the latter without a surrogate), each a list of (index of the likeliest of the sample's
+    options, greedy answer). Both decoders run in one pass through their common trunk: once over the prompt, once over all options.
     """
-    llm, tokenizer = vlm.decoder, vlm.tokenizer
-    embeds, lengths = vlm.embed_prompts([vlm.prompt(s.messages[:-1]) for s in samples], [s.image for s in samples])
     B, T, _ = embeds.shape
     ragged = None if int(lengths.min()) == T else lengths
     decoders = {"graft": llm} if surrogate is None else {"pair": surrogate, "graft": llm}
@@ -83,6 +81,18 @@ def answer(vlm, surrogate, samples, max_new_tokens=16):
     return out
 
 
+def systems(vlm, surrogate, direct, samples):
+    """{"text", "direct", "graft", "pair": [(choice, said), …]} of the same samples. "text" has the caption in the image's place:
+    what the LLM knows."""
+    images, chats = [s.image for s in samples], [s.messages[:-1] for s in samples]
+    told = [[m | dict(content=m["content"].replace("<image>", " " + s.caption)) for m in c] for s, c in zip(samples, chats)]
+    out = {"text": answer(*vlm.embed_prompts([vlm.prompt(c) for c in told], []), samples, vlm.decoder, None, vlm.tokenizer)["graft"]}
+    if direct is not None:
+        out["direct"] = answer(*direct.embed_prompts([direct.prompt(c) for c in chats], images), samples, direct.decoder, None, vlm.tokenizer)["graft"]
+    ours = answer(*vlm.embed_prompts([vlm.prompt(c) for c in chats], images), samples, vlm.decoder, surrogate, vlm.tokenizer)
+    return out | {name: ours[name] for name in ("graft", "pair") if name in ours}
+
+
 def wilson(right, n):
     """95 % interval of a proportion, as (low, high) (Wilson 1927)."""
     if n == 0:
@@ -92,51 +102,44 @@ def wilson(right, n):
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def same(a, b):
-    """Greedy exact match, up to case and final punctuation."""
-    return a.strip(" .\n").lower() == b.strip(" .\n").lower()
-
-
-def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, full=None, progress=True):
-    """Rank options and answer greedily on n held-out images a task. Returns rows: one dict per task and system.
-
-    `full`: another VLM, trained directly on the full LLM, for comparison.
-    """
+def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, direct=None, progress=True):
+    """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system; and examples."""
     rows, examples = [], []
     bar = tqdm(total=n * len(tasks), desc="held-out images", unit="image", disable=not progress)
     for task in tasks:
-        samples = [data.world(task, i, seed, "test") for i in range(n)]
-        got = {}
+        samples, got = [world.world(task, i, seed, "test") for i in range(n)], {}
+        # images of one kind have options of one number
         for i in range(0, n, batch):
-            chunk = samples[i:i + batch]
-            results = answer(vlm, surrogate, chunk)
-            if full is not None:
-                results["full"] = answer(full, None, chunk)["graft"]
-            for name, r in results.items():
+            for name, r in systems(vlm, surrogate, direct, samples[i:i + batch]).items():
                 got.setdefault(name, []).extend(r)
-            bar.update(len(chunk))
+            bar.update(len(samples[i:i + batch]))
         for name, r in got.items():
             ranked = sum(s.options[choice] == s.answer for s, (choice, _) in zip(samples, r))
-            exact = sum(same(text, s.answer) for s, (_, text) in zip(samples, r))
-            low, high = wilson(ranked, n)
-            rows.append(dict(task=task, trained=task in data.TRAINED_TASKS, system=name, samples=n, ranked=ranked / n, low=low, high=high,
-                             exact=exact / n, chance=sum(1 / len(s.options) for s in samples) / n))
+            said = sum(world.is_right(text, s) for s, (_, text) in zip(samples, r))
+            rows.append(dict(task=task, trained=task in world.TRAINED_TASKS, system=name, samples=n, said=said / n, ranked=ranked / n,
+                             chance=sum(1 / len(s.options) for s in samples) / n))
         examples += [(s, {name: (s.options[r[i][0]], r[i][1]) for name, r in got.items()}) for i, s in enumerate(samples[:2])]
     bar.close()
     return rows, examples
 
 
 def table(rows):
-    """Rows of `compare` as Markdown."""
-    systems = list(dict.fromkeys(r["system"] for r in rows))
-    lines = ["| task | chance | " + " | ".join(f"{s}: ranked (95 %)" for s in systems) + " | " + " | ".join(f"{s}: exact" for s in systems) + " |",
-             "|---|---|" + "---|" * (2 * len(systems))]
-    for task in dict.fromkeys(r["task"] for r in rows):
-        mine = {r["system"]: r for r in rows if r["task"] == task}
-        first = next(iter(mine.values()))
-        lines.append(f"| {task}{'' if first['trained'] else ' *'} | {first['chance']:.0%} | "
-                     + " | ".join(f"{mine[s]['ranked']:.1%} ({mine[s]['low']:.0%}–{mine[s]['high']:.0%})" for s in systems)
-                     + " | " + " | ".join(f"{mine[s]['exact']:.1%}" for s in systems) + " |")
+    """Rows of `compare` as Markdown: said freely, ranked, each in % with the half width of its 95 % interval for the first."""
+    names, lines = list(dict.fromkeys(r["system"] for r in rows)), []
+    for measure, title in (("said", "said freely, right"), ("ranked", "ranked first among options")):
+        lines += [f"| {title} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        groups = [(task + ("" if trained else " *"), [r for r in rows if r["task"] == task])
+                  for task, trained in dict.fromkeys((r["task"], r["trained"]) for r in rows)]
+        groups += [(title, [r for r in rows if r["trained"] == trained]) for title, trained in (("**trained, mean**", True), ("**never trained, mean** *", False))]
+        for title, mine in groups:
+            cells = []
+            for name in names:
+                own = [r for r in mine if r["system"] == name]
+                right, total = sum(r[measure] * r["samples"] for r in own), sum(r["samples"] for r in own)
+                low, high = wilson(right, total)
+                cells.append(f"{right / max(1, total):.1%} ({low:.0%}–{high:.0%})" if own else "")
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -156,7 +159,7 @@ def plot_examples(examples, path):
     for ax, (sample, answers) in zip(axes.flat, examples):
         ax.imshow(sample.image, interpolation="nearest")
         question = sample.messages[0]["content"].split("<image>, ")[-1]
-        star = "* " if sample.task in data.KNOWLEDGE_TASKS else ""
+        star = "* " if sample.task in world.KNOWLEDGE_TASKS else ""
         ax.set_title(textwrap.fill(star + question[:1].upper() + question[1:], 42), fontsize=9)
         for i, (name, (choice, text)) in enumerate(answers.items()):
             # parse_math: an answer with two $ is no formula
@@ -257,7 +260,7 @@ def main(argv=None):
 
     if image is not None or args.chat:
         if image is None:
-            image = data.world("read", 3, args.seed, "test").image
+            image = world.world("read", 3, args.seed, "test").image
             Path(args.out).mkdir(parents=True, exist_ok=True)
             image.save(Path(args.out) / "sign.png")
             print(f"No --image: the conversation is about {args.out}/sign.png")
@@ -274,7 +277,7 @@ def main(argv=None):
     full_llm = weights.read_checkpoint(args.full)[1].get("llm") if args.full and Path(args.full).exists() else None
     full = VLM.from_pretrained(llm, args.full, tokenizer=vlm.tokenizer) if full_llm == name else None
     loaded = time.perf_counter() - start
-    rows, examples = compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, full=full)
+    rows, examples = compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, direct=full)
     layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers" if surrogate else "no surrogate"
     print(f"\npair:  encoder + surrogate ({layers})\ngraft: the same encoder + the full {name}, zero-shot" +
           ("\nfull:  an encoder trained on the full LLM" if full else "") + f"\n\n{table(rows)}\n")

@@ -33,6 +33,7 @@ import parallel
 import plan
 import surrogate
 import weights
+import world
 from model import VLM, Llama, ViT, ViTConfig, add_lora, base_vit
 from surrogate import build_surrogate, check_ranges, load_surrogate, parse_ranges
 from tokenizer import Tokenizer
@@ -128,7 +129,7 @@ class Batches(torch.utils.data.Dataset):
         if kind == "text":
             return self.texts[data.shuffled_index(k, len(self.texts), self.seed)]
         if self.records is None:
-            return data.world(data.TRAINED_TASKS[k % len(data.TRAINED_TASKS)], k, self.seed)
+            return world.world(world.MIXTURE[k % len(world.MIXTURE)], k, self.seed)
         pictured = self.records.pictured
         return self.records[pictured[data.shuffled_index(k, len(pictured), self.seed)]]
 
@@ -422,8 +423,8 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
     """
     path = weights.find(llm_name)
     llm, tokenizer = Llama.from_pretrained(path), Tokenizer.from_pretrained(path)
-    world = [data.world("describe", i, seed).caption for i in range(4096)]              # every caption of the world, by frequency
-    text_of = caption_features(world, tokenizer, llm.model.embed_tokens.weight)
+    captions = [world.world("describe", i, seed).caption for i in range(4096)]          # every caption of the world, by frequency
+    text_of = caption_features(captions, tokenizer, llm.model.embed_tokens.weight)
     torch.manual_seed(seed)
     vlm = VLM(ViT(ViTConfig()), llm, tokenizer, bound).to(device)
     if start:
@@ -433,8 +434,8 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
     vlm.to(dtype)
 
     def backward(step, _):
-        tasks = ["describe", "read", "shape"]                                           # half of them signs, half shapes
-        samples = [data.world(tasks[j % 3], step * batch + j, seed) for j in range(batch)]
+        tasks = ["shape", "read", "flag"]                                               # shapes, signs and flags alike
+        samples = [world.world(tasks[j % 3], step * batch + j, seed) for j in range(batch)]
         pixels = torch.stack([data.preprocess(s.image) for s in samples])               # (B, 3, S, S)
         visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - vlm.mean_embedding        # (B, 1 + P, d), without soi and eoi
         text = torch.stack([text_of[s.caption] for s in samples]).to(device)            # (B, d)

@@ -1,0 +1,156 @@
+"""
+The LLM writes the instructions that the encoder learns from: LLaVA's recipe in miniature.
+
+    python instructions.py                  # writes assets/instructions.json, and prints what each filter lets through
+
+Every caption of the world x open questions, the caption in the image's place; the LLM answers in text. In training the image
+takes the caption's place, and the encoder learns to bring about the same answer. LLaVA's data were made so (arXiv 2304.08485); for speech,
+where a frozen LLM stays frozen as it does here: BLSP (2309.00916) and DeSTA2.5 (2507.02768).
+"""
+
+import argparse
+import collections
+import json
+import random
+import re
+import sys
+
+import torch
+from tqdm import tqdm
+
+import weights
+from data import wrap
+from model import Llama
+from tokenizer import Tokenizer
+from train import default_dtype
+from world import (COLORS, FACTS, FLAGS, KNOWLEDGE_TASKS, SHAPES, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge)  # fmt: skip
+
+OPEN_QUESTIONS = [
+    "What could this be used for?", "Where might one see this?", "Write a short sentence about it.", "Give this picture a title.",
+    "What does it make you think of?", "Tell me something interesting about it.", "Describe it to someone who cannot see it.",
+    "What would a child say about this picture?", "Start a story with what you see.", "Explain what is shown in simple words.",
+    "What question might one ask about this picture?", "What feeling does this picture convey?", "Who might like this picture, and why?",
+    "What is the main thing in this picture?", "Write two lines of a poem about it.", "What would you tell a friend about this picture?",
+]  # fmt: skip
+REFUSAL = re.compile(r"sorry|as an ai|language model|i can(no|')t|i (do not|don't) have|unable to|caption|visual elements|based on the|text|provided|prompt", re.I)
+HELD_OUT_WORDS = sorted({w for c in FACTS for task in KNOWLEDGE_TASKS for w in knowledge(task, c)}
+                        | {"capital", "capitals", "language", "languages", "continent", "continents", "speak", "speaks", "spoken", "speaking",
+                           "African", "Asian", "European", "American", "Americas", "America", "Caribbean", "Australia", "Australian",
+                           "Washington", "Beirut", "Jerusalem", "Ankara", "Brussels", "Seoul", "Canberra", "Ottawa"})  # fmt: skip
+PALETTE = COLORS | {"white": (250, 250, 250), "black": (10, 10, 10), "light blue": (108, 172, 228), "gold": (252, 209, 22)}
+
+
+def yes_or_no(rng, subject):
+    """(question, whether the answer is yes) about something that is in the picture, and about something that is not."""
+    kind, *words = subject
+    things = {"shape": "a shape", "sign": "a sign", "flag": "a flag"}
+    other = rng.choice([k for k in things if k != kind])
+    return [(f"Is there {things[kind]} in the picture? Say why.", True), (f"Is there {things[other]} in the picture? Say why.", False)]
+
+
+def flag_colors(country):
+    """The names of the colors in a flag."""
+    colors = [c for kind, color, *_ in FLAGS[country] for c in (color if kind in "hv" else [color])]
+    near = {min(PALETTE, key=lambda n: sum((a - b) ** 2 for a, b in zip(PALETTE[n], c))) for c in colors}
+    return near | {w for n in near for w in n.split()} | ({"gold", "yellow", "orange"} if near & {"gold", "yellow", "orange"} else set())
+
+
+def contradicts(answer, subject):
+    """Does the answer name a color, a shape, a word or a country that the picture does not show?"""
+    kind, *words = subject
+    if kind == "shape":
+        wrong = [*PALETTE, *SHAPES, *FACTS]
+    elif kind == "sign":                       # its colors are drawn at random
+        mine = next(k for k in WORDS if words[0] in WORDS[k])
+        wrong = [*PALETTE, *SHAPES, *WORDS[mine], *FACTS]
+    else:
+        parts = {p[0] for p in FLAGS[words[0]]}
+        shown = flag_colors(words[0]) | {name for part, name in (("disc", "circle"), ("star", "star"), ("cross", "cross")) if part in parts}
+        wrong = [w for w in [*PALETTE, *SHAPES, *FACTS] if w not in shown]
+    return any(has_word(answer, w) or has_word(answer, w + "s") for w in wrong if w not in words)
+
+
+def in_text(subject, question):
+    """The chat with the caption in the image's place."""
+    return [{"role": "user", "content": wrap(question).replace("<image>", " " + caption(subject))}]
+
+
+@torch.no_grad()
+def log_p(llm, tokenizer, chats, answers, batch=32):
+    """log p of each answer (with its end of turn) behind its chat: a list."""
+    out = []
+    for i in tqdm(range(0, len(chats), batch), desc="does it depend on the picture?", unit="batch"):
+        prompts = [tokenizer.chat(c) for c in chats[i : i + batch]]
+        rows = [p + tokenizer.encode_text(a) for p, a in zip(prompts, answers[i : i + batch])]
+        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for row, r in zip(tokens, rows):
+            row[: len(r)] = torch.tensor(r)
+        x = llm.run(llm.embed(tokens.to(llm.device)))
+        for row, p, r in zip(x, prompts, rows):
+            logp = llm.logits(row[len(p) - 1 : len(r) - 1]).float().log_softmax(-1)
+            out.append(logp.gather(1, torch.tensor(r[len(p) :], device=llm.device)[:, None]).sum().item())
+    return out
+
+
+@torch.no_grad()
+def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subjects=TRAINED_SUBJECTS):
+    """[(subject, question, answer), ...] that pass all filters, and [(filter, how many were left), ...]."""
+    rng, generator = random.Random(seed), torch.Generator(llm.device).manual_seed(seed)
+    asked = [(s, q, None) for s in subjects for q in OPEN_QUESTIONS] + [(s, q, yes) for s in subjects for q, yes in yes_or_no(rng, s)]
+    rng.shuffle(asked)
+    answers = []
+    for i in tqdm(range(0, len(asked), batch), desc="the LLM answers", unit="batch"):
+        prompts = [tokenizer.chat(in_text(s, q)) for s, q, _ in asked[i : i + batch]]
+        new = llm.generate(prompts, max_new_tokens=40, temperature=0.7, top_p=0.9, stop=tokenizer.stop_tokens, generator=generator)
+        answers += [tokenizer.decode(a).strip() for a in new]
+    answers = [a[: max(a.rfind(end) for end in ".!?") + 1] for a in answers]  # up to the last full sentence
+    left, report = [(*who, a) for who, a in zip(asked, answers)], [("asked", len(asked))]
+
+    def keep(name, passes):
+        left[:] = [x for x in left if passes(*x)]
+        report.append((name, len(left)))
+
+    keep("ends in a full sentence", lambda s, q, yes, a: len(a.split()) >= 3)
+    keep("no refusal, no talk of captions", lambda s, q, yes, a: not REFUSAL.search(a))
+    keep("yes or no is right", lambda s, q, yes, a: yes is None or a.lower().startswith("yes" if yes else "no"))
+    keep("contradicts nothing in the picture", lambda s, q, yes, a: not contradicts(a, s))
+    keep("nothing of the held-out topics", lambda s, q, yes, a: not any(has_word(a, w) for w in HELD_OUT_WORDS))
+    others = [rng.choice([t for t in subjects if t[0] == s[0] and not set(t) & set(s[1:])]) for s, *_ in left]
+    here = log_p(llm, tokenizer, [in_text(s, q) for s, q, _, _ in left], [a for *_, a in left])
+    there = log_p(llm, tokenizer, [in_text(t, q) for t, (_, q, _, _) in zip(others, left)], [a for *_, a in left])
+    gain = dict(zip(map(id, left), (h - t for h, t in zip(here, there))))
+    left[:] = [x for x in left if x[2] is not None or gain[id(x)] > threshold]  # whether there is a sign at all needs no other sign
+    report.append(("depends on the picture", len(left)))
+    seen = collections.Counter()
+
+    def opening_is_new(s, q, yes, a):
+        opening = " ".join(a.lower().split()[:5])
+        seen[opening] += 1
+        return seen[opening] <= same_opening
+
+    keep("few with the same opening", opening_is_new)
+    return [(s, q, a) for s, q, _, a in left], report
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="who writes: folder, .gguf file or hub name (default: %(default)s)")
+    parser.add_argument("--out", default="assets/instructions.json", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    path = weights.find(args.llm)
+    llm = Llama.from_pretrained(path, default_dtype(args.device), args.device)
+    written, report = write(llm, Tokenizer.from_pretrained(path), args.seed)
+    lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
+    weights.write_whole(args.out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+    print("\nfilter                                 left")
+    for name, n in report:
+        print(f"{name:36s} {n:6d}  {n / report[0][1]:4.0%}")
+    for subject, question, answer in random.Random(1).sample(written, min(8, len(written))):
+        print(f"\n{caption(subject)} | {question}\n    {' '.join(answer.split())}")
+    print(f"\n{len(written)} instructions: {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(weights.run_cli(main))
