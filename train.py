@@ -415,7 +415,19 @@ def contrastive_loss(image, text, same, logit_scale):
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=None, llm_name=weights.DEFAULT_LLM, save_every=200):
+class Pictures(torch.utils.data.Dataset):
+    """pictures[step] -> (pixels (B, 3, S, S), captions) of a step of stage 0: shapes, signs and flags alike."""
+
+    def __init__(self, batch, seed):
+        self.batch, self.seed = batch, seed
+
+    def __getitem__(self, step):
+        first, tasks = step * self.batch, ["shape", "read", "flag"]
+        samples = [world.world(tasks[j % 3], first + j, self.seed) for j in range(self.batch)]
+        return torch.stack([data.preprocess(s.image) for s in samples]), [s.caption for s in samples]
+
+
+def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=None, llm_name=weights.DEFAULT_LLM, save_every=200, workers=0):
     """Stage 0: CLIP's contrastive pre-training of the small ViT on images and captions. Returns the VLM.
 
     CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector is
@@ -433,13 +445,10 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
     trainer = Trainer(trained_parameters(vlm, "vit") | {"logit_scale": logit_scale}, lr, steps)
     vlm.to(dtype)
 
-    def backward(step, _):
-        tasks = ["shape", "read", "flag"]                                               # shapes, signs and flags alike
-        samples = [world.world(tasks[j % 3], step * batch + j, seed) for j in range(batch)]
-        pixels = torch.stack([data.preprocess(s.image) for s in samples])               # (B, 3, S, S)
+    def backward(step, item):
+        pixels, names = item
         visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - vlm.mean_embedding        # (B, 1 + P, d), without soi and eoi
-        text = torch.stack([text_of[s.caption] for s in samples]).to(device)            # (B, d)
-        names = [s.caption for s in samples]
+        text = torch.stack([text_of[name] for name in names]).to(device)                # (B, d)
         same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
         # CLS learns fastest, as in CLIP; the mean teaches every patch to carry what the whole image says
         cls, mean = (F.normalize(x, dim=-1) for x in (visual[:, 0], visual.mean(1)))    # (B, d) each
@@ -449,7 +458,9 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
         return dict(loss=loss, right=right, targets=batch)
 
     about = dict(stage="vit", llm=llm_name, start=start, bound=bound, vit_config=vars(vlm.encoder.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
-    run(trainer, backward, lambda start, stop: ([None] * (stop - start)), out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
+    pictures = Pictures(batch, seed)
+    read = lambda start, stop: torch.utils.data.DataLoader(pictures, batch_size=None, sampler=range(start, stop), num_workers=workers, collate_fn=as_is)
+    run(trainer, backward, read, out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
     return vlm
 
 
@@ -695,7 +706,7 @@ def main(argv=None):
         if parallel.world() > 1:
             raise ValueError("stage vit runs in one process: its loss compares all samples of a batch")
         recipe = {k: recipe[k] for k in ("steps", "batch", "lr", "bound")}
-        train_vit(**recipe, **common, dtype=dtype, start=None if args.start == "none" else args.start, llm_name=llm_name)
+        train_vit(**recipe, **common, dtype=dtype, start=None if args.start == "none" else args.start, llm_name=llm_name, workers=args.workers)
         return
 
     records = data.load_llava(args.data, args.images, args.seed, args.on_bad_record) if args.data else None
