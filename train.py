@@ -43,12 +43,12 @@ from tokenizer import Tokenizer
 # on LLaVA's data ends_lr, translator_lr and epochs are 1 and distill_every 0, as in the paper, whose other numbers are in plan.py.
 RECIPES = {
     "vit":        dict(steps=600, batch=128, lr=1e-3, bound=2.5),
-    "translator": dict(steps=300, batch=16, lr=1e-3, loss_on="answers+special", epochs=4, distill_every=1),
-    "encoder":    dict(steps=120, batch=16, lr=2e-4, loss_on="answers+special", ends_lr=30.0, translator_lr=5.0, distill_every=4),
+    "translator": dict(steps=400, batch=16, lr=1e-3, loss_on="answers+special", epochs=4, distill_every=1),
+    "encoder":    dict(steps=200, batch=16, lr=2e-4, loss_on="answers+special", distill_every=0),
     "decoder":    dict(steps=30, batch=16, lr=5e-5, loss_on="answers", distill_every=0),
 }
 WARMUP = 0.0305
-DEFAULT_RANGES = [(23, 28)]     # of SmolLM2-135M: earlier cuts save more, but their gradients follow the LLM less (README)
+DEFAULT_RANGES = [(20, 23), (24, 28)]   # of SmolLM2-135M
 
 
 def check_recipe(stage, projector, surrogate, epochs, distill_every, translator_lr):
