@@ -1,7 +1,7 @@
 """
 Zero-shot grafting: plug an encoder that was trained against the surrogate into the full LLM.
 
-    python graft.py                                         # compare pair and graft on held-out images
+    python graft.py                                         # what pair and graft say about held-out images, and a table
     python graft.py --image photo.png --question "What word is on the sign?"
     python graft.py --chat --image photo.png                # a conversation about one image
 
@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import platform
+import random
 import sys
 import textwrap
 import time
@@ -103,8 +104,11 @@ def wilson(right, n):
 
 
 def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, direct=None, progress=True):
-    """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system; and examples."""
-    rows, examples = [], []
+    """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system.
+
+    said: the greedy answer, up to 40 tokens, holds the right word and no rival. ranked: of the options, the right one is the likeliest.
+    """
+    rows = []
     bar = tqdm(total=n * len(tasks), desc="held-out images", unit="image", disable=not progress)
     for task in tasks:
         samples, got = [world.world(task, i, seed, "test") for i in range(n)], {}
@@ -118,13 +122,12 @@ def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, dir
             said = sum(world.is_right(text, s) for s, (_, text) in zip(samples, r))
             rows.append(dict(task=task, trained=task in world.TRAINED_TASKS, system=name, samples=n, said=said / n, ranked=ranked / n,
                              chance=sum(1 / len(s.options) for s in samples) / n))
-        examples += [(s, {name: (s.options[r[i][0]], r[i][1]) for name, r in got.items()}) for i, s in enumerate(samples[:2])]
     bar.close()
-    return rows, examples
+    return rows
 
 
 def table(rows):
-    """Rows of `compare` as Markdown: said freely, ranked, each in % with the half width of its 95 % interval for the first."""
+    """Rows of `compare` as Markdown: said freely, then ranked, each in % with its 95 % interval."""
     names, lines = list(dict.fromkeys(r["system"] for r in rows)), []
     for measure, title in (("said", "said freely, right"), ("ranked", "ranked first among options")):
         lines += [f"| {title} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
@@ -143,33 +146,58 @@ def table(rows):
     return "\n".join(lines)
 
 
-def plot_examples(examples, path):
-    """A picture of images, each with the question, the option that every system ranks first, and what it says by itself."""
+# Six held-out images: four whose answer no image holds and no training showed, two of what was trained.
+DEMO = [("capital", ("flag", "Japan")), ("capital", ("sign", "Kenya")), ("language", ("flag", "Italy")),
+        ("continent", ("sign", "Egypt")), ("flag", ("flag", "Sweden")), ("describe", ("shape", *min(world.HELD_OUT)))]
+
+
+def demo(vlm, surrogate, seed=EVAL_SEED):
+    """What pair and graft say about the six images of DEMO: [(sample, {"pair": text, "graft": text}), …]."""
+    samples = [world.sample_of(random.Random(f"demo/{seed}/{i}"), task, subject) for i, (task, subject) in enumerate(DEMO)]
+    prompts = [vlm.prompt(s.messages[:-1]) for s in samples]
+    said = {}
+    for name, decoder in (("pair", surrogate), ("graft", vlm.decoder)):
+        embeds, lengths = vlm.embed_prompts(prompts, [s.image for s in samples])
+        tokens = decoder.generate(embeds=embeds, lengths=lengths, stop=vlm.tokenizer.stop_tokens, max_new_tokens=40)
+        said[name] = [" ".join(vlm.tokenizer.decode(t).split()) for t in tokens]
+    return [(s, {name: texts[i] for name, texts in said.items()}) for i, s in enumerate(samples)]
+
+
+def question_of(sample):
+    """The question as a person would ask it, without the words around the image."""
+    question = sample.messages[0]["content"].split("<image>, ")[-1]
+    return ("* " if sample.task in world.KNOWLEDGE_TASKS else "") + question[:1].upper() + question[1:]
+
+
+def show_demo(examples):
+    """Print what `demo` returns."""
+    for sample, said in examples:
+        print(f"\n{sample.caption} | {question_of(sample)}")
+        for name, text in said.items():
+            print(f"  {name + ':':7s}{'right' if world.is_right(text, sample) else '-':7s}{textwrap.shorten(text, 100, placeholder=' …')}")
+    print("\n* never trained: no image holds the answer, the full LLM knows it. Left: what the image shows, which no model is told.")
+
+
+def plot_demo(examples, columns=3):
+    """A figure of what `demo` returns: image, question, what the pair says, what the graft says (green where it is right)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    columns = min(4, len(examples))
     lines = math.ceil(len(examples) / columns)
-    side, title, text = 2.7, 0.5, 0.54 * max(len(answers) for _, answers in examples)       # inches
-    height = (side + title + text) * lines + 0.4
-    fig, axes = plt.subplots(lines, columns, figsize=(3.1 * columns, height), dpi=100, squeeze=False)
-    fig.subplots_adjust(left=0.01, right=0.99, wspace=0.05, hspace=(title + text) / side, top=1 - (title + 0.4) / height, bottom=text / height)
+    fig, axes = plt.subplots(2 * lines, columns, figsize=(3.4 * columns, 4.3 * lines), dpi=100, facecolor="white", squeeze=False,
+                             gridspec_kw=dict(height_ratios=[2.4, 1.5] * lines), layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
-    for ax, (sample, answers) in zip(axes.flat, examples):
-        ax.imshow(sample.image, interpolation="nearest")
-        question = sample.messages[0]["content"].split("<image>, ")[-1]
-        star = "* " if sample.task in world.KNOWLEDGE_TASKS else ""
-        ax.set_title(textwrap.fill(star + question[:1].upper() + question[1:], 42), fontsize=9)
-        for i, (name, (choice, text)) in enumerate(answers.items()):
-            # parse_math: an answer with two $ is no formula
-            options = dict(transform=ax.transAxes, va="top", parse_math=False)
-            ax.text(0, -0.04 - 0.2 * i, f"{name}: {choice}", fontsize=9, color="#2d6a4f" if choice == sample.answer else "#c1121f", **options)
-            ax.text(0, -0.13 - 0.2 * i, f"says: {' '.join(text.split())[:48]}", fontsize=7, color="#666666", **options)
-    fig.suptitle("the likeliest of the options (green: right, red: wrong), and below what the model says by itself   * never trained",
-                 fontsize=9, y=1 - 0.15 / height)
-    weights.write_whole(path, lambda part: fig.savefig(part, format="png"))
-    plt.close(fig)
+    for i, (sample, said) in enumerate(examples):
+        picture, words = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
+        picture.imshow(sample.image, interpolation="nearest")
+        picture.set_title(textwrap.fill(question_of(sample), 40), fontsize=10, fontweight="bold")
+        for k, (name, text) in enumerate(said.items()):
+            right = world.is_right(text, sample)
+            shown = textwrap.fill(f"{name} {'✓' if right else '✗'}  {textwrap.shorten(text, 130, placeholder=' …')}", 48)
+            words.text(0, 1 - 0.52 * k, shown, transform=words.transAxes, va="top", fontsize=9, parse_math=False,
+                       color="#2d6a4f" if right else "#9d0208")         # an answer with two $ is no formula
+    return fig
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,8 +258,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm", help="full LLM: folder, .gguf file or hub name (default: the one that the encoder was trained for)")
     parser.add_argument("--encoder", default="assets/encoder.safetensors", help="checkpoint of the stage encoder (default: %(default)s)")
-    parser.add_argument("--full", default="assets/full.safetensors", help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
-    parser.add_argument("--eval", type=int, default=40, metavar="N", help="held-out images a task for the comparison (default: %(default)s)")
+    parser.add_argument("--direct", default="assets/direct.safetensors", help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
+    parser.add_argument("--eval", type=int, default=10, metavar="N", help="held-out images a task for the comparison (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=EVAL_SEED, help="which held-out images (default: %(default)s)")
     parser.add_argument("--image", help="ask about this picture instead")
@@ -274,21 +302,25 @@ def main(argv=None):
         return
 
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
-    full_llm = weights.read_checkpoint(args.full)[1].get("llm") if args.full and Path(args.full).exists() else None
-    full = VLM.from_pretrained(llm, args.full, tokenizer=vlm.tokenizer) if full_llm == name else None
+    direct_llm = weights.read_checkpoint(args.direct)[1].get("llm") if args.direct and Path(args.direct).exists() else None
+    direct = VLM.from_pretrained(llm, args.direct, tokenizer=vlm.tokenizer) if direct_llm == name else None
     loaded = time.perf_counter() - start
-    rows, examples = compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, direct=full)
     layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers" if surrogate else "no surrogate"
-    print(f"\npair:  encoder + surrogate ({layers})\ngraft: the same encoder + the full {name}, zero-shot" +
-          ("\nfull:  an encoder trained on the full LLM" if full else "") + f"\n\n{table(rows)}\n")
-    print(f"{args.eval} held-out images a task; ranked: the right option is the likeliest; exact: the greedy answer is the expected one.\n"
-          f"* never trained: the image does not hold the answer, the LLM has to know it.")
+    print(f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full {name}, zero-shot")
+    if surrogate:
+        examples = demo(vlm, surrogate, args.seed)
+        show_demo(examples)
+        figure = plot_demo(examples)
+        weights.write_whole(Path(args.out) / "demo.png", lambda part: figure.savefig(part, format="png"))
+    rows = compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, direct=direct)
+    print("\ntext:   the caption in the image's place: what the LLM knows" + ("\ndirect: an encoder trained on the full LLM" if direct else "")
+          + f"\n\n{table(rows)}\n{args.eval} held-out images a task, with 95 % intervals; * never trained")
     results = dict(command=" ".join(["python", "graft.py", *(sys.argv[1:] if argv is None else argv)]), encoder=args.encoder, about=about, llm=name,
                    samples=args.eval, seed=args.seed, dtype=args.dtype, device=args.device, torch=torch.__version__, python=platform.python_version(),
                    load_seconds=round(loaded, 1), compare_seconds=round(time.perf_counter() - start - loaded, 1), rows=rows)
     weights.write_whole(Path(args.out) / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
-    plot_examples(examples, Path(args.out) / "examples.png")
-    print(f"{results['load_seconds']} s to load, {results['compare_seconds']} s to compare; see {args.out}/examples.png and results.json")
+    print(f"{results['load_seconds']} s to load, {results['compare_seconds']} s to compare; see {args.out}/"
+          f"{'demo.png and ' if surrogate else ''}results.json")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c as one instr
 # package to the file, and the `def attention` further down then takes the name back.
 try:
     import triton
-    from . import attention as _attention, cross_entropy as _cross_entropy, rms_norm as _rms_norm, swiglu as _swiglu
+
+    from . import attention as _attention
+    from . import cross_entropy as _cross_entropy
+    from . import rms_norm as _rms_norm
+    from . import swiglu as _swiglu
 except ImportError:
     triton = None
 
@@ -91,7 +95,7 @@ def attention(q, k, v, causal=True, lengths=None, rope=None):
     if _use_triton(q):
         return _attention.flash_attention(q, k, v, causal, lengths, rope)
 
-    (B, Tq, Hq, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    (_, Tq, Hq, _), (Tk, Hkv) = q.shape, k.shape[1:3]
     if rope is not None:
         q, k = _rotate(q, *rope), _rotate(k, *rope)
     if q.numel() == 0 or k.numel() == 0:
@@ -257,7 +261,7 @@ def _loss_and_gradient(logits, targets, need_grad):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, step, need_hidden, need_weight):
-        (N, d), V = hidden.shape, weight.shape[0]
+        (N, _), V = hidden.shape, weight.shape[0]
         rows = max(1, CHUNK // V)
         if hidden.is_cuda:  # to be busy a GPU wants longer chunks, in whole tiles of 128 rows
             rows = max(128, 4 * rows // 128 * 128)

@@ -15,6 +15,7 @@ from PIL import Image
 import data
 import graft
 import weights
+import world
 from conftest import save_tiny_llm
 from model import VLM, Llama
 from surrogate import load_surrogate
@@ -43,7 +44,7 @@ def as_pair(vlm, surrogate):
 
 def make_samples(questions, options):
     """Samples with questions and options of our choice, each about another image."""
-    samples = [data.world("read", i, 7, "test") for i in range(len(questions))]
+    samples = [world.world("read", i, 7, "test") for i in range(len(questions))]
     for s, question, o in zip(samples, questions, options):
         s.messages[0]["content"], s.options, s.answer = data.wrap(question), o, o[0]
     return samples
@@ -52,6 +53,12 @@ def make_samples(questions, options):
 RAGGED = make_samples(["What?", "What word is on the sign, and what is the color of the sign?", "Which animal is it?"],
                       [["Yes.", "The word is Bread.", "Not at all, it is a cat."], ["It is a fish.", "No.", "A."],
                        ["A sign.", "Rome.", "The capital is Paris."]])  # fmt: skip
+
+
+def answers(vlm, surrogate, samples, **options):
+    """graft.answer about the samples' images."""
+    embeds, lengths = vlm.embed_prompts([vlm.prompt(s.messages[:1]) for s in samples], [s.image for s in samples])
+    return graft.answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer, **options)
 
 
 # ---- ranking and answering ------------------------------------------------------------------------------------------
@@ -69,14 +76,14 @@ def brute_force(vlm, sample):
     return out
 
 
-EVEN = [data.world("color", i, 3, "test") for i in range(2)]
+EVEN = [world.world("color", i, 3, "test") for i in range(2)]
 
 
 @pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1], EVEN], ids=["ragged", "one", "even"])
 def test_ranking_equals_brute_force(vlm, surrogate, samples, monkeypatch):
     scores = []
     monkeypatch.setattr(graft, "option_logp", lambda *a, f=graft.option_logp: scores.append(f(*a)) or scores[-1])
-    got = graft.answer(vlm, surrogate, samples)
+    got = answers(vlm, surrogate, samples)
     assert list(got) == ["pair", "graft"] and len(scores) == 2
     for (name, results), logp, system in zip(got.items(), scores, (as_pair(vlm, surrogate), vlm)):
         with torch.no_grad():
@@ -87,12 +94,12 @@ def test_ranking_equals_brute_force(vlm, surrogate, samples, monkeypatch):
 
 
 def test_greedy_answers_equal_generate(vlm, surrogate):
-    got = graft.answer(vlm, surrogate, RAGGED, max_new_tokens=12)
+    got = answers(vlm, surrogate, RAGGED, max_new_tokens=12)
     for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
         alone = [system.generate([system.prompt(s.messages[:1])], [s.image], max_new_tokens=12)[0] for s in RAGGED]
         assert [text for _, text in got[name]] == [vlm.tokenizer.decode(ids).strip() for ids in alone]
     assert got["pair"] != got["graft"]
-    assert graft.answer(vlm, None, RAGGED, max_new_tokens=12) == {"graft": got["graft"]}  # with no surrogate: the same
+    assert answers(vlm, None, RAGGED, max_new_tokens=12) == {"graft": got["graft"]}  # with no surrogate: the same
 
 
 def test_option_logp_by_hand():
@@ -114,108 +121,130 @@ def test_wilson(right, n, low, high):
     assert graft.wilson(right, n) == pytest.approx((low, high), abs=6e-4)
 
 
-def test_same():
-    assert graft.same("The word is Bread.", " the word is bread\n") and not graft.same("Bread.", "The word is Bread.")
-
-
 def test_compare_counts_right(monkeypatch):
-    """Rigged systems: the pair ranks the first two of every three right and says nothing, the graft ranks the third
-    right and says everything; `full` is always right and says it in capitals."""
+    """Rigged systems: the pair ranks two of every three right and says nothing, the graft ranks the third right and says
+    everything; `direct` is always right and shouts; the text says the right word and a rival."""
     seen = []
 
-    def answer(vlm, surrogate, samples):
-        out = {"pair": [], "graft": []}
+    def systems(vlm, surrogate, direct, samples):
+        assert (vlm, surrogate, direct) == ("vlm", "surrogate", "direct")
+        out = {"text": [], "direct": [], "graft": [], "pair": []}
         for s in samples:
             right, wrong, third = s.options.index(s.answer), s.options.index(s.answer) - 1, len(seen) % 3 == 2
-            out["pair"].append((wrong if third else right, ""))
+            out["text"].append((wrong, f"{s.answer} Or is it {s.rivals[0]}?"))
+            out["direct"].append((right, s.answer.upper()))
             out["graft"].append((right if third else wrong, s.answer))
-            seen.append((vlm, s))
-        if surrogate is None:
-            seen[-len(samples):] = []
-            return {"graft": [(s.options.index(s.answer), s.answer.upper()) for s in samples]}
+            out["pair"].append((wrong if third else right, ""))
+            seen.append(s)
         return out
 
-    monkeypatch.setattr(graft, "answer", answer)
+    monkeypatch.setattr(graft, "systems", systems)
     tasks = ("color", "capital")
-    rows, examples = graft.compare("vlm", "surrogate", n=7, batch=3, tasks=tasks, seed=5, full="full", progress=False)
-    names = [(task, system, task == "color") for task in tasks for system in ("pair", "graft", "full")]
+    rows = graft.compare("vlm", "surrogate", n=7, batch=3, tasks=tasks, seed=5, direct="direct", progress=False)
+    names = [(task, system, task == "color") for task in tasks for system in ("text", "direct", "graft", "pair")]
     assert [(r["task"], r["system"], r["trained"]) for r in rows] == names
     thirds = [sum(i % 3 == 2 for i in range(a, a + 7)) for a in (0, 7)]
-    for (pair, grafted, full), third, options in zip((rows[:3], rows[3:]), thirds, (8, 10)):
-        assert pair["ranked"] == (7 - third) / 7 and pair["exact"] == 0
-        assert grafted["ranked"] == third / 7 and grafted["exact"] == 1
-        assert full["ranked"] == full["exact"] == 1
-        assert all(r["samples"] == 7 and r["chance"] == pytest.approx(1 / options) for r in (pair, grafted, full))
-        assert (pair["low"], pair["high"]) == graft.wilson(7 - third, 7)
-    assert [s for _, s in seen] == [data.world(task, i, 5, "test") for task in tasks for i in range(7)]
-    assert [s.task for s, _ in examples] == ["color"] * 2 + ["capital"] * 2
-    assert all({name: text for name, (_, text) in answers.items()} == {"pair": "", "graft": s.answer, "full": s.answer.upper()}
-               and all(choice in s.options for choice, _ in answers.values()) for s, answers in examples)
+    for (text, direct, grafted, pair), third, options in zip((rows[:4], rows[4:]), thirds, (8, 10)):
+        assert text["said"] == text["ranked"] == 0
+        assert direct["ranked"] == direct["said"] == 1
+        assert grafted["ranked"] == third / 7 and grafted["said"] == 1
+        assert pair["ranked"] == (7 - third) / 7 and pair["said"] == 0
+        assert all(r["samples"] == 7 and r["chance"] == pytest.approx(1 / options) for r in (text, direct, grafted, pair))
+    assert seen == [world.world(task, i, 5, "test") for task in tasks for i in range(7)]
+
+
+def test_systems_are_what_they_say(vlm, surrogate, stages, tiny_llm):
+    """text has the caption where the image goes; direct its own encoder; pair and graft share theirs."""
+    samples = [world.world("capital", i, 5, "test") for i in range(2)]
+    direct = VLM.from_pretrained(tiny_llm, stages["full"])
+    got = graft.systems(vlm, surrogate, direct, samples)
+    assert list(got) == ["text", "direct", "graft", "pair"]
+    ours = answers(vlm, surrogate, samples)
+    assert got["graft"] == ours["graft"] and got["pair"] == ours["pair"]
+    assert got["direct"] == answers(direct, None, samples)["graft"]
+    told = samples[0].messages[0]["content"].replace("<image>", " " + samples[0].caption)
+    ids = vlm.generate([vlm.prompt([{"role": "user", "content": told}])], [], max_new_tokens=40)[0]
+    assert got["text"][0][1] == vlm.tokenizer.decode(ids).strip()
+    assert list(graft.systems(vlm, None, None, samples)) == ["text", "graft"]
 
 
 def test_table():
-    row = dict(samples=40, low=0.5, high=0.75, chance=0.1)
-    rows = [row | dict(task="read", trained=True, system="pair", ranked=0.625, exact=0.5),
-            row | dict(task="read", trained=True, system="graft", ranked=0.6, exact=0.25),
-            row | dict(task="capital", trained=False, system="pair", ranked=0.1, exact=0),
-            row | dict(task="capital", trained=False, system="graft", ranked=0.2, exact=0.05)]
-    lines = graft.table(rows).split("\n")
-    assert lines[0] == "| task | chance | pair: ranked (95 %) | graft: ranked (95 %) | pair: exact | graft: exact |"
-    assert lines[2] == "| read | 10% | 62.5% (50%–75%) | 60.0% (50%–75%) | 50.0% | 25.0% |"
-    assert lines[3] == "| capital * | 10% | 10.0% (50%–75%) | 20.0% (50%–75%) | 0.0% | 5.0% |"
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    row = dict(samples=40, chance=0.1)
+    rows = [row | dict(task="read", trained=True, system="graft", ranked=0.6, said=0.25),
+            row | dict(task="read", trained=True, system="pair", ranked=0.625, said=0.5),
+            row | dict(task="capital", trained=False, system="graft", ranked=0.2, said=0.05),
+            row | dict(task="capital", trained=False, system="pair", ranked=0.1, said=0)]
+    said, ranked = (part.split("\n") for part in graft.table(rows).strip().split("\n\n"))
+    assert said[0] == "| said freely, right | graft | pair |" and ranked[0] == "| ranked first among options | graft | pair |"
+    assert said[2] == "| read | 25.0% (14%–40%) | 50.0% (35%–65%) |"
+    assert said[3] == "| capital * | 5.0% (1%–17%) | 0.0% (0%–9%) |"
+    assert ranked[4:] == ["| **trained, mean** | 60.0% (45%–74%) | 62.5% (47%–76%) |",
+                          "| **never trained, mean** * | 20.0% (10%–35%) | 10.0% (4%–23%) |"]
+
+
+def test_demo_says_what_pair_and_graft_say(vlm, surrogate, capsys):
+    examples = graft.demo(vlm, surrogate)
+    assert [(s.task, s.caption) for s, _ in examples[:2]] == [("capital", "the flag of Japan"), ("capital", "a sign with the word Kenya")]
+    assert any(s.task in world.TRAINED_TASKS for s, _ in examples)
+    sample, said = examples[1]
+    for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
+        ids = system.generate([system.prompt(sample.messages[:1])], [sample.image], max_new_tokens=40)[0]
+        assert said[name] == " ".join(vlm.tokenizer.decode(ids).split())
+    graft.show_demo([(sample, {"pair": "I see a sign.", "graft": "The capital of Kenya is Nairobi."})])
+    printed = capsys.readouterr().out
+    assert "a sign with the word Kenya | * What" in printed or "a sign with the word Kenya | * Name" in printed
+    assert "pair:  -" in printed and "graft: right  The capital of Kenya is Nairobi." in printed
 
 
 def test_any_answer_can_be_drawn(tmp_path):
     """Formulas, many lines, no answer: matplotlib must not read anything into them."""
-    samples = [data.world("read", i, 0, "test") for i in range(5)]
-    answers = ["$5 {and} $6_", "two\nlines\n" * 9, "", samples[3].answer, "long " * 50]
-    graft.plot_examples([(s, {"pair": (s.answer, a), "graft": (s.answer, s.answer)}) for s, a in zip(samples, answers)], tmp_path / "a.png")
+    samples = [world.world("read", i, 0, "test") for i in range(5)]
+    texts = ["$5 {and} $6_", "two\nlines\n" * 9, "", samples[3].answer, "long " * 50]
+    graft.plot_demo([(s, {"pair": s.answer, "graft": a}) for s, a in zip(samples, texts)]).savefig(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size[0] > picture.size[1] > 300
+        assert min(picture.size) > 300
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a random LLM writes control characters
 def test_comparison_from_the_command_line(stages, tiny_llm, tmp_path, capsys):
-    argv = ["--encoder", stages["encoder"], "--full", stages["full"], "--eval", "3", "--batch", "2"]
+    argv = ["--encoder", stages["encoder"], "--direct", stages["full"], "--eval", "3", "--batch", "2"]
     argv += ["--out", str(tmp_path)]
     graft.main(argv)
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["command"] == "python graft.py " + " ".join(argv)
     assert results["samples"] == 3 and results["llm"] == tiny_llm and results["about"]["stage"] == "encoder"
-    tasks = data.TRAINED_TASKS + data.KNOWLEDGE_TASKS
-    names = [(task, system) for task in tasks for system in ("pair", "graft", "full")]
+    tasks = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
+    names = [(task, system) for task in tasks for system in ("text", "direct", "graft", "pair")]
     assert [(r["task"], r["system"]) for r in results["rows"]] == names
     for r in results["rows"]:
-        assert r["samples"] == 3 and r["ranked"] in (0, 1 / 3, 2 / 3, 1)
-        assert -1e-9 <= r["low"] <= r["ranked"] + 1e-9 and r["ranked"] - 1e-9 <= r["high"] <= 1 + 1e-9
-        assert r["chance"] == pytest.approx({"color": 1 / 8, "shape": 1 / 8, "class": 1 / 5}.get(r["task"], 1 / 10))
+        assert r["samples"] == 3 and {r["ranked"], r["said"]} <= {0, 1 / 3, 2 / 3, 1}
+        assert r["chance"] == pytest.approx({"color": 1 / 8, "shape": 1 / 8, "continent": 1 / 4}.get(r["task"], 1 / 10))
     assert graft.table(results["rows"]) in printed and "4 of 6 layers" in printed and "3 held-out images" in printed
-    with Image.open(tmp_path / "examples.png") as picture:
+    with Image.open(tmp_path / "demo.png") as picture:
         picture.load()
         assert min(picture.size) > 300
-    assert {f.name for f in tmp_path.iterdir()} == {"results.json", "examples.png"}
+    assert {f.name for f in tmp_path.iterdir()} == {"results.json", "demo.png"}
     # the same numbers again, whatever the batch; without a surrogate there is no pair
     graft.main([*argv, "--batch", "3"])
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == results["rows"]
-    graft.main(["--encoder", stages["full"], "--full", "", "--eval", "3", "--out", str(tmp_path)])
+    graft.main(["--encoder", stages["full"], "--direct", "", "--eval", "3", "--out", str(tmp_path)])
     alone = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [{k: v for k, v in r.items() if k != "system"} for r in alone] == \
-        [{k: v for k, v in r.items() if k != "system"} for r in results["rows"] if r["system"] == "full"]
+        [{k: v for k, v in r.items() if k != "system"} for r in results["rows"] if r["system"] in ("text", "direct")]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_trained_decoder_is_what_answers(stages, tiny_llm, tmp_path, capsys):
     """A checkpoint of stage 3 brings its own decoder."""
-    graft.main(["--encoder", stages["decoder"], "--eval", "2", "--full", "", "--out", str(tmp_path)])
+    graft.main(["--encoder", stages["decoder"], "--eval", "2", "--direct", "", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert {r["system"] for r in rows} == {"graft"} and "no surrogate" in capsys.readouterr().out
+    assert {r["system"] for r in rows} == {"text", "graft"} and "no surrogate" in capsys.readouterr().out
     trained = VLM.from_pretrained(tiny_llm, stages["decoder"])
-    samples = [data.world("read", i, graft.EVAL_SEED, "test") for i in range(2)]
-    expected = graft.answer(trained, None, samples)["graft"]
+    samples = [world.world("read", i, graft.EVAL_SEED, "test") for i in range(2)]
+    expected = answers(trained, None, samples)["graft"]
     right = sum(s.options[choice] == s.answer for s, (choice, _) in zip(samples, expected))
-    assert next(r for r in rows if r["task"] == "read")["ranked"] == right / 2
+    assert next(r for r in rows if (r["task"], r["system"]) == ("read", "graft"))["ranked"] == right / 2
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
@@ -223,11 +252,11 @@ def test_trained_decoder_is_what_answers(stages, tiny_llm, tmp_path, capsys):
 
 def test_the_seeds_use(stages, tiny_llm, tmp_path):
     """Load, give an image and a question, print the answer."""
-    data.world("read", 0).image.save(tmp_path / "sign.png")
+    world.world("read", 0).image.save(tmp_path / "sign.png")
     vlm = VLM.from_pretrained(tiny_llm, encoder=stages["encoder"])
     text = vlm.chat(str(tmp_path / "sign.png"), "What word is on the sign?")
     assert isinstance(text, str) and text
-    assert text == vlm.chat(data.world("read", 0).image, "what word is on the sign?")  # wrap lowers the w
+    assert text == vlm.chat(world.world("read", 0).image, "what word is on the sign?")  # wrap lowers the w
 
 
 def test_released_layout_grafts(stages, tiny_llm, tmp_path):
