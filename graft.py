@@ -100,7 +100,7 @@ def wilson(right, n):
         return 0.0, 1.0
     z, p = 1.96, right / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, direct=None, progress=True):
@@ -302,7 +302,7 @@ def main(argv=None):
         return
 
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
-    direct_llm = weights.read_checkpoint(args.direct)[1].get("llm") if args.direct and Path(args.direct).exists() else None
+    direct_llm = weights.read_checkpoint(args.direct)[1].get("llm") if args.direct and weights.locate(args.direct).exists() else None
     direct = VLM.from_pretrained(llm, args.direct, tokenizer=vlm.tokenizer) if direct_llm == name else None
     loaded = time.perf_counter() - start
     layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers" if surrogate else "no surrogate"

@@ -596,7 +596,7 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
     """The ViT that a checkpoint started from: a file of train.py's stage `vit`, or a CLIP (folder or hub name)."""
     if Path(name).suffix != ".safetensors":
         return ViT.from_pretrained(name, dtype, device)
-    if not Path(checkpoint).exists():
+    if not weights.locate(checkpoint).exists():
         raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
     file = weights.beside(name, checkpoint)
     tensors, about = weights.read_checkpoint(file)

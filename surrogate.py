@@ -231,9 +231,10 @@ def main(argv=None):
     args.out = args.out or "runs/trajectory.png"
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     path = weights.find(args.llm)
-    if not Path(args.text).exists():
+    args.text = weights.locate(args.text)
+    if not args.text.exists():
         raise FileNotFoundError(f"no such text file: {args.text}")
-    tokens = text_tokens(Tokenizer.from_pretrained(path), Path(args.text).read_text(encoding="utf-8"), args.length)
+    tokens = text_tokens(Tokenizer.from_pretrained(path), args.text.read_text(encoding="utf-8"), args.length)
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
     ranges = check_ranges(parse_ranges(args.replace), L) if args.replace else None

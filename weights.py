@@ -394,10 +394,16 @@ def save_checkpoint(path, tensors, about):
             parallel.whole(t.detach())
 
 
+def locate(path):
+    """A file as named, or else, whatever the working folder, beside this code: so assets/… is found from anywhere."""
+    path, here = Path(path), Path(__file__).parent / path
+    return here if not path.exists() and here.exists() else path
+
+
 def open_checkpoint(path):
     """({name: function that reads this tensor}, about) of a file that `save_checkpoint` wrote, or of a checkpoint that the
     paper released (.pth)."""
-    path = Path(path)
+    path = locate(path)
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if path.suffix != ".safetensors":
@@ -418,10 +424,15 @@ def read_checkpoint(path):
 
 
 def beside(name, checkpoint):
-    """The file that a checkpoint's metadata names: as written there, or else in the checkpoint's own folder."""
-    for file in (Path(name), Path(checkpoint).parent / Path(name).name):
-        if file.exists():
-            return file
+    """The file that a checkpoint's metadata names: in the checkpoint's own folder, or else as written there.
+
+    In this order: what is shipped in assets/ stays together, whatever a run of yours has left in runs/ since.
+    """
+    neighbour, written = locate(checkpoint).parent / Path(name).name, locate(name)
+    if neighbour.exists() and not neighbour.samefile(locate(checkpoint)):
+        return neighbour
+    if written.exists():
+        return written
     raise FileNotFoundError(f"{checkpoint} needs {name}, which is neither there nor beside it")
 
 

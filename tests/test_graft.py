@@ -263,7 +263,7 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
     """A checkpoint through the paper's .pth and back: encoder, projector and translator have every weight again."""
     pth, back = str(tmp_path / "ckpt_01_0000003.pth"), str(tmp_path / "encoder.safetensors")
     weights.main([stages["encoder"], pth])
-    weights.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4"])
+    weights.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4", "--init", stages["translator"]])
     llm = Llama.from_pretrained(tiny_llm)
     for a, b in [(VLM.from_pretrained(tiny_llm, file) for file in (stages["encoder"], back)),
                  (load_surrogate(llm, file) for file in (stages["encoder"], back))]:  # fmt: skip
