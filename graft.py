@@ -275,8 +275,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.eval, args.batch, args.max_new_tokens) < 1:
         raise ValueError("--eval, --batch and --max-new-tokens must be at least 1")
-    if args.temperature < 0:
-        raise ValueError("--temperature must be 0 (greedy) or more")
+    if not 0 <= args.temperature <= 100:        # so written that nan fails, too
+        raise ValueError(f"--temperature must be between 0 (greedy) and 100, not {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
     image = data.open_image(args.image) if args.image else None
 
     start = time.perf_counter()

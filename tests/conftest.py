@@ -11,7 +11,7 @@ import json
 import pytest
 from safetensors.torch import save_file
 
-import data
+import world
 import weights
 from model import Llama, LlamaConfig
 from tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def save_tiny_llm(folder, width=32):
     bpe = HFTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    texts = [m["content"] for task in data.QUESTIONS for i in range(20) for m in data.world(task, i).messages]
+    texts = [m["content"] for task in world.QUESTIONS for i in range(20) for m in world.world(task, i).messages]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=500, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -95,7 +95,7 @@ def stages(tiny_llm, cache, tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", cache)
         run("vit", "vit")
         run("translator", "translator", "--init", files["vit"], "--replace", "2-4", "--chats", "8")
-        run("encoder", "encoder", "--init", files["translator"], "--distill-every", "2")
+        run("encoder", "encoder", "--init", files["translator"])
         run("decoder", "decoder", "--init", files["encoder"])
         run("encoder", "full", "--init", "none", "--vit", files["vit"], "--replace", "none")
     return files

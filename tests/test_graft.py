@@ -344,7 +344,9 @@ def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     refused(*encoder, "--eval", "0", words=["--eval", "at least 1"])
     refused(*encoder, "--batch", "-1", words=["--batch", "at least 1"])
     refused(*encoder, "--chat", "--max-new-tokens", "0", words=["--max-new-tokens", "at least 1"])
-    refused(*encoder, "--chat", "--temperature", "-1", words=["--temperature"])
+    for option, values in (("--temperature", ("-1", "nan", "inf")), ("--top-p", ("0", "-1", "nan", "1.5"))):
+        for value in values:
+            refused(*encoder, "--chat", option, value, words=[option])
     refused(*encoder, "--image", str(tmp_path / "text.png"), words=["text.png", "not an image"])
     refused(*encoder, "--image", str(tmp_path / "gone.png"), words=["gone.png", "no such image"])
     refused(*encoder, "--llm", other, words=["encoder.safetensors does not belong", "adapter.0", "32", "48"])
