@@ -349,9 +349,10 @@ class Trainer:
 
 
 def default_dtype(device):
-    """bf16 where the chip multiplies it in hardware (GPUs, and CPUs with AMX), else float32."""
-    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return torch.bfloat16 if str(device).startswith("cuda") or amx else torch.float32
+    """bf16 where the chip multiplies it in hardware (GPUs, and CPUs with AMX or AVX512-BF16), else float32."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = str(device).startswith("cuda") or cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_llm=True, shard=None):
