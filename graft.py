@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import data
-import weights
-import world
+from data import world
+from data.batches import wrap
+from data.images import open_image
+from formats import checkpoints, official
+from formats.errors import UserError, run_cli
+from formats.tokenizer import Tokenizer
 from model import VLM, KVCache, Llama, collect
 from surrogate import fork, load_surrogate
-from tokenizer import Tokenizer
 
 TASKS = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
 EVAL_SEED = 7           # the stream of held-out images; split "test" never meets the stream of training
@@ -243,7 +245,7 @@ def chat(vlm, image, options):
             break
         if not question:
             break
-        messages.append({"role": "user", "content": question if messages else data.wrap(question)})
+        messages.append({"role": "user", "content": question if messages else wrap(question)})
         print("llm> ", end="")
         text, timing = ask(vlm, image, messages, show=show_piece, **options)
         print(f"\n     [{timing}]")
@@ -274,19 +276,19 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/graft", help="folder for results.json and examples.png (default: %(default)s)")
     args = parser.parse_args(argv)
     if min(args.eval, args.batch, args.max_new_tokens) < 1:
-        raise ValueError("--eval, --batch and --max-new-tokens must be at least 1")
+        raise UserError("--eval, --batch and --max-new-tokens must be at least 1")
     if not 0 <= args.temperature <= 100:        # so written that nan fails, too
-        raise ValueError(f"--temperature must be between 0 (greedy) and 100, not {args.temperature}")
+        raise UserError(f"--temperature must be between 0 (greedy) and 100, not {args.temperature}")
     if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    image = data.open_image(args.image) if args.image else None
+        raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    image = open_image(args.image) if args.image else None
 
     start = time.perf_counter()
-    _, about = weights.read_checkpoint(args.encoder)
-    name = args.llm or about.get("llm", weights.DEFAULT_LLM)
+    _, about = checkpoints.read_checkpoint(args.encoder)
+    name = args.llm or about.get("llm", official.DEFAULT_LLM)
     dtype = getattr(torch, args.dtype)
     llm = Llama.from_pretrained(name, dtype, args.device)
-    vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(weights.find(name)))
+    vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)))
 
     if image is not None or args.chat:
         if image is None:
@@ -299,12 +301,12 @@ def main(argv=None):
         options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
         if args.chat:
             return chat(vlm, image, options)
-        _, timing = ask(vlm, image, [{"role": "user", "content": data.wrap(args.question)}], show=show_piece, **options)
+        _, timing = ask(vlm, image, [{"role": "user", "content": wrap(args.question)}], show=show_piece, **options)
         print(f"\n[{timing}]")
         return
 
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
-    direct_llm = weights.read_checkpoint(args.direct)[1].get("llm") if args.direct and weights.locate(args.direct).exists() else None
+    direct_llm = checkpoints.read_checkpoint(args.direct)[1].get("llm") if args.direct and checkpoints.locate(args.direct).exists() else None
     direct = VLM.from_pretrained(llm, args.direct, tokenizer=vlm.tokenizer) if direct_llm == name else None
     loaded = time.perf_counter() - start
     layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers" if surrogate else "no surrogate"
@@ -313,17 +315,17 @@ def main(argv=None):
         examples = demo(vlm, surrogate, args.seed)
         show_demo(examples)
         figure = plot_demo(examples)
-        weights.write_whole(Path(args.out) / "demo.png", lambda part: figure.savefig(part, format="png"))
+        checkpoints.write_whole(Path(args.out) / "demo.png", lambda part: figure.savefig(part, format="png"))
     rows = compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, direct=direct)
     print("\ntext:   the caption in the image's place: what the LLM knows" + ("\ndirect: an encoder trained on the full LLM" if direct else "")
           + f"\n\n{table(rows)}\n{args.eval} held-out images a task, with 95 % intervals; * never trained")
     results = dict(command=" ".join(["python", "graft.py", *(sys.argv[1:] if argv is None else argv)]), encoder=args.encoder, about=about, llm=name,
                    samples=args.eval, seed=args.seed, dtype=args.dtype, device=args.device, torch=torch.__version__, python=platform.python_version(),
                    load_seconds=round(loaded, 1), compare_seconds=round(time.perf_counter() - start - loaded, 1), rows=rows)
-    weights.write_whole(Path(args.out) / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
+    checkpoints.write_whole(Path(args.out) / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
     print(f"{results['load_seconds']} s to load, {results['compare_seconds']} s to compare; see {args.out}/"
           f"{'demo.png and ' if surrogate else ''}results.json")
 
 
 if __name__ == "__main__":
-    sys.exit(weights.run_cli(main))
+    sys.exit(run_cli(main))

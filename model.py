@@ -4,7 +4,7 @@ Llama, CLIP's vision tower (ViT), and the vision language model (VLM) that joins
     image -> ViT -> projector -> visual tokens -> Llama -> text
 
 Read top to bottom: 1) Llama, 2) ViT, 3) VLM. Parameter names are those of the official checkpoints, so that loading is a
-plain `load_state_dict`; weights.py knows where the official files are and how each format spells those names.
+plain `load_state_dict`; formats/official.py knows where the official files are and how each format spells those names.
 
 References:
 1) Llama 3: https://arxiv.org/abs/2407.21783, code at https://github.com/meta-llama/llama-models
@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 from torch.utils.checkpoint import checkpoint
 
-import data
 import kernels
-import weights
-from tokenizer import IMAGE, Tokenizer
+from data.batches import wrap
+from data.images import preprocess
+from formats import checkpoints, official
+from formats.errors import MissingFile, UserError
+from formats.tokenizer import IMAGE, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Llama
@@ -141,27 +142,29 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
-        self.sharded = False        # over several GPUs (parallel.shard)
+        self.sharded = False        # over several GPUs (extras.parallel.shard)
         self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again in the backward pass
 
     @classmethod
-    def from_pretrained(cls, path=weights.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None):
+    def from_pretrained(cls, path=official.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None,
+                        place=None):
         """Load official weights, frozen. `path` is a folder (Hugging Face's or Meta's layout), a .gguf file or a hub name.
 
-        layers: a list of the layers to keep (a surrogate), numbered anew; the others are never read. shard: a function that
-        shards the empty model over several GPUs (parallel.shard); each process then keeps only its slices.
-        Raises FileNotFoundError or ValueError, each with one line, for files that are missing, damaged or of another model.
+        layers: a list of the layers to keep (a surrogate), numbered anew; the others are never read. shard: a function
+        that shards the empty model over several GPUs, place: what cuts each process's slice out of a tensor
+        (extras.parallel.shard and .like). Raises MissingFile or UserError, each with one line, for files that are
+        missing, damaged or of another model.
         """
-        path = weights.find(path)
-        config, tensors = LlamaConfig(**weights.llama_config(path)), weights.llama_tensors(path)
+        path = official.find(path)
+        config, tensors = LlamaConfig(**official.llama_config(path)), official.llama_tensors(path)
         if layers is not None:
-            tensors = weights.pick_layers(tensors, layers, config.num_hidden_layers)
+            tensors = official.pick_layers(tensors, layers, config.num_hidden_layers)
             config.num_hidden_layers = len(layers)
         with torch.device("meta"):                  # no memory yet: every tensor goes straight to its place, one by one
             model = cls(config)
         if shard:
             shard(model)
-        weights.load(model, tensors, dtype, device, path)
+        official.load(model, tensors, dtype, device, path, place)
         return model.requires_grad_(False).eval()
 
     @property
@@ -237,7 +240,7 @@ class Llama(nn.Module):
         last = torch.full((B,), T - 1) if lengths is None else lengths.cpu() - 1
         if not use_cache:       # slow, and simple: the whole sequence anew for every token
             if lengths is not None:
-                raise ValueError("prompts of different lengths need the cache: use_cache=True, or give one at a time")
+                raise UserError("prompts of different lengths need the cache: use_cache=True, or give one at a time")
             for _ in range(max_new_tokens):
                 token = sample(self.logits(self.run(embeds)[:, -1]), temperature, top_p, generator)
                 yield token
@@ -262,7 +265,7 @@ class Llama(nn.Module):
         """Continue prompts (a list of token lists, of any lengths) or embeds: a list of new token lists, stop token excluded."""
         if embeds is None:
             if not prompts or not all(prompts):
-                raise ValueError("an empty prompt cannot be continued: give at least one token, as Tokenizer.chat does")
+                raise UserError("an empty prompt cannot be continued: give at least one token, as Tokenizer.chat does")
             lengths = torch.tensor([len(p) for p in prompts])
             padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
             for row, p in zip(padded, prompts):
@@ -342,7 +345,7 @@ class KVCache:
     def __init__(self, llm, batch, size):
         c = llm.config
         if size > c.max_position_embeddings:
-            raise ValueError(f"{size} positions are too many: this LLM reads at most {c.max_position_embeddings}")
+            raise UserError(f"{size} positions are too many: this LLM reads at most {c.max_position_embeddings}")
         shape = (batch, size, c.num_key_value_heads, c.head_dim)
         self.size = size
         self.keys = [torch.zeros(shape, dtype=llm.dtype, device=llm.device) for _ in llm.model.layers]
@@ -462,11 +465,11 @@ class ViT(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
         """Load an official CLIP vision tower (folder or hub name), e.g. openai/clip-vit-large-patch14-336, frozen."""
-        path = weights.find(path)
-        config = ViTConfig(**weights.vit_config(path))
+        path = official.find(path)
+        config = ViTConfig(**official.vit_config(path))
         with torch.device("meta"):
             model = cls(config)
-        weights.load(model, weights.vit_tensors(path), dtype, device, path)
+        official.load(model, official.vit_tensors(path), dtype, device, path)
         return model.requires_grad_(False).eval()
 
     @property
@@ -532,24 +535,24 @@ class VLM(nn.Module):
         return x.masked_scatter(is_image[..., None], visual)                # visual tokens fill the places in order
 
     def loss(self, tokens, targets, pixels=None):
-        """Sum of -log p over the targets of a batch as data.collate makes it; divide by the targets of the global batch."""
+        """Sum of -log p over the targets of a batch as data.batches.collate makes it; divide by the targets of the global batch."""
         x = self.decoder.run(self.embed(tokens, pixels))
         return self.decoder.loss(x, targets)
 
     @classmethod
-    def from_pretrained(cls, llm=weights.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32, device="cpu", tokenizer=None):
+    def from_pretrained(cls, llm=official.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32, device="cpu", tokenizer=None):
         """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage `encoder`.
 
         The checkpoint holds only what was trained; its metadata names the ViT that it started from.
         """
-        tensors, about = weights.read_checkpoint(encoder)
+        tensors, about = checkpoints.read_checkpoint(encoder)
         if not {"adapter.0.weight", "embd_soi"} <= tensors.keys():      # stage vit has the first, but not yet the second
-            raise ValueError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: give a checkpoint of "
-                             "train.py's stage translator, encoder or decoder")
+            raise UserError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: give a checkpoint of "
+                            "train.py's stage translator, encoder or decoder")
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
         vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
         if tokenizer is None:
-            tokenizer = Tokenizer.from_pretrained(weights.find(about.get("llm", weights.DEFAULT_LLM) if isinstance(llm, Llama) else llm))
+            tokenizer = Tokenizer.from_pretrained(official.find(about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm))
         if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
             if about.get("recipe", {}).get("lora"):     # stage 3 trained the full LLM itself: a copy takes the new weights
                 tensors = merge_lora(tensors, decoder, about["recipe"]["lora"])
@@ -557,11 +560,11 @@ class VLM(nn.Module):
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
         vlm = cls(vit, decoder, tokenizer, about.get("bound")).to(decoder.device, decoder.dtype)
-        weights.load_checkpoint(vlm, tensors, encoder)
+        checkpoints.load_checkpoint(vlm, tensors, encoder)
         return vlm.requires_grad_(False).eval()
 
     def prompt(self, messages):
-        """Chat messages (data.wrap puts "<image>" into a question) -> token ids, every image as n_visual IMAGE places."""
+        """Chat messages (data.batches.wrap puts "<image>" into a question) -> token ids, every image as n_visual IMAGE places."""
         ids = []
         for t in self.tokenizer.chat(messages):
             ids += [t] * (self.n_visual if t == IMAGE else 1)
@@ -572,13 +575,13 @@ class VLM(nn.Module):
         """Prompts (lists of ids) and their images, in order -> embeddings (B, T, d), padded on the right, and lengths (B,)."""
         places = sum(p.count(IMAGE) for p in prompts)
         if places != len(images) * self.n_visual:
-            raise ValueError(f"{len(images)} images given, but the prompts have places for {places / self.n_visual:g}")
+            raise UserError(f"{len(images)} images given, but the prompts have places for {places / self.n_visual:g}")
         lengths = torch.tensor([len(p) for p in prompts])
         tokens = torch.full((len(prompts), int(lengths.max())), self.tokenizer.pad)
         for row, p in zip(tokens, prompts):
             row[:len(p)] = torch.tensor(p)
         size = self.encoder.config.image_size
-        pixels = torch.stack([data.preprocess(i, size) for i in images]) if images else None
+        pixels = torch.stack([preprocess(i, size) for i in images]) if images else None
         return self.embed(tokens.to(self.decoder.device), pixels), lengths
 
     def generate(self, prompts, images, **options):
@@ -588,7 +591,7 @@ class VLM(nn.Module):
 
     def chat(self, image, question, **options):
         """Ask `question` about an image (path or PIL image): the answer as a string."""
-        prompt = self.prompt([{"role": "user", "content": data.wrap(question)}])
+        prompt = self.prompt([{"role": "user", "content": wrap(question)}])
         return self.tokenizer.decode(self.generate([prompt], [image], **options)[0]).strip()
 
 
@@ -596,12 +599,12 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
     """The ViT that a checkpoint started from: a file of train.py's stage `vit`, or a CLIP (folder or hub name)."""
     if Path(name).suffix != ".safetensors":
         return ViT.from_pretrained(name, dtype, device)
-    if not weights.locate(checkpoint).exists():
-        raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
-    file = weights.beside(name, checkpoint)
-    tensors, about = weights.read_checkpoint(file)
+    if not checkpoints.locate(checkpoint).exists():
+        raise MissingFile(f"no such checkpoint: {checkpoint}")
+    file = checkpoints.beside(name, checkpoint)
+    tensors, about = checkpoints.read_checkpoint(file)
     if about.get("stage") != "vit":
-        raise ValueError(f"{file} holds {about.get('stage', 'nothing that train.py wrote')}, not a ViT: make one with `python train.py vit`")
+        raise UserError(f"{file} holds {about.get('stage', 'nothing that train.py wrote')}, not a ViT: make one with `python train.py vit`")
     vit = ViT(ViTConfig(**about["vit_config"]))
-    weights.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), {n: t for n, t in tensors.items() if n.startswith("encoder.")}, file)
+    checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), {n: t for n, t in tensors.items() if n.startswith("encoder.")}, file)
     return vit.to(device, dtype).requires_grad_(False).eval()

@@ -3,7 +3,6 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
 
     python surrogate.py                         # the default LLM: table, cut, plot
     python surrogate.py --replace 23-28         # what a surrogate of your choice keeps
-    python surrogate.py --cost                  # what the surrogate saves at the paper's size, from first principles
 
 1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then falling.
 2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last layer.
@@ -13,15 +12,14 @@ import copy
 import dataclasses
 import re
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import plan
-import weights
+from formats import checkpoints, official
+from formats.errors import MissingFile, UserError, run_cli
+from formats.tokenizer import Tokenizer
 from model import Llama
-from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prediction trajectory
@@ -65,7 +63,7 @@ def text_tokens(tokenizer, text, length=96):
     rows = [tokenizer.encode(p, bos=True)[:length] for p in text.split("\n\n")]
     rows = [r for r in rows if len(r) == length]
     if not rows:
-        raise ValueError(f"the text has no paragraph of {length} tokens: give a longer one")
+        raise UserError(f"the text has no paragraph of {length} tokens: give a longer one")
     return torch.tensor(rows)
 
 
@@ -78,11 +76,11 @@ def check_ranges(ranges, num_layers):
     ranges = sorted((int(a), int(b)) for a, b in ranges)
     for first, last in ranges:
         if not 0 < first <= last < num_layers - 1:
-            raise ValueError(f"cannot replace layers {first}-{last}: this model has layers 0-{num_layers - 1}, "
-                             f"of which 1-{num_layers - 2} may be replaced (the first and the last stay)")
+            raise UserError(f"cannot replace layers {first}-{last}: this model has layers 0-{num_layers - 1}, "
+                            f"of which 1-{num_layers - 2} may be replaced (the first and the last stay)")
     for (_, last), (first, _) in zip(ranges, ranges[1:]):
         if first <= last:
-            raise ValueError(f"the ranges {ranges} overlap")
+            raise UserError(f"the ranges {ranges} overlap")
     return ranges
 
 
@@ -115,15 +113,16 @@ def build_surrogate(llm, ranges):
     return mark(surrogate.train(llm.training), ranges, L)
 
 
-def from_pretrained(path, ranges, dtype=torch.float32, device="cpu", shard=None):
+def from_pretrained(path, ranges, dtype=torch.float32, device="cpu", shard=None, place=None):
     """The surrogate of the LLM at `path`, without the LLM: only the layers that it keeps are ever read.
 
-    The same model as `build_surrogate(Llama.from_pretrained(path), ranges)`, in its own size of memory. shard: see model.py.
+    The same model as `build_surrogate(Llama.from_pretrained(path), ranges)`, in its own size of memory.
+    shard, place: see model.py.
     """
-    path = weights.find(path)
-    L = weights.llama_config(path)["num_hidden_layers"]
+    path = official.find(path)
+    L = official.llama_config(path)["num_hidden_layers"]
     ranges = check_ranges(ranges, L)
-    return mark(Llama.from_pretrained(path, dtype, device, kept_layers(ranges, L), shard), ranges, L)
+    return mark(Llama.from_pretrained(path, dtype, device, kept_layers(ranges, L), shard, place), ranges, L)
 
 
 def mark(surrogate, ranges, num_layers):
@@ -134,25 +133,27 @@ def mark(surrogate, ranges, num_layers):
     return surrogate
 
 
-def load_surrogate(llm, checkpoint, build=build_surrogate):
+def load_surrogate(llm, checkpoint, build=build_surrogate, place=None):
     """The surrogate that a checkpoint of train.py was trained with. A checkpoint that holds no translator (stage 2 of the
     paper leaves it frozen) names the one that it started from.
 
-    llm: the full LLM; or with `build=from_pretrained` its path, when the full LLM is not needed.
+    llm: the full LLM; or with `build=from_pretrained` its path, when the full LLM is not needed. place: for a sharded
+    surrogate, see checkpoints.load_checkpoint.
     """
-    _, about = weights.open_checkpoint(checkpoint)
+    _, about = checkpoints.open_checkpoint(checkpoint)
     if not about.get("ranges"):
-        raise ValueError(f"{checkpoint} (stage {about.get('stage', 'unknown')}) was not trained with a surrogate: it names no replaced layers")
+        raise UserError(f"{checkpoint} (stage {about.get('stage', 'unknown')}) was not trained with a surrogate: it names no replaced layers")
     surrogate = build(llm, about["ranges"])
     file = checkpoint
     while True:
-        tensors, about = weights.read_checkpoint(file)
+        tensors, about = checkpoints.read_checkpoint(file)
         if any(n.startswith("decoder.") for n in tensors):
             break
         if not about.get("start"):
-            raise ValueError(f"{file} holds no translator, and names no checkpoint that does")
-        file = weights.beside(about["start"], file)
-    weights.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), {n: t for n, t in tensors.items() if n.startswith("decoder.")}, file)
+            raise UserError(f"{file} holds no translator, and names no checkpoint that does")
+        file = checkpoints.beside(about["start"], file)
+    translator = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
+    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translator, file, place)
     return surrogate
 
 
@@ -183,7 +184,7 @@ def parse_ranges(text):
     if text in ("", "none"):
         return []
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", "")):
-        raise ValueError(f"cannot read the layer ranges {text!r}: write them like 16-26 or 12-17,20-28")
+        raise UserError(f"cannot read the layer ranges {text!r}: write them like 16-26 or 12-17,20-28")
     ends = [part.split("-") for part in text.split(",")]
     return [(int(e[0]), int(e[-1])) for e in ends]
 
@@ -203,7 +204,7 @@ def plot_trajectory(trajectory, cut, ranges, title, path):
     if ranges:
         ax.legend(loc="lower left", frameon=False)
     fig.tight_layout()
-    weights.write_whole(path, lambda part: fig.savefig(part, format="png"))
+    checkpoints.write_whole(path, lambda part: fig.savefig(part, format="png"))
     plt.close(fig)
 
 
@@ -214,26 +215,18 @@ def default_ranges(num_layers, cut):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="folder, .gguf file or hub name of a Llama (default: %(default)s)")
+    parser.add_argument("--llm", default=official.DEFAULT_LLM, help="folder, .gguf file or hub name of a Llama (default: %(default)s)")
     parser.add_argument("--text", default="assets/text.txt", help="text to read, paragraphs apart by empty lines (default: %(default)s)")
     parser.add_argument("--length", type=int, default=96, help="tokens of each paragraph to read (default: %(default)s)")
     parser.add_argument("--replace", help="layers to replace, e.g. 23-28 or 12-17,20-28 (default: from the turn to the last but one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--out", help="where the plot goes (default: runs/trajectory.png, with --cost runs/routes.png)")
-    parser.add_argument("--cost", nargs="*", metavar="PRESET", help=f"FLOPs, memory and GPU-hours of the surrogate's route, LoRA and the full decoder; loads nothing (default: {' '.join(plan.PRESETS)})")
+    parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.cost is not None:
-        for name in args.cost or plan.PRESETS:
-            print(plan.show_routes(name) + "\n")
-        plan.plot_routes(args.out or "runs/routes.png")
-        print(f"plot: {args.out or 'runs/routes.png'}")
-        return
-    args.out = args.out or "runs/trajectory.png"
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    path = weights.find(args.llm)
-    args.text = weights.locate(args.text)
+    path = official.find(args.llm)
+    args.text = checkpoints.locate(args.text)
     if not args.text.exists():
-        raise FileNotFoundError(f"no such text file: {args.text}")
+        raise MissingFile(f"no such text file: {args.text}")
     tokens = text_tokens(Tokenizer.from_pretrained(path), args.text.read_text(encoding="utf-8"), args.length)
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
@@ -259,4 +252,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(weights.run_cli(main))
+    sys.exit(run_cli(main))

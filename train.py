@@ -28,19 +28,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
-import parallel
-import plan
 import surrogate
-import weights
-import world
+from data import world
+from data.batches import Sample, collate, evenly_spaced, shuffled_index
+from data.images import preprocess
+from data.llava import load_llava
+from extras import parallel
+from formats import checkpoints, official
+from formats.errors import MissingFile, UserError, run_cli
+from formats.tokenizer import Tokenizer
 from model import VLM, Llama, ViT, ViTConfig, add_lora, base_vit
+from studies import cost
 from surrogate import build_surrogate, check_ranges, load_surrogate, parse_ranges
-from tokenizer import Tokenizer
 
 # What differs between the stages. Everything else is the same in all: AdamW (0.9, 0.999) without weight decay, linear
 # warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (the paper's recipe). For the embedded world;
-# on LLaVA's data ends_lr, translator_lr and epochs are 1 and distill_every 0, as in the paper, whose other numbers are in plan.py.
+# on LLaVA's data ends_lr, translator_lr and epochs are 1 and distill_every 0, as in the paper, whose other numbers are in studies/cost.py.
 RECIPES = {
     "vit":        dict(steps=600, batch=128, lr=1e-3, bound=2.5),
     "translator": dict(steps=400, batch=16, lr=1e-3, loss_on="answers+special", epochs=4, distill_every=1),
@@ -54,13 +57,13 @@ DEFAULT_RANGES = [(20, 23), (24, 28)]   # of SmolLM2-135M
 def check_recipe(stage, projector, surrogate, epochs, distill_every, translator_lr):
     """ValueError for what a stage cannot do. projector: does it learn? surrogate: is there one?"""
     if epochs > 1 and (stage != "translator" or projector):
-        raise ValueError("--epochs reads kept states again: only stage translator can, and only after a stage 0 that aligned the projector")
+        raise UserError("--epochs reads kept states again: only stage translator can, and only after a stage 0 that aligned the projector")
     if distill_every > 1 and stage == "translator":
-        raise ValueError("--distill-every: in stage translator the full LLM teaches every sample (1) or none (0)")
+        raise UserError("--distill-every: in stage translator the full LLM teaches every sample (1) or none (0)")
     if distill_every and not surrogate:
-        raise ValueError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
+        raise UserError("--distill-every needs a surrogate, whose translator the full LLM teaches: leave it out here")
     if translator_lr != 1 and stage != "encoder":
-        raise ValueError("--translator-lr is for stage encoder, where a translator learns beside the encoder")
+        raise UserError("--translator-lr is for stage encoder, where a translator learns beside the encoder")
 
 
 def lr_at(step, steps, lr):
@@ -113,8 +116,8 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, vlm, size, micro, loss_on, seed, records=None, texts=None, rank=0, world=1, together=False, every=1):
         if size % (micro * world):
-            raise ValueError(f"a batch of {size} cannot be shared out: {micro} samples at a time in {world} process(es) "
-                             f"make {micro * world}, which does not divide {size} (see --batch and --micro-batch)")
+            raise UserError(f"a batch of {size} cannot be shared out: {micro} samples at a time in {world} process(es) "
+                            f"make {micro * world}, which does not divide {size} (see --batch and --micro-batch)")
         self.size, self.micro, self.loss_on, self.seed = size, micro, loss_on, seed
         self.tokenizer, self.n_visual, self.image_size = vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size
         self.records, self.texts, self.rank, self.world, self.together = records, texts, rank, world, together
@@ -125,13 +128,13 @@ class Batches(torch.utils.data.Dataset):
 
     def sample(self, i):
         """Sample number i of the whole run."""
-        kind, k = data.evenly_spaced(i, *self.mix)
+        kind, k = evenly_spaced(i, *self.mix)
         if kind == "text":
-            return self.texts[data.shuffled_index(k, len(self.texts), self.seed)]
+            return self.texts[shuffled_index(k, len(self.texts), self.seed)]
         if self.records is None:
             return world.world(world.MIXTURE[k % len(world.MIXTURE)], k, self.seed)
         pictured = self.records.pictured
-        return self.records[pictured[data.shuffled_index(k, len(pictured), self.seed)]]
+        return self.records[pictured[shuffled_index(k, len(pictured), self.seed)]]
 
     def __getitem__(self, step):
         try:
@@ -151,7 +154,7 @@ class Batches(torch.utils.data.Dataset):
 
     def collate(self, samples):
         """[(number in the run, sample)] -> a batch, with "taught": its rows that the full LLM teaches the translator on."""
-        batch = data.collate([s for _, s in samples], self.tokenizer, self.n_visual, self.image_size, self.loss_on, max_length=4096)
+        batch = collate([s for _, s in samples], self.tokenizer, self.n_visual, self.image_size, self.loss_on, max_length=4096)
         # one of `every` samples, and the world's four tasks (i % 4) in turn
         turn = self.every if self.every % 4 == 0 else 4
         taught = [row for row, (i, _) in enumerate(samples) if (i + i // turn) % self.every == 0]
@@ -173,9 +176,9 @@ def own_chats(llm, tokenizer, n, seed, batch=64):
     Sampled once, then kept in the cache folder. Returns n samples without image.
     """
     fingerprint = hashlib.sha256(llm.model.norm.weight.float().cpu().numpy().tobytes()).hexdigest()[:8]
-    file = weights.cache_folder() / f"chats-{fingerprint}-{n}-{seed}.json"
+    file = official.cache_folder() / f"chats-{fingerprint}-{n}-{seed}.json"
     if file.exists():
-        return [data.Sample(None, messages) for messages in weights.read_json(file)]
+        return [Sample(None, messages) for messages in official.read_json(file)]
     generator = torch.Generator(llm.device).manual_seed(seed)
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     start = bos + tokenizer.turn_start + tokenizer.encode("user") + tokenizer.header_end + tokenizer.newline
@@ -191,8 +194,8 @@ def own_chats(llm, tokenizer, n, seed, batch=64):
         chats += new
         bar.update(len(new))
     bar.close()
-    weights.write_whole(file, lambda part: part.write_text(json.dumps(chats[:n])))
-    return [data.Sample(None, messages) for messages in chats[:n]]
+    checkpoints.write_whole(file, lambda part: part.write_text(json.dumps(chats[:n])))
+    return [Sample(None, messages) for messages in chats[:n]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +335,7 @@ class Trainer:
         ours = {n.removeprefix("master.") for n in tensors if n.startswith("master.")}
         if ours != set(self.master):
             odd = sorted(ours ^ set(self.master))[0]
-            raise ValueError(f"{path} does not belong to this run: {odd} is trained in only one of the two")
+            raise UserError(f"{path} does not belong to this run: {odd} is trained in only one of the two")
         self.step = step
         with torch.no_grad():
             for n, m in self.master.items():
@@ -355,31 +358,31 @@ def default_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_llm=True, shard=None):
+def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_llm=True, shard=None, place=None):
     """(VLM, full LLM, ViT's name) for the stages 1 to 3, with the weights that they start from; the VLM's decoder is the surrogate.
 
     `start` is the checkpoint of an earlier stage; None begins with a new projector. A new translator is a copy of the first
     layer that it stands for. need_llm=False reads the surrogate's layers alone, and the LLM returned is None.
     """
-    path = weights.find(llm_name)
-    tensors, about = weights.read_checkpoint(start) if start else ({}, {})
+    path = official.find(llm_name)
+    tensors, about = checkpoints.read_checkpoint(start) if start else ({}, {})
     if about.get("llm", llm_name) != llm_name:
-        raise ValueError(f"{start} was trained for {about['llm']}, not for {llm_name}")
+        raise UserError(f"{start} was trained for {about['llm']}, not for {llm_name}")
     tokenizer = Tokenizer.from_pretrained(path)
     trained_translator = bool(about.get("ranges")) and stage == "encoder"
     need_llm = need_llm or stage == "decoder" or ranges == []
-    llm = Llama.from_pretrained(path, dtype, device, shard=shard) if need_llm else None
-    from_file = lambda _, ranges: surrogate.from_pretrained(path, ranges, dtype, device, shard)
+    llm = Llama.from_pretrained(path, dtype, device, shard=shard, place=place) if need_llm else None
+    from_file = lambda _, ranges: surrogate.from_pretrained(path, ranges, dtype, device, shard, place)
     make = build_surrogate if need_llm else from_file           # out of the whole LLM, or out of the layers that it keeps
     if stage == "decoder":
         decoder = llm
     elif trained_translator and ranges != []:
-        decoder = load_surrogate(llm, start, make)
-        if ranges is not None and check_ranges(ranges, weights.llama_config(path)["num_hidden_layers"]) != decoder.ranges:
-            raise ValueError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: train a translator for these first")
+        decoder = load_surrogate(llm, start, make, place)
+        if ranges is not None and check_ranges(ranges, official.llama_config(path)["num_hidden_layers"]) != decoder.ranges:
+            raise UserError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: train a translator for these first")
     elif stage == "encoder" and ranges != []:
-        raise ValueError("stage encoder needs a trained translator: run `python train.py translator` first and give its "
-                         "checkpoint as --init, or train on the full LLM with --replace none")
+        raise UserError("stage encoder needs a trained translator: run `python train.py translator` first and give its "
+                        "checkpoint as --init, or train on the full LLM with --replace none")
     else:
         decoder = make(llm, DEFAULT_RANGES if ranges is None else ranges)
     vit = vit or about.get("vit") or start or "assets/vit.safetensors"      # a start of stage vit is the ViT itself
@@ -389,11 +392,12 @@ def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_l
     if start:
         go_on = stage == about.get("stage") == "decoder"        # else the start's decoder is the surrogate's, or not wanted
         if go_on and about["recipe"].get("lora"):
-            raise ValueError(f"{start} holds low-rank updates of a decoder, from which no new run can begin: go on with --resume")
+            raise UserError(f"{start} holds low-rank updates of a decoder, from which no new run can begin: go on with --resume")
         while "adapter.0.weight" not in tensors and about.get("start"):
-            below, about = weights.read_checkpoint(weights.beside(about["start"], start))       # stage 1 left the projector
+            below, about = checkpoints.read_checkpoint(checkpoints.beside(about["start"], start))       # stage 1 left the projector
             tensors = below | tensors                                                           # as it was: take it from there
-        weights.load_checkpoint(vlm, {n: t for n, t in tensors.items() if go_on or not n.startswith("decoder.")}, start)
+        tensors = {n: t for n, t in tensors.items() if go_on or not n.startswith("decoder.")}
+        checkpoints.load_checkpoint(vlm, tensors, start, place)
     return vlm, llm, vit
 
 
@@ -425,23 +429,23 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, step):
         first, tasks = step * self.batch, ["shape", "read", "flag"]
         samples = [world.world(tasks[j % 3], first + j, self.seed) for j in range(self.batch)]
-        return torch.stack([data.preprocess(s.image) for s in samples]), [s.caption for s in samples]
+        return torch.stack([preprocess(s.image) for s in samples]), [s.caption for s in samples]
 
 
-def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=None, llm_name=weights.DEFAULT_LLM, save_every=200, workers=0):
+def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=None, llm_name=official.DEFAULT_LLM, save_every=200, workers=0):
     """Stage 0: CLIP's contrastive pre-training of the small ViT on images and captions. Returns the VLM.
 
     CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector is
     the ViT's head: visual tokens begin where the LLM keeps the words for what is seen. The LLM itself never runs.
     """
-    path = weights.find(llm_name)
+    path = official.find(llm_name)
     llm, tokenizer = Llama.from_pretrained(path), Tokenizer.from_pretrained(path)
     captions = [world.world("describe", i, seed).caption for i in range(4096)]          # every caption of the world, by frequency
     text_of = caption_features(captions, tokenizer, llm.model.embed_tokens.weight)
     torch.manual_seed(seed)
     vlm = VLM(ViT(ViTConfig()), llm, tokenizer, bound).to(device)
     if start:
-        weights.load_checkpoint(vlm, weights.read_checkpoint(start)[0], start)
+        checkpoints.load_checkpoint(vlm, checkpoints.read_checkpoint(start)[0], start)
     logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.03), device=device))
     trainer = Trainer(trained_parameters(vlm, "vit") | {"logit_scale": logit_scale}, lr, steps)
     vlm.to(dtype)
@@ -543,10 +547,10 @@ def run(trainer, backward, batches, out, stage, about, resume, save_every, saved
     out, steps, first = Path(out), trainer.steps, parallel.rank() == 0
     rows, state = [], out / "state.safetensors"
     if resume:
-        tensors, was = weights.open_checkpoint(state)
+        tensors, was = checkpoints.open_checkpoint(state)
         if was["about"] != json.loads(json.dumps(about)):
             key = next(k for k in about if json.loads(json.dumps(about))[k] != was["about"].get(k))
-            raise ValueError(f"{state} is of another run: {key} was {was['about'].get(key)}, is {about[key]}")
+            raise UserError(f"{state} is of another run: {key} was {was['about'].get(key)}, is {about[key]}")
         trainer.load_state(tensors, was["step"], state)
         with open(out / "log.csv") as f:
             rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(f) if int(r["step"]) < trainer.step]
@@ -561,11 +565,16 @@ def run(trainer, backward, batches, out, stage, about, resume, save_every, saved
                 writer.writeheader()
                 writer.writerows(rows)
         if first:
-            weights.write_whole(out / "log.csv", write)
-        about_now = about | dict(steps_done=trainer.step, seconds=round(time.time() - start, 1))
-        weights.save_checkpoint(out / f"{stage}.safetensors", {n: t for n, t in trainer.weights(torch.float16).items() if saved(n)}, about_now)
+            checkpoints.write_whole(out / "log.csv", write)
+        weights = parallel.gathered({n: t for n, t in trainer.weights(torch.float16).items() if saved(n)})
+        if first:
+            about_now = about | dict(steps_done=trainer.step, seconds=round(time.time() - start, 1))
+            checkpoints.save_checkpoint(out / f"{stage}.safetensors", weights, about_now)
+        del weights
         # last: a run that was killed in here goes on from the state before, and the other two may be ahead of it
-        weights.save_checkpoint(state, trainer.state(), dict(step=trainer.step, about=about))
+        all_state = parallel.gathered(trainer.state())
+        if first:
+            checkpoints.save_checkpoint(state, all_state, dict(step=trainer.step, about=about))
 
     bar = tqdm(range(trainer.step, steps), desc=stage, unit="step", initial=trainer.step, total=steps, disable=not first)
     for step, item in zip(bar, batches(trainer.step, steps)):
@@ -576,7 +585,7 @@ def run(trainer, backward, batches, out, stage, about, resume, save_every, saved
         rows.append(dict(step=step, lr=f"{lr_now:.3g}", seconds=round(time.time() - start, 2)) | logged)
         bar.set_postfix({k: v for k, v in logged.items() if k not in ("targets", "skipped")})
         if not math.isfinite(logged["loss"]):
-            raise ValueError(f"the loss became {logged['loss']} at step {step}: try a smaller --lr" + (f" (the last checkpoint in {out} is intact)" if state.exists() else ""))
+            raise UserError(f"the loss became {logged['loss']} at step {step}: try a smaller --lr" + (f" (the last checkpoint in {out} is intact)" if state.exists() else ""))
         if (step + 1) % save_every == 0 or step == steps - 1:
             save()
     if first:
@@ -599,7 +608,7 @@ def plot_loss(rows, stage, path):
     ax.set(xlabel="step", ylabel="loss", title=f"stage {stage}")
     ax.grid(alpha=0.3)
     fig.tight_layout()
-    weights.write_whole(path, lambda part: fig.savefig(part, format="png"))
+    checkpoints.write_whole(path, lambda part: fig.savefig(part, format="png"))
     plt.close(fig)
 
 
@@ -610,10 +619,10 @@ def plot_loss(rows, stage, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(RECIPES), help="which stage to run")
-    parser.add_argument("--preset", choices=list(plan.PRESETS), help="the paper's LLM, ViT, ranges and recipe; what you give besides goes before it")
+    parser.add_argument("--preset", choices=list(cost.PRESETS), help="the paper's LLM, ViT, ranges and recipe; what you give besides goes before it")
     parser.add_argument("--dry-run", action="store_true", help="with --preset: print what would be trained, computed and needed, load nothing")
     parser.add_argument("--gpus", type=int, default=8, help="--dry-run: for how many GPUs (default: %(default)s)")
-    parser.add_argument("--llm", help=f"target LLM: folder, .gguf file or hub name (default: {weights.DEFAULT_LLM})")
+    parser.add_argument("--llm", help=f"target LLM: folder, .gguf file or hub name (default: {official.DEFAULT_LLM})")
     parser.add_argument("--replace", help="layers that translators replace, e.g. 23-28, or 20-23,24-28 by two; 'none' trains on the full LLM (default: those of --init, else 23-28)")
     parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: that of --init)")
     parser.add_argument("--init", dest="start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
@@ -651,16 +660,16 @@ def main(argv=None):
         recipe = recipe | dict(distill_every=0) | given         # there is no surrogate, or no whole LLM beside it
     if args.preset:
         if stage == "vit":
-            raise ValueError("stage vit has no preset: the paper starts with CLIP")
-        preset = plan.PRESETS[args.preset]
-        paper = plan.recipe(stage, args.preset)
+            raise UserError("stage vit has no preset: the paper starts with CLIP")
+        preset = cost.PRESETS[args.preset]
+        paper = cost.recipe(stage, args.preset)
         recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0, ends_lr=1.0, translator_lr=1.0, distill_every=0) | given
         if args.llm and Path(args.llm).exists():        # your own copy of the weights: of this model?
-            theirs, ours = weights.llama_config(Path(args.llm)), vars(preset["llm_config"])
+            theirs, ours = official.llama_config(Path(args.llm)), vars(preset["llm_config"])
             odd = [k for k in ours if k not in ("rope_scaling", "max_position_embeddings") and
                    not math.isclose(ours[k], theirs[k], rel_tol=1e-6)]      # a .gguf's numbers are float32
             if odd:
-                raise ValueError(f"{args.llm} is not the LLM of the preset {args.preset}: {odd[0]} is {theirs[odd[0]]} there, {ours[odd[0]]} here")
+                raise UserError(f"{args.llm} is not the LLM of the preset {args.preset}: {odd[0]} is {theirs[odd[0]]} there, {ours[odd[0]]} here")
         args.llm = args.llm or preset["llm"]
         args.checkpointing = True
         if stage == "translator":
@@ -668,16 +677,16 @@ def main(argv=None):
             args.replace = args.replace or ",".join(f"{a}-{b}" for a, b in preset["ranges"])
         args.start = args.start or {"encoder": "runs/translator/translator.safetensors", "decoder": "runs/encoder/encoder.safetensors"}[stage]
         if not args.dry_run and (not args.data or stage == "translator" and not args.text):
-            raise ValueError(f"the preset {args.preset} learns from photographs: give LLaVA's JSON as --data and its folder as --images"
-                             + (", and a JSON of text instructions as --text" if stage == "translator" else "") + " (or --dry-run)")
+            raise UserError(f"the preset {args.preset} learns from photographs: give LLaVA's JSON as --data and its folder as --images"
+                            + (", and a JSON of text instructions as --text" if stage == "translator" else "") + " (or --dry-run)")
     elif args.dry_run:
-        raise ValueError(f"--dry-run describes a preset: give one of {', '.join(plan.PRESETS)} as --preset")
+        raise UserError(f"--dry-run describes a preset: give one of {', '.join(cost.PRESETS)} as --preset")
     for name, least in dict(steps=1, batch=1, micro_batch=1, epochs=1, chats=1, save_every=1, distill_every=0, lora=0, workers=0, gpus=1).items():
         value = (vars(args) | recipe)[name]
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if args.lora and stage != "decoder":
-        raise ValueError(f"--lora trains the decoder: it is an option of the stage decoder, not of {stage}")
+        raise UserError(f"--lora trains the decoder: it is an option of the stage decoder, not of {stage}")
     start = args.start or ("assets/encoder.safetensors" if stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
     start = None if start == "none" else start
     projector = stage != "translator" or start is None
@@ -687,40 +696,40 @@ def main(argv=None):
     surrogate_here = stage != "decoder" and args.replace != "none"
     check_recipe(stage, projector, surrogate_here, recipe["epochs"], every, recipe.get("translator_lr", 1.0))
     if args.fsdp and every:
-        raise ValueError("--distill-every needs the full LLM beside its surrogate, which share layers: it does not work with --fsdp")
+        raise UserError("--distill-every needs the full LLM beside its surrogate, which share layers: it does not work with --fsdp")
     if args.text and stage != "translator":
-        raise ValueError(f"--text is for stage translator: stage {stage} reads " + ("images alone" if stage == "encoder" else "the text in --data"))
+        raise UserError(f"--text is for stage translator: stage {stage} reads " + ("images alone" if stage == "encoder" else "the text in --data"))
     if args.dry_run:
         target = args.preset
         if args.replace:
             target = preset | dict(ranges=check_ranges(parse_ranges(args.replace), preset["llm_config"].num_hidden_layers))
         other = {k: v for k, v in recipe.items() if k in ("steps", "batch", "micro_batch", "lr", "loss_on", "distill_every")}
-        print(plan.show_plan(plan.stage_plan(stage, target, args.gpus, fsdp=args.fsdp, lora=args.lora, text_gradients=args.fsdp, **other)))
+        print(cost.show_plan(cost.stage_plan(stage, target, args.gpus, fsdp=args.fsdp, lora=args.lora, text_gradients=args.fsdp, **other)))
         return
-    llm_name, out = args.llm or weights.DEFAULT_LLM, args.out or f"runs/{stage}"
+    llm_name, out = args.llm or official.DEFAULT_LLM, args.out or f"runs/{stage}"
     if args.resume and not (Path(out) / "state.safetensors").exists():
-        raise FileNotFoundError(f"nothing to resume: {out}/state.safetensors is not there (see --out)")
+        raise MissingFile(f"nothing to resume: {out}/state.safetensors is not there (see --out)")
     device = parallel.start(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     common = dict(seed=args.seed, device=device, out=out, resume=args.resume, save_every=args.save_every)
     if stage == "vit":
         if parallel.world() > 1:
-            raise ValueError("stage vit runs in one process: its loss compares all samples of a batch")
+            raise UserError("stage vit runs in one process: its loss compares all samples of a batch")
         recipe = {k: recipe[k] for k in ("steps", "batch", "lr", "bound")}
         train_vit(**recipe, **common, dtype=dtype, start=None if args.start == "none" else args.start, llm_name=llm_name, workers=args.workers)
         return
 
-    records = data.load_llava(args.data, args.images, args.seed, args.on_bad_record) if args.data else None
+    records = load_llava(args.data, args.images, args.seed, args.on_bad_record) if args.data else None
     same = args.text and args.data and Path(args.text).resolve() == Path(args.data).resolve()
-    text = records if same else data.load_llava(args.text, None, args.seed, args.on_bad_record) if args.text else None
+    text = records if same else load_llava(args.text, None, args.seed, args.on_bad_record) if args.text else None
     for source in dict.fromkeys((records, text)):
         for line in source.skipped if source is not None and parallel.rank() == 0 else ():
             print(f"skipped: {line}", file=sys.stderr)
     if args.text and not text.texts:
-        raise ValueError(f"{args.text} has no record without an image, from which stage translator takes its text")
+        raise UserError(f"{args.text} has no record without an image, from which stage translator takes its text")
     texts = torch.utils.data.Subset(text, text.texts) if args.text else None
     if records is not None and not records.pictured:
-        raise ValueError(f"{args.data} has no record with an image" + (", from which alone the stage encoder learns" if stage == "encoder" else ""))
+        raise UserError(f"{args.data} has no record with an image" + (", from which alone the stage encoder learns" if stage == "encoder" else ""))
     if records is not None and stage == "decoder" and records.texts:
         texts = torch.utils.data.Subset(records, records.texts)     # stages 1 and 2 leave out LLaVA's own text, as the paper does
     if records is not None and "steps" not in given and not args.preset:
@@ -731,9 +740,9 @@ def main(argv=None):
     ranges = parse_ranges(args.replace) if args.replace is not None else None
     own_text = stage == "translator" and texts is None
     if own_text and args.fsdp:
-        raise ValueError("with --fsdp the LLM cannot write the text for stage translator: give a JSON of text instructions as --text")
+        raise UserError("with --fsdp the LLM cannot write the text for stage translator: give a JSON of text instructions as --text")
     vlm, llm, vit = build(stage, llm_name, ranges, args.vit, start, dtype, device, bound, need_llm=every > 0 or own_text,
-                          shard=parallel.shard if args.fsdp else None)
+                          shard=parallel.shard if args.fsdp else None, place=parallel.like if args.fsdp else None)
     if args.checkpointing:      # but not the translator where it runs twice and learns only once (surrogate_loss)
         twice = vlm.decoder.translators if every else []
         vlm.decoder.checkpointed = set(range(len(vlm.decoder.model.layers))) - set(twice)
@@ -746,4 +755,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(weights.run_cli(main))
+    sys.exit(run_cli(main))

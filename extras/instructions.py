@@ -1,7 +1,7 @@
 """
 The LLM writes the instructions that the encoder learns from: LLaVA's recipe in miniature.
 
-    python instructions.py                  # writes assets/instructions.json, and prints what each filter lets through
+    python -m extras.instructions           # writes assets/instructions.json, and prints what each filter lets through
 
 Every caption of the world x open questions, the caption in the image's place; the LLM answers in text. In training the image
 takes the caption's place, and the encoder learns to bring about the same answer. LLaVA's data were made so (arXiv 2304.08485); for speech,
@@ -18,12 +18,14 @@ import sys
 import torch
 from tqdm import tqdm
 
-import weights
-from data import wrap
+from data.batches import wrap
+from data.drawing import COLORS, FLAGS, SHAPES
+from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
+from formats import checkpoints, official
+from formats.errors import run_cli
+from formats.tokenizer import Tokenizer
 from model import Llama
-from tokenizer import Tokenizer
 from train import default_dtype
-from world import (COLORS, FACTS, FLAGS, KNOWLEDGE_TASKS, SHAPES, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge)  # fmt: skip
 
 OPEN_QUESTIONS = [
     "What could this be used for?", "Where might one see this?", "Write a short sentence about it.", "Give this picture a title.",
@@ -134,16 +136,16 @@ def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subje
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default=weights.DEFAULT_LLM, help="who writes: folder, .gguf file or hub name (default: %(default)s)")
+    parser.add_argument("--llm", default=official.DEFAULT_LLM, help="who writes: folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--out", default="assets/instructions.json", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
-    path = weights.find(args.llm)
+    path = official.find(args.llm)
     llm = Llama.from_pretrained(path, default_dtype(args.device), args.device)
     written, report = write(llm, Tokenizer.from_pretrained(path), args.seed)
     lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
-    weights.write_whole(args.out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+    checkpoints.write_whole(args.out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
     print("\nfilter                                 left")
     for name, n in report:
         print(f"{name:36s} {n:6d}  {n / report[0][1]:4.0%}")
@@ -153,4 +155,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(weights.run_cli(main))
+    sys.exit(run_cli(main))

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.distributed.fsdp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from formats.errors import UserError
+
 
 def start(device):
     """Join the other processes if torchrun started this one. Returns this process's device."""
@@ -70,18 +72,19 @@ def first_alone(f):
 def shard(llm):
     """Shard every layer of a Llama over the processes: a layer is gathered when it runs, and freed after (FSDP2).
 
-    Embeddings, final norm and head stay whole on every GPU: the LM head is used as a matrix (model.Llama.loss), not as a module.
-    Works on the meta device, so that no process ever holds a whole model.
+    Embeddings, final norm and head stay whole on every GPU: the LM head is used as a matrix (model.Llama.loss), not as
+    a module. Works on the meta device, so that no process ever holds a whole model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     if not dist.is_initialized():
-        raise ValueError("sharding needs several processes: start with `torchrun --nproc-per-node N train.py …`")
+        raise UserError("sharding needs several processes: start with `torchrun --nproc-per-node N train.py …`")
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world(),))
-    for layer in llm.model.layers:      # gradients are added up in float32, whatever the dtype of the weights
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)       # gradients are added up so, whatever the weights
+    for layer in llm.model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=in_float32)
     share = getattr(torch.distributed.fsdp, "share_comm_ctx", None)     # torch 2.13 has it
-    if share:           # one stream of gathering and adding up for all layers: else each keeps its gradient until the backward's end
+    if share:           # one stream of gathering and adding up: else each layer keeps its gradient until the backward's end
         share(list(llm.model.layers))
     llm.sharded = True
     return llm
@@ -109,3 +112,16 @@ def joined(t, slice):
 def whole(t):
     """All of a sharded tensor, gathered: every process has to call this."""
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gathered(tensors):
+    """{name: tensor}, some of them sharded -> all of each on the CPU in the first process, {} in the others.
+
+    One at a time, so that no GPU ever holds more than one whole tensor. Every process has to call this.
+    """
+    out = {}
+    for name, t in tensors.items():
+        t = whole(t.detach())
+        if rank() == 0:
+            out[name] = t.cpu()
+    return out

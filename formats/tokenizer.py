@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tiktoken
 
-import weights
+from formats import official
+from formats.errors import MissingFile, UserError
 
 IMAGE = -200  # LLaVA's number for an image among the ids, where the visual tokens go; in text it is written "<image>"
 
@@ -37,10 +38,10 @@ BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not
 def bpe_ranks(vocab, merges):
     """GPT-2-style vocab {token: id} and merges ("left right" or [left, right]) -> tiktoken's {bytes: id}."""
     if odd := {char for token in vocab for char in token} - BYTE_OF.keys():
-        raise ValueError(f"not a byte-level BPE: {min(odd)!r} is outside GPT-2's byte alphabet")
+        raise UserError(f"not a byte-level BPE: {min(odd)!r} is outside GPT-2's byte alphabet")
     made = [vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
     if not made or made != sorted(made):  # tiktoken merges in id order: any other order would give other ids
-        raise ValueError("its merges are missing or not in the order of the ids")
+        raise UserError("its merges are missing or not in the order of the ids")
     return {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
 
 
@@ -49,7 +50,7 @@ def read_meta(path):
     lines = [line.split() for line in path.read_bytes().splitlines() if line]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if sorted(ranks.values()) != list(range(128_000)):
-        raise ValueError(f"Llama 3 has 128000 tokens, this file {len(ranks)}")
+        raise UserError(f"Llama 3 has 128000 tokens, this file {len(ranks)}")
     return ranks, {f"<|{name}|>": 128_000 + i for i, name in enumerate(LLAMA3_NAMES)}, LLAMA3_PATTERN
 
 
@@ -65,16 +66,16 @@ def read_json(path):
         return ranks, special, first["pattern"]["Regex"]
     if steps == ("Digits", "ByteLevel", False, True, None) and first["individual_digits"]:
         return ranks, special, SMOLLM2_PATTERN
-    raise ValueError("it cuts text in another way than Llama 3 and SmolLM2")
+    raise UserError("it cuts text in another way than Llama 3 and SmolLM2")
 
 
 def read_gguf(path):
     """The vocabulary inside a .gguf file."""
-    fields = weights.read_gguf(path).fields
+    fields = official.read_gguf(path).fields
     tokens, types, merges, model, cut = (fields[f"tokenizer.ggml.{name}"].contents()
                                          for name in ("tokens", "token_type", "merges", "model", "pre"))
     if model != "gpt2" or cut not in ("smollm", "llama-bpe"):
-        raise ValueError(f"its tokenizer is {model}/{cut}, neither gpt2/smollm nor gpt2/llama-bpe")
+        raise UserError(f"its tokenizer is {model}/{cut}, neither gpt2/smollm nor gpt2/llama-bpe")
     special = {token: i for i, token in enumerate(tokens) if types[i] in (3, 4)}  # 3: control, 4: user defined
     ranks = bpe_ranks({token: i for i, token in enumerate(tokens) if token not in special}, merges)
     return ranks, special, SMOLLM2_PATTERN if cut == "smollm" else LLAMA3_PATTERN
@@ -104,7 +105,7 @@ class Tokenizer:
             self.turn_start, self.header_end = [special["<|im_start|>"]], []
             self.turn_end, self.after_turn = [special["<|im_end|>"]], self.newline
         else:
-            raise ValueError("it has the chat tokens of neither Llama 3 nor SmolLM2")
+            raise UserError("it has the chat tokens of neither Llama 3 nor SmolLM2")
         self.pad = special.get("<|finetune_right_pad_id|>", text_end)  # Llama 3.0 names none in tokenizer.json
         self.stop_tokens = {text_end, *self.turn_end, special.get("<|eom_id|>", text_end)}
 
@@ -112,18 +113,18 @@ class Tokenizer:
     def from_pretrained(cls, path):
         """path: a folder with tokenizer.json (Hugging Face) or tokenizer.model (Meta), either file, or a .gguf file.
 
-        FileNotFoundError if there is none; ValueError if it is malformed or not a Llama 3 or SmolLM2 tokenizer."""
+        MissingFile if there is none; UserError if it is malformed or not a Llama 3 or SmolLM2 tokenizer."""
         path = Path(path).expanduser()
         file = next((f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()), None)
         if file is None:
-            raise FileNotFoundError(f"no tokenizer at {path}: give a folder that holds the model's tokenizer.json or "
-                                    "tokenizer.model, or a .gguf file")
+            raise MissingFile(f"no tokenizer at {path}: give a folder that holds the model's tokenizer.json or "
+                              "tokenizer.model, or a .gguf file")
         try:
             return cls(*{".json": read_json, ".gguf": read_gguf}.get(file.suffix, read_meta)(file))
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # all that a malformed file can cause
             reason = " ".join(str(error).split()) if isinstance(error, ValueError) else f"malformed: {error!r}"
-            raise ValueError(f"cannot use {file} as tokenizer ({reason}): give Llama 3's or SmolLM2's official "
-                             "tokenizer.json, tokenizer.model or .gguf file") from error
+            raise UserError(f"cannot use {file} as tokenizer ({reason}): give Llama 3's or SmolLM2's official "
+                            "tokenizer.json, tokenizer.model or .gguf file") from error
 
     def encode_text(self, text):
         """text -> ids of plain text, whatever it spells: neither a special token nor IMAGE can come out."""
@@ -145,13 +146,13 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids, skip_special=True):
-        """ids (list or 1-D tensor) -> UTF-8 bytes; they may end inside a character. ValueError for an unknown id.
+        """ids (list or 1-D tensor) -> UTF-8 bytes; they may end inside a character. UserError for an unknown id.
 
         Special tokens and IMAGE are dropped, or written out if skip_special=False."""
         text = bytearray()
         for i in map(int, ids):
             if i not in self.special_bytes and i not in self.token_bytes:
-                raise ValueError(f"token id {i} is not in the tokenizer's vocabulary: use the model's own tokenizer")
+                raise UserError(f"token id {i} is not in the tokenizer's vocabulary: use the model's own tokenizer")
             text += self.token_bytes[i] if i in self.token_bytes else b"" if skip_special else self.special_bytes[i]
         return bytes(text)
 
@@ -183,8 +184,8 @@ class Tokenizer:
         for message in messages:
             role, text = map(message.get, ("role", "content")) if isinstance(message, dict) else (None, None)
             if role not in ("user", "assistant", "system") or not isinstance(text, str):
-                raise ValueError("a message is {'role': 'user', 'assistant' or 'system', 'content': str}, "
-                                 f"not {message!r:.80}")
+                raise UserError("a message is {'role': 'user', 'assistant' or 'system', 'content': str}, "
+                                f"not {message!r:.80}")
             answer = role == "assistant"
             for part, kind in ((self.turn_start, 1), (self.encode(role), 0), (self.header_end, 1),
                                (self.newline, 1 if answer else 0),

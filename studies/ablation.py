@@ -1,12 +1,12 @@
 """
 The paper's claims, measured: train by every recipe on the same number of samples, graft, and count the cost.
 
-    python experiments.py                                           # table and plots of the results that are there
-    python experiments.py --list                                    # the recipes, and what each one shows
-    python experiments.py --run paper cut-23 direct --seed 0 1 2    # train, evaluate; what is done is not done again
-    python experiments.py --stage3                                  # stage 3 from the grafted encoder and from scratch
-    python experiments.py --keep --plot assets                      # collect all results in assets/experiments.json
-    python experiments.py --gradients runs/translator/translator.safetensors   # do they point where the full LLM's do?
+    python -m studies.ablation                                           # table and plots of the results that are there
+    python -m studies.ablation --list                                    # the recipes, and what each one shows
+    python -m studies.ablation --run paper cut-23 direct --seed 0 1 2    # train, evaluate; what is done is not done again
+    python -m studies.ablation --stage3                                  # stage 3 from the grafted encoder and from scratch
+    python -m studies.ablation --keep --plot assets                      # collect all results in assets/experiments.json
+    python -m studies.ablation --gradients runs/translator/translator.safetensors   # do they point where the full LLM's do?
 
 Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen.
 """
@@ -26,13 +26,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import graft
 import train
-import weights
+from data import world
+from formats import checkpoints, official
+from formats.errors import UserError, run_cli
+from formats.tokenizer import Tokenizer
 from model import VLM, Llama
 from surrogate import load_surrogate
-from tokenizer import Tokenizer
 
 VALIDATION_SEED = 1000              # of split "test"; graft.EVAL_SEED is another stream
 KEPT = "assets/experiments.json"    # all results, as a list
@@ -99,7 +100,7 @@ def gradients(checkpoint, batches=4, batch=16, device="cpu", dtype=None):
     checkpoint: of stage translator or encoder. Returns {part: cosine between the two gradients}, and the loss per target of
     both, on `batches` batches of the world. An encoder that follows a surrogate of cosine 0 learns nothing for the LLM.
     """
-    name, dtype = weights.read_checkpoint(checkpoint)[1]["llm"], dtype or train.default_dtype(device)
+    name, dtype = checkpoints.read_checkpoint(checkpoint)[1]["llm"], dtype or train.default_dtype(device)
     vlm, llm, _ = train.build("encoder", name, None, None, str(checkpoint), dtype, device)
     parameters, surrogate = train.trained_parameters(vlm.to(dtype), "encoder"), vlm.decoder
     samples = train.Batches(vlm, batch, batch, train.RECIPES["encoder"]["loss_on"], VALIDATION_SEED)
@@ -149,13 +150,13 @@ def count_flops(argv, epochs=1):
 
 
 def write_json(file, content):
-    weights.write_whole(file, lambda part: part.write_text(json.dumps(content, indent=1)))
+    checkpoints.write_whole(file, lambda part: part.write_text(json.dumps(content, indent=1)))
     return content
 
 
 def remember(file, key, compute):
     """The value that a JSON file keeps under `key`; computed if it is not there."""
-    known = weights.read_json(file) if file.exists() else {}
+    known = official.read_json(file) if file.exists() else {}
     return known[key] if key in known else write_json(file, known | {key: compute()})[key]
 
 
@@ -166,11 +167,11 @@ def remember(file, key, compute):
 def run_stage(argv, folder):
     """Train a stage, or go on with it, unless its checkpoint is finished. Returns what the checkpoint says about it."""
     file, state = folder / f"{argv[0]}.safetensors", folder / "state.safetensors"
-    about = weights.read_checkpoint(file)[1] if file.exists() else {}
+    about = checkpoints.read_checkpoint(file)[1] if file.exists() else {}
     if about.get("steps_done") != int(value(argv, "--steps")):
         print("python train.py", *argv, flush=True)
         train.main([*argv, "--out", str(folder), *(["--resume"] if state.exists() else [])])
-        about = weights.read_checkpoint(file)[1]
+        about = checkpoints.read_checkpoint(file)[1]
     state.unlink(missing_ok=True)                                       # several times as large as the checkpoint
     return about
 
@@ -178,9 +179,9 @@ def run_stage(argv, folder):
 def evaluate(checkpoint, samples, options=(), batch=8):
     """Scores of pair and graft on `samples` validation images a task (of the graft alone where no surrogate took part),
     computed in the dtype of the training; and the machine that did it."""
-    about = weights.read_checkpoint(checkpoint)[1]
+    about = checkpoints.read_checkpoint(checkpoint)[1]
     device = value(options, "--device", "cuda" if torch.cuda.is_available() else "cpu")
-    path, dtype = weights.find(about["llm"]), getattr(torch, about["recipe"]["dtype"].removeprefix("torch."))
+    path, dtype = official.find(about["llm"]), getattr(torch, about["recipe"]["dtype"].removeprefix("torch."))
     llm = Llama.from_pretrained(path, dtype, device)
     vlm = VLM.from_pretrained(llm, checkpoint, tokenizer=Tokenizer.from_pretrained(path))
     surrogate = load_surrogate(llm, checkpoint) if about["ranges"] else None
@@ -193,7 +194,7 @@ def evaluate(checkpoint, samples, options=(), batch=8):
 
 def finished(file, **same):
     """The result in a file, if it is there and says the same; else None."""
-    result = weights.read_json(file) if file.exists() else {}
+    result = official.read_json(file) if file.exists() else {}
     return result if result and all(result.get(k) == v for k, v in same.items()) else None
 
 
@@ -206,7 +207,7 @@ def run_recipe(name, seed=0, steps=300, batch=16, samples=100, out="runs/experim
     for every stage; those of stage 0, which all recipes have in common, stand apart.
     """
     if stages is None and name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
+        raise UserError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
     out, stages = Path(out), stages or RECIPES[name][1]
     todo = commands(stages, seed, steps, batch, out, vit, options)
     about = dict(recipe=name, seed=seed, steps=steps, batch=batch, samples=samples,
@@ -224,7 +225,7 @@ def run_recipe(name, seed=0, steps=300, batch=16, samples=100, out="runs/experim
         epochs = was["recipe"].get("epochs", 1)
         key = f"{' | '.join(stages[:i + 1])} {steps} x {batch} {' '.join(options)}"     # the same for all seeds
         flops.append(remember(counted, key, lambda: count_flops(argv, epochs)))
-    was = weights.read_checkpoint(vit)[1]
+    was = checkpoints.read_checkpoint(vit)[1]
     argv = ["vit", "--steps", "1", "--batch", str(was["recipe"]["batch"]), *options]
     step = remember(counted, " ".join(argv), lambda: measure(argv))
     stage_0 = dict(seconds=was["seconds"], flops=was["recipe"]["steps"] * step)
@@ -262,8 +263,8 @@ def stage3(starts=STARTS, steps=(0, 25, 50, 100, 200), seed=0, batch=16, samples
 
 def read_results(out="runs/experiments", kept=KEPT):
     """All results: those that were kept, and those in `out`, which replace kept ones of the same run."""
-    results = weights.read_json(Path(kept)) if Path(kept).exists() else []
-    results += [weights.read_json(f) for f in sorted(Path(out).glob("*-seed*.json"))]
+    results = official.read_json(Path(kept)) if Path(kept).exists() else []
+    results += [official.read_json(f) for f in sorted(Path(out).glob("*-seed*.json"))]
     return list({(r.get("recipe"), r.get("start"), r["seed"], r["steps"], r["batch"]): r for r in results}.values())
 
 
@@ -293,7 +294,7 @@ def table(results):
         return " → ".join(f"{statistics.mean(s):.0f}" + (f" ± {statistics.stdev(s):.0f}" if len(s) > 1 else "")
                           for s in both if s)
 
-    groups, tasks = by_recipe(results), [t + " *" * (t in data.KNOWLEDGE_TASKS) for t in graft.TASKS]
+    groups, tasks = by_recipe(results), [t + " *" * (t in world.KNOWLEDGE_TASKS) for t in graft.TASKS]
     rows = [["recipe", "replaced", "steps × batch", "seeds", "TFLOP", "of direct", "minutes", *tasks]]
     rows.append(["---"] * len(rows[0]))
     for (name, steps, batch), group in groups.items():
@@ -306,7 +307,7 @@ def table(results):
 
 
 SYSTEMS = {"pair": ("#e07a1f", 0.2), "graft": ("#2a6f97", 0.0), "full": ("#6c757d", -0.2)}  # color, place in its line
-PANELS = {"trained tasks": data.TRAINED_TASKS, "knowledge, never trained": data.KNOWLEDGE_TASKS}
+PANELS = {"trained tasks": world.TRAINED_TASKS, "knowledge, never trained": world.KNOWLEDGE_TASKS}
 
 
 def figure(width, height, columns=1):
@@ -323,7 +324,7 @@ def figure(width, height, columns=1):
 
 
 def save(plt, fig, path):
-    weights.write_whole(path, lambda part: fig.savefig(part, format="png"))
+    checkpoints.write_whole(path, lambda part: fig.savefig(part, format="png"))
     plt.close(fig)
 
 
@@ -342,7 +343,7 @@ def plot_graft(results, path):
     for task in tasks:
         if (task, "pair") in at:
             ax.annotate("", at[task, "graft"], at[task, "pair"], arrowprops=dict(arrowstyle="-|>", color="#222222"))
-    ax.set_yticks([-i for i in range(len(tasks))], [t + " *" * (t in data.KNOWLEDGE_TASKS) for t in tasks])
+    ax.set_yticks([-i for i in range(len(tasks))], [t + " *" * (t in world.KNOWLEDGE_TASKS) for t in tasks])
     ax.set(xlim=(0, 103), xlabel="% ranked first, 95 % intervals        * never trained",
            title=f"{results['samples']} held-out images a task")
     fig.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -402,10 +403,10 @@ def main(argv=None):
     parser.add_argument("--keep", action="store_true", help=f"write all results to {KEPT}")
     args = parser.parse_args(argv)
     if min(args.steps, args.batch, args.samples) < 1:
-        raise ValueError("--steps, --batch and --samples must be at least 1")
+        raise UserError("--steps, --batch and --samples must be at least 1")
     names = list(RECIPES) if args.run == ["all"] else args.run
     if unknown := [name for name in names if name not in RECIPES]:
-        raise ValueError(f"unknown recipe {unknown[0]!r}: choose from all, {', '.join(RECIPES)}")
+        raise UserError(f"unknown recipe {unknown[0]!r}: choose from all, {', '.join(RECIPES)}")
     if args.list:
         for name, (says, stages) in RECIPES.items():
             print(f"{name:15} {says}\n" + "".join(f"{'':15} python train.py {line}\n" for line in stages))
@@ -416,7 +417,7 @@ def main(argv=None):
         print("| checkpoint | replaced | cosine of gradients: ViT | projector | loss: surrogate | full LLM |\n" + "|---" * 6 + "|")
         for file in args.gradients:
             found = gradients(file, batch=args.batch, device=device)
-            replaced = ",".join(f"{a}-{b}" for a, b in weights.read_checkpoint(file)[1]["ranges"])
+            replaced = ",".join(f"{a}-{b}" for a, b in checkpoints.read_checkpoint(file)[1]["ranges"])
             print(f"| {file} | {replaced} | " + " | ".join(f"{x:.2f}" for x in found.values()) + " |", flush=True)
         return
 
@@ -436,7 +437,7 @@ def main(argv=None):
     file = Path("assets/results.json")      # of graft.py, for the shipped weights
     for name, draw, material in (("cost", plot_cost, [r for r in results if "recipe" in r]),
                                  ("stage3", plot_stage3, [r for r in results if "start" in r]),
-                                 ("graft", plot_graft, weights.read_json(file) if file.exists() else None)):
+                                 ("graft", plot_graft, official.read_json(file) if file.exists() else None)):
         if material:
             draw(material, Path(args.plot or args.out) / f"{name}.png")
     print(f"\n{table(results)}\n\nPair → graft on validation images, % ranked first; * never trained; cost: stages 1+2"
@@ -444,4 +445,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(weights.run_cli(main))
+    sys.exit(run_cli(main))

@@ -2,8 +2,8 @@
 How fast is it, and how much memory does it take? Decoding beside transformers, a training step of the encoder, and what
 graft.py, a step with a real vocabulary and the building of a surrogate need.
 
-    python benchmark.py                 # everything, on the default LLM
-    python benchmark.py --memory        # only the step and the building, on random models: no download, half a minute
+    python -m studies.benchmark             # everything, on the default LLM
+    python -m studies.benchmark --memory    # only the step and the building, on random models: no download, half a minute
 
 Everything is timed in turns within one run, because absolute times on shared machines wander; trust the ratios.
 (kernels/benchmark.py measures the Triton kernels on a GPU.)
@@ -26,9 +26,12 @@ from tqdm import tqdm
 
 import surrogate
 import train
-import weights
+from formats import official
+from formats.errors import UserError, run_cli
+from formats.tokenizer import IMAGE, Tokenizer
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
-from tokenizer import IMAGE, Tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 
 def transformers_twin(llm):
@@ -62,7 +65,7 @@ def clock(function, device):
 def decode(device, dtype, tokens=64, rounds=5):
     """Greedy decoding with a key/value cache, ours and transformers' `generate` in turns, from the same prompt."""
     llm = Llama.from_pretrained(dtype=dtype, device=device)
-    tokenizer = Tokenizer.from_pretrained(weights.find(weights.DEFAULT_LLM))
+    tokenizer = Tokenizer.from_pretrained(official.find(official.DEFAULT_LLM))
     twin = transformers_twin(llm)
     prompt = tokenizer.chat([{"role": "user", "content": "Tell me a long story about the sea."}])
     ids = torch.tensor([prompt], device=device)
@@ -81,7 +84,7 @@ def decode(device, dtype, tokens=64, rounds=5):
 def encoder_step(device, dtype, batch=16, rounds=5, distill_every=0, replace=((16, 28),)):
     """One step of the stage `encoder` with a new translator: the time does not depend on what the weights are."""
     llm = Llama.from_pretrained(dtype=dtype, device=device)
-    tokenizer = Tokenizer.from_pretrained(weights.find(weights.DEFAULT_LLM))
+    tokenizer = Tokenizer.from_pretrained(official.find(official.DEFAULT_LLM))
     vlm = VLM(ViT(ViTConfig()), surrogate.build_surrogate(llm, replace), tokenizer).to(device=device, dtype=dtype)
     trainer = train.Trainer(train.trained_parameters(vlm, "encoder", distill_every > 0), 5e-5, 100)
     batches = train.Batches(vlm, batch, batch, train.RECIPES["encoder"]["loss_on"], seed=0)
@@ -103,10 +106,10 @@ def encoder_step(device, dtype, batch=16, rounds=5, distill_every=0, replace=((1
 
 def graft_memory():
     """Peak memory of `python graft.py`, as the operating system counts it."""
-    done = subprocess.run([sys.executable, "graft.py", "--eval", "8", "--out", "runs/benchmark"],
+    done = subprocess.run([sys.executable, ROOT / "graft.py", "--eval", "8", "--out", "runs/benchmark"],
                           capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"graft.py failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"graft.py failed: {done.stderr.strip().splitlines()[-1]}")
     unit = 2**30 if sys.platform == "darwin" else 2**20         # macOS counts in bytes, Linux in KiB
     print(f"| graft.py, peak memory | {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit:.2f} GiB | | |")
 
@@ -125,16 +128,16 @@ def peak_memory():
 
 def in_fresh_process(call):
     """The value (numbers, strings, dictionaries) of an expression of this module, e.g. "surrogate_memory('folder')"."""
-    done = subprocess.run([sys.executable, "-c", f"import json, benchmark; print(json.dumps(benchmark.{call}))"],
-                          cwd=Path(__file__).parent, capture_output=True, text=True)
+    code = f"import json; from studies import benchmark; print(json.dumps(benchmark.{call}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"it was killed, status {done.returncode}: out of memory?"])[-1]
-        raise ValueError(f"benchmark.{call} failed: {why}")
+        raise UserError(f"benchmark.{call} failed: {why}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def llava_batch(n_visual, vocab, batch, text=100, answer=60):
-    """A batch as data.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens of which
+    """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens of which
     the last `answer` are the answer; every row is 8 tokens shorter than the one before, and padded."""
     T = n_visual + text
     tokens = torch.randint(vocab, (batch, T))
@@ -270,4 +273,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(weights.run_cli(main))
+    sys.exit(run_cli(main))

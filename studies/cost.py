@@ -2,15 +2,20 @@
 The paper's size, on paper: what every stage trains, computes and needs for Llama-3.2-3B, 3.1-8B and 3.1-70B, and what
 the surrogate saves. Only arithmetic on sizes: it needs no weights, no data and no GPU.
 
-    >>> import plan
-    >>> print(plan.show_plan(plan.stage_plan("encoder", "llama-3.1-8b", ranks=8)))
-    >>> print(plan.show_routes("llama-3.1-70b"))
+    python -m studies.cost                  # FLOPs, memory and GPU-hours of each route: all presets, and a picture
+    python -m studies.cost llama-3.1-70b    # of one
+
+    >>> from studies import cost
+    >>> print(cost.show_plan(cost.stage_plan("encoder", "llama-3.1-8b", ranks=8)))
 
 1. Presets and recipes   2. Parameters   3. FLOPs   4. Memory   5. The plan of a stage   6. Three routes   7. A picture
 """
+import argparse
 import math
+import sys
 
-import weights
+from formats import checkpoints
+from formats.errors import UserError, run_cli
 from model import LlamaConfig, ViTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,18 +70,18 @@ PEAK, UTILIZATION = 989e12, 0.4     # FLOP/s of an H100 in dense bf16, and the p
 
 
 def preset(name):
-    """An entry of PRESETS, or `name` itself if it is such a dict already. ValueError for an unknown name."""
+    """An entry of PRESETS, or `name` itself if it is such a dict already. UserError for an unknown name."""
     if isinstance(name, dict):
         return name
     if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def recipe(stage, name):
     """The paper's recipe of a stage for a preset: an entry of PAPER, with the steps that this LLM's checkpoint took."""
     if stage not in PAPER:
-        raise ValueError(f"the paper has no stage {stage!r}: choose one of {', '.join(PAPER)}")
+        raise UserError(f"the paper has no stage {stage!r}: choose one of {', '.join(PAPER)}")
     steps = preset(name).get("steps", {})
     return PAPER[stage] | ({"steps": steps[stage]} if stage in steps else {})
 
@@ -240,8 +245,8 @@ def stage_plan(stage, name, ranks=1, fsdp=False, checkpointing=True, lora=0, dis
     p, r = preset(name), recipe(stage, name) | other
     batch, at_once = r["batch"], r["micro_batch"] * ranks
     if batch % at_once:
-        raise ValueError(f"a batch of {batch} cannot be shared out: micro-batches of {r['micro_batch']} on {ranks} "
-                         f"GPU(s) make {at_once}, which does not divide {batch}")
+        raise UserError(f"a batch of {batch} cannot be shared out: micro-batches of {r['micro_batch']} on {ranks} "
+                        f"GPU(s) make {at_once}, which does not divide {batch}")
     sizes = stage, p["llm_config"], p["vit_config"], p["ranges"]
     visual = p["vit_config"].num_patches + 3
     (n_images, image_text, image_targets), (n_texts, text, text_targets) = r["images"], r["texts"]
@@ -413,7 +418,26 @@ def plot_routes(path):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     axes[-1].set_xlim(0, 100)
-    axes[-1].set_xlabel("FLOPs of training, in % of the route that trains the full decoder (estimated, plan.py)")
+    axes[-1].set_xlabel("FLOPs of training, in % of the route that trains the full decoder (estimated, studies/cost.py)")
     fig.tight_layout(h_pad=1.2)
-    weights.write_whole(path, lambda part: fig.savefig(part, format="png", facecolor="white"))
+    checkpoints.write_whole(path, lambda part: fig.savefig(part, format="png", facecolor="white"))
     plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help=f"default: {' '.join(PRESETS)}")
+    parser.add_argument("--out", default="runs/routes.png", metavar="PNG", help="picture (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for text in [show_routes(name) for name in args.presets or PRESETS]:
+        print(text + "\n")
+    plot_routes(args.out)
+    print(f"plot: {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

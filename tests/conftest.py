@@ -9,12 +9,12 @@ if not torch.cuda.is_available():
 import json
 
 import pytest
-from safetensors.torch import save_file
-
-import world
 import weights
-from model import Llama, LlamaConfig
+import world
+from safetensors.torch import save_file
 from tokenizer import Tokenizer
+
+from model import Llama, LlamaConfig
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,8 @@ def fixed_seed():
 
 def save_tiny_llm(folder, width=32):
     """A random Llama of 6 layers in Hugging Face's layout; its byte-level BPE is learnt from the world's questions."""
-    from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import models, pre_tokenizers, trainers
     bpe = HFTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])

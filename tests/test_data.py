@@ -7,11 +7,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizer import IMAGE
 
 import data
-from data import HELD_OUT, KNOWLEDGE_TASKS, QUESTIONS, TRAINED_TASKS, collate, evenly_spaced, load_llava, open_image
-from data import preprocess, shuffled_index, world
-from tokenizer import IMAGE
+from data import (
+    HELD_OUT,
+    KNOWLEDGE_TASKS,
+    QUESTIONS,
+    TRAINED_TASKS,
+    collate,
+    evenly_spaced,
+    load_llava,
+    open_image,
+    preprocess,
+    shuffled_index,
+    world,
+)
 
 TASKS = TRAINED_TASKS + KNOWLEDGE_TASKS
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import weights
+import world
+from conftest import save_tiny_llm
 from PIL import Image
 
 import data
 import graft
-import weights
-import world
-from conftest import save_tiny_llm
 from model import VLM, Llama
 from surrogate import load_surrogate
 

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import weights
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+from tokenizer import IMAGE
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 from transformers import LlamaConfig as HFLlamaConfig
-from transformers import LlamaForCausalLM
 
 import data
 import model
-import weights
 from model import VLM, KVCache, Llama, ViT, sample
-from tokenizer import IMAGE
 
 TOLERANCE = 1e-4  # the project's promise for float32 logits
 

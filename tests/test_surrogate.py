@@ -4,15 +4,24 @@ import json
 
 import pytest
 import torch
+import weights
 from safetensors.torch import save_file
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
 import surrogate
-import weights
 from model import KVCache, Llama, LlamaConfig, collect
-from surrogate import (build_surrogate, default_ranges, find_transition, fork, kept_layers, load_surrogate,
-                       parse_ranges, prediction_trajectory, text_tokens)  # fmt: skip
+from surrogate import (
+    build_surrogate,
+    default_ranges,
+    find_transition,
+    fork,
+    kept_layers,
+    load_surrogate,
+    parse_ranges,  # fmt: skip
+    prediction_trajectory,
+    text_tokens,
+)
 
 L = 8
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import weights
+from conftest import save_tiny_llm
 from PIL import Image
+from tokenizer import Tokenizer
 
 import data
 import train
-import weights
-from conftest import save_tiny_llm
-from model import add_lora, VLM, Llama, LlamaConfig, ViT, ViTConfig
+from model import VLM, Llama, LlamaConfig, ViT, ViTConfig, add_lora
 from surrogate import build_surrogate
-from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 PROJECTOR = {"adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias", "embd_soi", "embd_eoi",

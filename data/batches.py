@@ -1,0 +1,117 @@
+"""
+A sample is an image and a chat about it. The order in which samples are shown, and batches of them.
+
+    kind, number = evenly_spaced(i, len(records.pictured), len(records.texts))      # sample i of an endless walk
+    batch = collate([sample], tokenizer, n_visual=19, size=64)
+"""
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from PIL import Image
+
+from data.images import CLIP_MEAN, CLIP_STD, SIZE, preprocess
+from formats.errors import UserError
+from formats.tokenizer import IMAGE  # the id that stands for an image in a token list; "<image>" in text
+
+# The visual tokens become part of a sentence. The first opening is the paper's, and the default at inference.
+OPENINGS = [
+    "Based on the visual elements captured in this image of<image>, ",
+    "Looking closely at this picture of<image>, ",
+    "Given a photo that shows<image>, ",
+    "Here is a view of<image>, and going by what it shows, ",
+    "With your eyes on this scene of<image>, ",
+    "Judging from the details of this drawing of<image>, ",
+    "In the picture before you there is<image>, so ",
+    "Taking into account everything seen in<image>, ",
+]
+
+
+def wrap(question, rng=None):
+    """Put the image into a sentence before `question`: the default opening, or with `rng` a random one of OPENINGS."""
+    return (rng.choice(OPENINGS) if rng else OPENINGS[0]) + question[:1].lower() + question[1:]
+
+
+@dataclass
+class Sample:
+    """An image (or None) and a chat about it; the first user turn holds "<image>" where the image goes."""
+
+    image: Image.Image | None
+    messages: list[dict]  # [{"role": "user" | "assistant", "content": str}, ...]
+    task: str = ""
+    answer: str = ""  # the last assistant turn
+    options: list[str] = ()  # candidate answers for ranking; holds `answer` exactly once
+    caption: str = ""  # for contrastive pre-training
+    right: list = ()  # said freely: groups of words, of each of which one has to be there
+    rivals: list = ()  # ... and words of which none may be
+
+
+# ---- Order: everything is a function of the place in an endless walk, so that a resumed run sees the same -----------
+
+
+def evenly_spaced(i, n_images, n_texts):
+    """
+    Sample i = 0, 1, ... of an endless walk through two sources, mixed by even spacing (the paper's proportional
+    strides, for two sources) -> ("image" or "text", its number in the walk through that source).
+    n_images + n_texts samples hold every image and every text once; w samples in a row hold w * n_texts /
+    (n_images + n_texts) texts, to within 1.
+    """
+    if min(n_images, n_texts) < 0 or not n_images + n_texts:
+        raise UserError(f"cannot mix {n_images} images and {n_texts} texts: there must be something to show")
+    texts, texts_after = (j * n_texts // (n_images + n_texts) for j in (i, i + 1))  # before sample i, and with it
+    return ("text", texts) if texts_after > texts else ("image", i - texts)
+
+
+def shuffled_index(i, n, seed=0):
+    """Index of the record shown as number i = 0, 1, ... of an endless walk over n records: a new order every epoch."""
+    return _order(n, i // n, seed)[i % n]
+
+
+@lru_cache(maxsize=4)  # two sources, each at the end of one epoch and the start of the next
+def _order(n, epoch, seed):
+    order = list(range(n))
+    random.Random(f"order/{seed}/{epoch}").shuffle(order)
+    return order
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}  # stages 1-2, stage 3; kinds as in Tokenizer.chat_targets
+
+
+def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", max_length=None,
+            mean=CLIP_MEAN, std=CLIP_STD):  # fmt: skip
+    """
+    Samples -> a batch, padded on the right to its longest sequence:
+        tokens  (B, T) int64    IMAGE stands n_visual times where the image goes; padding is tokenizer.pad
+        targets (B, T) int64    the token to predict AT position t, i.e. token t + 1; -100 where there is no loss
+        pixels  (images, 3, size, size) float32, the existing images in order; None if there are none
+        lengths (B,) int64      positions that are not padding
+    max_length cuts a sequence at its end; UserError if the image would not fit.
+    """
+    if loss_on not in LOSS_KINDS:
+        raise UserError(f"unknown loss_on {loss_on!r}: choose one of {', '.join(LOSS_KINDS)}")
+    rows, pixels = [], []
+    for i, sample in enumerate(samples):
+        ids, kinds = tokenizer.chat_targets(sample.messages)
+        if ids.count(IMAGE) != (sample.image is not None):
+            given = "one image" if sample.image is not None else "no image"
+            raise UserError(f'sample {i}: {ids.count(IMAGE)} times "<image>" in the chat, but {given} given')
+        if sample.image is not None:
+            at = ids.index(IMAGE)
+            ids = ids[:at] + [IMAGE] * n_visual + ids[at + 1 :]
+            kinds = kinds[:at] + [0] * n_visual + kinds[at + 1 :]
+            if max_length is not None and at + n_visual > max_length:
+                raise UserError(f"sample {i}: max_length {max_length} would cut the image; it needs {at + n_visual}")
+            pixels.append(preprocess(sample.image, size, mean, std))
+        next_ids = [t if kind in LOSS_KINDS[loss_on] else -100 for t, kind in zip(ids[1:], kinds[1:])] + [-100]
+        rows.append((ids[:max_length], next_ids[:max_length]))
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), tokenizer.pad)
+    targets = torch.full_like(tokens, -100)
+    for b, (ids, next_ids) in enumerate(rows):
+        tokens[b, : len(ids)] = torch.tensor(ids)
+        targets[b, : len(ids)] = torch.tensor(next_ids)
+    return {"tokens": tokens, "targets": targets, "pixels": torch.stack(pixels) if pixels else None, "lengths": lengths}

@@ -1,0 +1,77 @@
+"""Images: from a file to what CLIP expects. A student's picture may be of any kind, and may be broken."""
+
+import os
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from formats.errors import MissingFile, UserError
+
+SIZE = 64  # of the drawn world's images
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS, MAX_SIDE = 64_000_000, 10_000  # padded to a square, the longest side alone decides: 400 MB at 10,000
+
+
+def open_image(source):
+    """
+    A path or a PIL image of any mode -> PIL image in RGB. Transparency is laid over white, 16-bit is scaled to 8,
+    a photo is turned as its EXIF says. MissingFile: no such file. UserError: not an image, damaged or too large.
+    """
+    name = "image" if isinstance(source, Image.Image) else str(source)
+    if not isinstance(source, Image.Image) and not os.path.exists(source):
+        raise MissingFile(f"{name}: no such image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+    except Image.DecompressionBombError:
+        raise UserError(f"{name}: more than {MAX_PIXELS / 1e6:.0f} megapixels; scale the image down first") from None
+    except Exception:  # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
+        raise UserError(f"{name}: not an image that Pillow can read (try PNG or JPEG)") from None
+    w, h = image.size
+    if not 0 < w * h <= MAX_PIXELS or max(w, h) > MAX_SIDE:
+        limits = f"1 pixel to {MAX_PIXELS / 1e6:.0f} megapixels and at most {MAX_SIDE:,} pixels a side"
+        raise UserError(f"{name}: {w} x {h} pixels, but must have {limits}; scale or crop it first")
+    try:
+        image.load()
+        if image is not source:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image)
+    except Exception as error:
+        raise UserError(f"{name}: the image is damaged or truncated ({error})") from None
+
+
+def _to_rgb(image):
+    if image.mode == "RGB":
+        return image
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel: Pillow's own convert would clip at 255
+        values = np.nan_to_num(np.asarray(image).astype(np.float32))
+        scale = 1 / 257 if image.mode[0] == "I" and (";" in image.mode or values.max() > 255) else 1
+        if image.mode[0] == "F" and values.max() <= 1:
+            scale = 255
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image, size=SIZE, mean=CLIP_MEAN, std=CLIP_STD):
+    """
+    PIL image or path -> float32 (3, size, size). Padded to a centred square with the mean color (as LLaVA does), then
+    what transformers' CLIPImageProcessor does: bicubic resize, scale to 0..1, subtract mean, divide by std.
+    """
+    image = open_image(image)
+    w, h = image.size
+    if w != h:
+        square = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * m) for m in mean))
+        square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
+        image = square
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (H, W, 3) -> (3, H, W)
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -1,0 +1,118 @@
+"""
+Our own checkpoints: only what was trained, with a description of itself in the file's metadata; and the paper's.
+
+    save_checkpoint("runs/encoder/encoder.safetensors", {name: tensor}, dict(stage="encoder", ...))
+    tensors, about = read_checkpoint("assets/encoder.safetensors")          # or a .pth that the paper released
+    load_checkpoint(vlm, tensors, "assets/encoder.safetensors")
+"""
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from formats.errors import MissingFile, UserError
+from formats.official import open_safetensors, open_torch
+
+ROOT = Path(__file__).parent.parent     # of the project: assets/ is there
+
+
+def write_whole(path, write):
+    """Call write(temporary path), then rename: a reader or a crash never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, tensors, about):
+    """
+    Save named tensors as safetensors. `about` (any JSON values) goes into the file's metadata, readable without the
+    weights. Of a sharded model, gather the tensors first.
+    """
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+
+    def write(part):
+        part.touch()
+        mode = part.stat().st_mode  # save_file would make a file that nobody but its owner may read
+        try:
+            save_file(tensors, part, {k: json.dumps(v) for k, v in about.items()})
+        except SafetensorError as e:  # its way to say that the disk is full
+            raise UserError(f"cannot write {path}: {e}") from None
+        part.chmod(mode)
+
+    write_whole(path, write)
+
+
+def locate(path):
+    """A file as named, or else, whatever the working folder, beside this code: so assets/… is found from anywhere."""
+    path, here = Path(path), ROOT / path
+    return here if not path.exists() and here.exists() else path
+
+
+def open_checkpoint(path):
+    """
+    ({name: function that reads this tensor}, about) of a file that `save_checkpoint` wrote, or of a checkpoint that the
+    paper released (.pth).
+    """
+    path = locate(path)
+    if not path.exists():
+        raise MissingFile(f"no such checkpoint: {path}")
+    if path.suffix != ".safetensors":
+        return open_torch(path), {}
+    tensors = open_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        return tensors, {k: json.loads(v) for k, v in metadata.items() if k != "format"}
+    except ValueError:          # what a file that `save_checkpoint` did not write says about itself
+        return tensors, {}
+
+
+def read_checkpoint(path):
+    """(tensors by name, about): `open_checkpoint`, and all of it read."""
+    tensors, about = open_checkpoint(path)
+    return {n: read() for n, read in tensors.items()}, about
+
+
+def beside(name, checkpoint):
+    """The file that a checkpoint's metadata names: in the checkpoint's own folder, or else as written there.
+
+    In this order: what is shipped in assets/ stays together, whatever a run of yours has left in runs/ since.
+    """
+    neighbour, written = locate(checkpoint).parent / Path(name).name, locate(name)
+    if neighbour.exists() and not neighbour.samefile(locate(checkpoint)):
+        return neighbour
+    if written.exists():
+        return written
+    raise MissingFile(f"{checkpoint} needs {name}, which is neither there nor beside it")
+
+
+def load_checkpoint(module, tensors, path, place=None):
+    """
+    Copy named tensors into `module`; every name and shape must fit, else one line names all that do not.
+    place(parameter, tensor): what is copied in the tensor's place, as in official.load; a sharded model takes a slice.
+    """
+    wanted, wrong = dict(module.named_parameters()), []
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            wrong.append(f"{name}, which the model does not have")
+        elif tensor.shape != wanted[name].shape:
+            wrong.append(f"{name} as {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
+    if wrong:
+        raise UserError(f"{path} does not belong to this model: it holds {'; '.join(wrong)}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            wanted[name].copy_(place(wanted[name], tensor) if place else tensor)
+
+
+def save_released(path, tensors, step):
+    """Save named tensors as the paper's released checkpoints are: a torch.save dictionary. The names are the same."""
+    saved = dict(epoch=1, global_step=step, model=tensors, optimizer=None, scheduler=None)
+    write_whole(path, lambda part: torch.save(saved, part))

@@ -1,0 +1,58 @@
+"""
+Checkpoints: what one says about itself, and from our layout to that of the paper's released ones and back.
+
+    python -m formats.convert runs/encoder/encoder.safetensors                  # what it says about itself
+    python -m formats.convert runs/encoder/encoder.safetensors encoder.pth      # as the paper's code reads it
+    python -m formats.convert ckpt_01_0004880.pth encoder.safetensors --llm meta-llama/Llama-3.1-8B-Instruct    # back
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from formats.checkpoints import read_checkpoint, save_checkpoint, save_released
+from formats.errors import UserError, run_cli
+from formats.official import DEFAULT_LLM
+from surrogate import check_ranges, parse_ranges
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a .safetensors of train.py, or a .pth that the paper released")
+    parser.add_argument("out", nargs="?",
+                        help="write it here, as .pth (the paper's layout) or .safetensors; nothing: describe it")
+    about_ = "what a .pth does not say about itself: "
+    parser.add_argument("--llm", help=about_ + "the full LLM, folder or hub name")
+    parser.add_argument("--vit", default="openai/clip-vit-large-patch14-336",
+                        help=about_ + "the ViT (default: %(default)s)")
+    parser.add_argument("--replace", help=about_ + "the layers that the surrogate replaces, e.g. 16-26")
+    parser.add_argument("--init", dest="start", help=about_ + "stage encoder: the checkpoint that holds the translator")
+    args = parser.parse_args(argv)
+    tensors, about = read_checkpoint(args.checkpoint)
+    if args.out is None:
+        print(*(f"{k}: {json.dumps(v)}" for k, v in sorted(about.items())), sep="\n")     # no order in the file
+        print(*(f"{n}  {tuple(t.shape)} {t.dtype}" for n, t in tensors.items()), sep="\n")
+    elif Path(args.out).suffix == ".pth":
+        if any(".lora_" in n for n in tensors):
+            raise UserError(f"{args.checkpoint} holds low-rank updates, for which the paper's layout has no place")
+        save_released(args.out, tensors, about.get("steps_done", 0))
+    elif Path(args.out).suffix != ".safetensors":
+        raise UserError(f"cannot write {args.out}: give a name that ends in .pth or .safetensors")
+    else:
+        save_checkpoint(args.out, tensors, about or describe(tensors, args))
+    return 0
+
+
+def describe(tensors, args):
+    """What our own checkpoint of these tensors would say about itself; `args` say what cannot be seen in them."""
+    ranges = check_ranges(parse_ranges(args.replace or "none"), 1000)
+    decoder = any(n.startswith("decoder.") for n in tensors)
+    whole = "decoder.model.embed_tokens.weight" in tensors      # stage 3's; else it is the translator
+    if decoder and not whole and not ranges:
+        raise UserError(f"{args.checkpoint} holds a translator: say which layers it replaces, e.g. --replace 17-30")
+    return dict(stage="decoder" if whole else "translator" if decoder else "encoder", llm=args.llm or DEFAULT_LLM,
+                vit=args.vit, ranges=ranges, start=args.start, bound=None, recipe={})
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
