@@ -142,18 +142,16 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
-        self.sharded = False        # over several GPUs (extras.parallel.shard)
+        self.place = None           # sharded over several GPUs (extras/parallel.py): what cuts this process's slice out of a tensor
         self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again in the backward pass
 
     @classmethod
-    def from_pretrained(cls, path=official.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None,
-                        place=None):
+    def from_pretrained(cls, path=official.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None):
         """Load official weights, frozen. `path` is a folder (Hugging Face's or Meta's layout), a .gguf file or a hub name.
 
-        layers: a list of the layers to keep (a surrogate), numbered anew; the others are never read. shard: a function
-        that shards the empty model over several GPUs, place: what cuts each process's slice out of a tensor
-        (extras.parallel.shard and .like). Raises MissingFile or UserError, each with one line, for files that are
-        missing, damaged or of another model.
+        layers: a list of the layers to keep (a surrogate), numbered anew; the others are never read. shard: a function that
+        shards the empty model over several GPUs (extras/parallel.py). Raises MissingFile or UserError, each with one line, for
+        files that are missing, damaged or of another model.
         """
         path = official.find(path)
         config, tensors = LlamaConfig(**official.llama_config(path)), official.llama_tensors(path)
@@ -164,7 +162,7 @@ class Llama(nn.Module):
             model = cls(config)
         if shard:
             shard(model)
-        official.load(model, tensors, dtype, device, path, place)
+        official.load(model, tensors, dtype, device, path, model.place)
         return model.requires_grad_(False).eval()
 
     @property
@@ -302,37 +300,6 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     kept = cum.masked_fill(cum - probs >= top_p, 0).amax(-1, keepdim=True)  # mass of the tokens kept: the least that reaches top_p
     point = torch.rand(len(probs), 1, generator=generator, device=probs.device) * kept      # somewhere in that mass ...
     return order.gather(1, torch.searchsorted(cum, point)).squeeze(1)                       # ... lies one token
-
-
-class LoRALinear(nn.Linear):
-    """W x + scale B A x: a frozen W, and a trained update of low rank (https://arxiv.org/abs/2106.09685)."""
-
-    def forward(self, x):
-        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
-
-
-def add_lora(llm, rank, alpha=32):
-    """Give every matrix in the layers of a Llama an update of this rank, in place. It starts at 0: B is 0, A is random.
-
-    (The paper's code has rank 8 and alpha 32, by default on q_proj and v_proj alone.)
-    """
-    for module in [m for layer in llm.model.layers for m in layer.modules() if type(m) is nn.Linear]:
-        A = torch.randn(rank, module.in_features) / math.sqrt(module.in_features)
-        module.lora_A = nn.Parameter(A.to(llm.device))                                          # (rank, in)
-        module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=llm.device)) # (out, rank)
-        module.scale = alpha / rank
-        module.__class__ = LoRALinear       # the same object: whoever shares or shards this module keeps it
-
-
-@torch.no_grad()
-def merge_lora(tensors, llm, rank, alpha=32):
-    """The named tensors of a checkpoint with lora_A and lora_B -> with the whole weights that they make out of `llm`'s."""
-    ours = {f"decoder.{n}": p for n, p in llm.named_parameters()}
-    out = {n: t for n, t in tensors.items() if ".lora_" not in n}
-    for name in (n.removesuffix("lora_A") for n in tensors if n.endswith("lora_A")):
-        W, A, B = ours[name + "weight"], tensors[name + "lora_A"].float(), tensors[name + "lora_B"].float()
-        out[name + "weight"] = (W.float() + (B @ A).to(W.device) * (alpha / rank)).to(W.dtype)
-    return out
 
 
 class KVCache:
@@ -493,12 +460,9 @@ class VLM(nn.Module):
 
     The names `encoder`, `adapter` (the projector), `embd_soi`, `embd_eoi` and `decoder` are those of the checkpoints that
     the paper released. Grafting is nothing more than calling this with another decoder.
-
-    bound: None as in the paper, or how far a visual token may lie from the mean of the LLM's text embeddings. A small LLM
-    needs it: far from where text lives, its surrogate and the full LLM no longer agree.
     """
 
-    def __init__(self, encoder, decoder, tokenizer=None, bound=None):
+    def __init__(self, encoder, decoder, tokenizer=None):
         super().__init__()
         C, d = encoder.config.hidden_size, decoder.config.hidden_size
         self.encoder = encoder
@@ -507,8 +471,6 @@ class VLM(nn.Module):
         self.embd_eoi = nn.Parameter(torch.randn(1, d) * 0.02)      # end of image
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.bound = bound
-        self.register_buffer("mean_embedding", decoder.model.embed_tokens.weight.detach().float().mean(0), persistent=False)
 
     @property
     def n_visual(self):
@@ -520,10 +482,8 @@ class VLM(nn.Module):
         pixels = pixels.to(self.embd_soi)                                   # device and dtype of the weights
         x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
         x = self.adapter(x)                                                 # (N, 1 + P, d)
-        if self.bound:                                                      # shorten it smoothly: its length stays below `bound`
-            x = self.mean_embedding + x * (1 + x.float().square().sum(-1, keepdim=True) / self.bound ** 2).rsqrt()
         soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
-        return torch.cat([soi, x.to(soi.dtype), eoi], dim=1)                # (N, 1 + (1 + P) + 1, d)
+        return torch.cat([soi, x, eoi], dim=1)                # (N, 1 + (1 + P) + 1, d)
 
     def embed(self, tokens, pixels=None):
         """Token ids (B, T), with IMAGE at every place of a visual token, and pixels (N, 3, S, S) -> embeddings (B, T, d)."""
@@ -534,10 +494,13 @@ class VLM(nn.Module):
         visual = self.visual_tokens(pixels).to(x.dtype)
         return x.masked_scatter(is_image[..., None], visual)                # visual tokens fill the places in order
 
-    def loss(self, tokens, targets, pixels=None):
-        """Sum of -log p over the targets of a batch as data.batches.collate makes it; divide by the targets of the global batch."""
-        x = self.decoder.run(self.embed(tokens, pixels))
-        return self.decoder.loss(x, targets)
+    def loss(self, batch):
+        """Sum of -log p over the targets of a batch (see data.batches.collate); divide it by the targets of the global batch.
+
+        The same in all stages: what learns is a matter of which parameters require a gradient, and which decoder stands here.
+        """
+        x = self.decoder.run(self.embed(batch["tokens"].to(self.decoder.device), batch["pixels"]))     # (B, T, d)
+        return self.decoder.loss(x, batch["targets"])
 
     @classmethod
     def from_pretrained(cls, llm=official.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32, device="cpu", tokenizer=None):
@@ -554,12 +517,11 @@ class VLM(nn.Module):
         if tokenizer is None:
             tokenizer = Tokenizer.from_pretrained(official.find(about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm))
         if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
-            if about.get("recipe", {}).get("lora"):     # stage 3 trained the full LLM itself: a copy takes the new weights
-                tensors = merge_lora(tensors, decoder, about["recipe"]["lora"])
+            # stage 3 trained the full LLM itself: a copy takes the new weights
             decoder = copy.deepcopy(decoder)
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
-        vlm = cls(vit, decoder, tokenizer, about.get("bound")).to(decoder.device, decoder.dtype)
+        vlm = cls(vit, decoder, tokenizer).to(decoder.device, decoder.dtype)
         checkpoints.load_checkpoint(vlm, tensors, encoder)
         return vlm.requires_grad_(False).eval()
 
@@ -596,7 +558,7 @@ class VLM(nn.Module):
 
 
 def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
-    """The ViT that a checkpoint started from: a file of train.py's stage `vit`, or a CLIP (folder or hub name)."""
+    """The ViT that a checkpoint started from: a file of extras/vit.py, or a CLIP (folder or hub name)."""
     if Path(name).suffix != ".safetensors":
         return ViT.from_pretrained(name, dtype, device)
     if not checkpoints.locate(checkpoint).exists():
@@ -604,7 +566,7 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
     file = checkpoints.beside(name, checkpoint)
     tensors, about = checkpoints.read_checkpoint(file)
     if about.get("stage") != "vit":
-        raise UserError(f"{file} holds {about.get('stage', 'nothing that train.py wrote')}, not a ViT: make one with `python train.py vit`")
+        raise UserError(f"{file} holds {about.get('stage', 'nothing that was trained here')}, not a ViT: make one with `python -m extras.vit`")
     vit = ViT(ViTConfig(**about["vit_config"]))
     checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), {n: t for n, t in tensors.items() if n.startswith("encoder.")}, file)
     return vit.to(device, dtype).requires_grad_(False).eval()

@@ -2,7 +2,7 @@
 From an LLM to its surrogate: where does the early phase end, and what is left when the late phase is replaced?
 
     python surrogate.py                         # the default LLM: table, cut, plot
-    python surrogate.py --replace 23-28         # what a surrogate of your choice keeps
+    python surrogate.py --replace 20-23,24-28   # what a surrogate of your choice keeps (these two: the shipped one)
 
 1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then falling.
 2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last layer.
@@ -67,6 +67,20 @@ def text_tokens(tokenizer, text, length=96):
     return torch.tensor(rows)
 
 
+def read_texts(tokenizer, path="assets/text.txt", length=96):
+    """The texts over which the trajectory is measured: (B, length) tokens."""
+    path = checkpoints.locate(path)
+    if not path.exists():
+        raise MissingFile(f"no such text file: {path}")
+    return text_tokens(tokenizer, path.read_text(encoding="utf-8"), length)
+
+
+def choose_ranges(llm, tokenizer):
+    """As in the paper: one translator for everything from the turn of the LLM's own trajectory up to the last layer but one."""
+    cut = find_transition(prediction_trajectory(llm, read_texts(tokenizer), progress=True))
+    return [(cut, llm.config.num_hidden_layers - 2)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Surrogate
 
@@ -104,7 +118,6 @@ def build_surrogate(llm, ranges):
     with torch.device("meta"):                          # an empty shell: all its modules come from the LLM
         surrogate = Llama(dataclasses.replace(llm.config, num_hidden_layers=0))
     surrogate.config.num_hidden_layers = len(kept)
-    surrogate.sharded = llm.sharded
     firsts = {first for first, _ in ranges}
     layers = [copy.deepcopy(llm.model.layers[i]) if i in firsts else llm.model.layers[i] for i in kept]
     surrogate.model.update(dict(llm.model.items()) | {"layers": torch.nn.ModuleList(layers)})
@@ -113,16 +126,16 @@ def build_surrogate(llm, ranges):
     return mark(surrogate.train(llm.training), ranges, L)
 
 
-def from_pretrained(path, ranges, dtype=torch.float32, device="cpu", shard=None, place=None):
+def from_pretrained(path, ranges, dtype=torch.float32, device="cpu", shard=None):
     """The surrogate of the LLM at `path`, without the LLM: only the layers that it keeps are ever read.
 
     The same model as `build_surrogate(Llama.from_pretrained(path), ranges)`, in its own size of memory.
-    shard, place: see model.py.
+    shard: see model.py.
     """
     path = official.find(path)
     L = official.llama_config(path)["num_hidden_layers"]
     ranges = check_ranges(ranges, L)
-    return mark(Llama.from_pretrained(path, dtype, device, kept_layers(ranges, L), shard, place), ranges, L)
+    return mark(Llama.from_pretrained(path, dtype, device, kept_layers(ranges, L), shard), ranges, L)
 
 
 def mark(surrogate, ranges, num_layers):
@@ -133,27 +146,25 @@ def mark(surrogate, ranges, num_layers):
     return surrogate
 
 
-def load_surrogate(llm, checkpoint, build=build_surrogate, place=None):
-    """The surrogate that a checkpoint of train.py was trained with. A checkpoint that holds no translator (stage 2 of the
-    paper leaves it frozen) names the one that it started from.
-
-    llm: the full LLM; or with `build=from_pretrained` its path, when the full LLM is not needed. place: for a sharded
-    surrogate, see checkpoints.load_checkpoint.
-    """
+def load_surrogate(llm, checkpoint):
+    """The surrogate of `llm` that a checkpoint of train.py was trained with."""
     _, about = checkpoints.open_checkpoint(checkpoint)
     if not about.get("ranges"):
         raise UserError(f"{checkpoint} (stage {about.get('stage', 'unknown')}) was not trained with a surrogate: it names no replaced layers")
-    surrogate = build(llm, about["ranges"])
-    file = checkpoint
-    while True:
-        tensors, about = checkpoints.read_checkpoint(file)
-        if any(n.startswith("decoder.") for n in tensors):
-            break
+    return load_translators(build_surrogate(llm, about["ranges"]), checkpoint)
+
+
+def load_translators(surrogate, checkpoint):
+    """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 leaves them frozen) names the one that
+    it started from. Returns the surrogate."""
+    tensors, about = checkpoints.read_checkpoint(checkpoint)
+    while not any(n.startswith("decoder.") for n in tensors):
         if not about.get("start"):
-            raise UserError(f"{file} holds no translator, and names no checkpoint that does")
-        file = checkpoints.beside(about["start"], file)
-    translator = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
-    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translator, file, place)
+            raise UserError(f"{checkpoint} holds no translator, and names no checkpoint that does")
+        checkpoint = checkpoints.beside(about["start"], checkpoint)
+        tensors, about = checkpoints.read_checkpoint(checkpoint)
+    translators = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
+    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, checkpoint, surrogate.place)
     return surrogate
 
 
@@ -189,28 +200,20 @@ def parse_ranges(text):
     return [(int(e[0]), int(e[-1])) for e in ends]
 
 
-def plot_trajectory(trajectory, cut, ranges, title, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 3.6), dpi=120)
+def plot_trajectory(trajectory, cut, ranges=(), title=""):
+    """The prediction trajectory, where it turns, and what translators replace: a figure."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7, 3.6), dpi=120, layout="tight")
+    ax = fig.add_subplot(xlabel="layer", ylabel="KL(layer || last layer), nats", title=title)
     ax.plot(range(len(trajectory)), trajectory, "o-", color="#2a6f97", ms=4)
     ax.axvline(cut, color="#c1121f", ls="--", lw=1)
     ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points", color="#c1121f", va="top")
     for i, (first, last) in enumerate(ranges):
-        ax.axvspan(first - 0.5, last + 0.5, color="#f4a261", alpha=0.25, label="replaced by a translator" if i == 0 else None)
-    ax.set(xlabel="layer", ylabel="KL(layer || last layer)", title=title)
+        ax.axvspan(first - 0.45, last + 0.45, color="#f4a261", alpha=0.25, label="replaced by a translator" if i == 0 else None)
     ax.grid(alpha=0.3)
     if ranges:
         ax.legend(loc="lower left", frameon=False)
-    fig.tight_layout()
-    checkpoints.write_whole(path, lambda part: fig.savefig(part, format="png"))
-    plt.close(fig)
-
-
-def default_ranges(num_layers, cut):
-    """As in the paper: everything from `cut`, the first layer of the late phase, up to the last layer but one."""
-    return [(cut, num_layers - 2)]
+    return fig
 
 
 def main(argv=None):
@@ -218,23 +221,20 @@ def main(argv=None):
     parser.add_argument("--llm", default=official.DEFAULT_LLM, help="folder, .gguf file or hub name of a Llama (default: %(default)s)")
     parser.add_argument("--text", default="assets/text.txt", help="text to read, paragraphs apart by empty lines (default: %(default)s)")
     parser.add_argument("--length", type=int, default=96, help="tokens of each paragraph to read (default: %(default)s)")
-    parser.add_argument("--replace", help="layers to replace, e.g. 23-28 or 12-17,20-28 (default: from the turn to the last but one)")
+    parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 20-23,24-28 by two (default: from the turn to the last but one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
     args = parser.parse_args(argv)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     path = official.find(args.llm)
-    args.text = checkpoints.locate(args.text)
-    if not args.text.exists():
-        raise MissingFile(f"no such text file: {args.text}")
-    tokens = text_tokens(Tokenizer.from_pretrained(path), args.text.read_text(encoding="utf-8"), args.length)
+    tokens = read_texts(Tokenizer.from_pretrained(path), args.text, args.length)
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
     ranges = check_ranges(parse_ranges(args.replace), L) if args.replace else None
 
     trajectory = prediction_trajectory(llm, tokens, progress=True)
     cut = find_transition(trajectory)
-    ranges = default_ranges(L, cut) if ranges is None else ranges
+    ranges = [(cut, L - 2)] if ranges is None else ranges
     kept = kept_layers(ranges, L)
     firsts = {first for first, _ in ranges}
     print(f"\n{args.llm}: KL(layer || last layer) over {len(tokens)} texts of {args.length} tokens\n")
@@ -247,7 +247,8 @@ def main(argv=None):
     # embeddings and head serve both: what the paper saves is layers, so count those too
     print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   layers {L} -> {len(kept)}   "
           f"parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
-    plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}", args.out)
+    figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}")
+    checkpoints.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
     print(f"plot: {args.out}")
 
 

@@ -5,6 +5,7 @@ A sample is an image and a chat about it. The order in which samples are shown, 
     batch = collate([sample], tokenizer, n_visual=19, size=64)
 """
 
+import functools
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,6 +77,30 @@ def _order(n, epoch, seed):
     return order
 
 
+class Shuffled:
+    """An endless walk over some records, in a new order every epoch: walk[k] is sample number k."""
+
+    def __init__(self, records, indices, seed=0):
+        self.records, self.indices, self.seed = records, indices, seed
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, k):
+        return self.records[self.indices[shuffled_index(k, len(self.indices), self.seed)]]
+
+
+class Mixed:
+    """Two endless walks mixed by even spacing, n_images of the one to n_texts of the other."""
+
+    def __init__(self, images, texts, n_images, n_texts):
+        self.sources, self.mix = dict(image=images, text=texts), (n_images, n_texts)
+
+    def __getitem__(self, i):
+        kind, k = evenly_spaced(i, *self.mix)
+        return self.sources[kind][k]
+
+
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}  # stages 1-2, stage 3; kinds as in Tokenizer.chat_targets
@@ -115,3 +140,46 @@ def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", 
         tokens[b, : len(ids)] = torch.tensor(ids)
         targets[b, : len(ids)] = torch.tensor(next_ids)
     return {"tokens": tokens, "targets": targets, "pixels": torch.stack(pixels) if pixels else None, "lengths": lengths}
+
+
+# ---- What a step reads ----------------------------------------------------------------------------------------------
+
+
+class Batches(torch.utils.data.Dataset):
+    """
+    batches[step] -> the micro-batches that this process reads in that step.
+
+    Each process takes its share of the step's samples, sorts it into those with an image and those without, and cuts it into
+    micro-batches. So each is of one kind: where there is no image nothing before the decoder's trained layers needs a
+    gradient, and autograd skips it without being told. (mixed=True leaves them as they come.)
+
+    samples[i]: number i of an endless walk. recipe: its batch, micro_batch, loss_on and max_length count here.
+    """
+
+    def __init__(self, samples, recipe, tokenizer, n_visual, image_size, rank=0, world=1, mixed=False):
+        share, left = divmod(recipe.batch, world)
+        micro = recipe.micro_batch or share
+        if left or not share or share % micro:
+            raise UserError(f"a batch of {recipe.batch} cannot be shared out: {micro} samples at a time in {world} process(es) "
+                            f"make {micro * world}, which does not divide {recipe.batch} (see batch and micro_batch)")
+        self.samples, self.batch, self.share, self.micro, self.rank = samples, recipe.batch, share, micro, rank
+        self.mixed, self.workers = mixed, recipe.workers
+        self.collate = functools.partial(collate, tokenizer=tokenizer, n_visual=n_visual, size=image_size,
+                                         loss_on=recipe.loss_on, max_length=recipe.max_length)
+
+    def __getitem__(self, step):
+        first = step * self.batch + self.rank * self.share
+        try:
+            mine = [self.samples[i] for i in range(first, first + self.share)]
+            kinds = [mine] if self.mixed else [[s for s in mine if s.image is not None], [s for s in mine if s.image is None]]
+            return [self.collate(kind[i:i + self.micro]) for kind in kinds for i in range(0, len(kind), self.micro)]
+        except (UserError, OSError) as error:  # from a worker process, only what is returned arrives as it is
+            return error
+
+    def loader(self, steps, workers=0):
+        """Iterate over these steps; `workers` processes prepare them ahead."""
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
+
+
+def as_is(x):
+    return x

@@ -9,6 +9,7 @@ LLaVA's JSON, as LLaVA-1.5-665K is distributed; every record is checked.
 import json
 import os
 import random
+import sys
 from itertools import chain
 
 from data.batches import Sample, wrap
@@ -64,7 +65,9 @@ class LlavaRecords:
     def _bad(self, place, error):
         if self.on_bad == "stop":
             raise error
-        self.errors[place] = str(error)  # once, however often the walk comes by
+        if place not in self.errors:  # once, however often the walk comes by
+            print(f"skipped: {error}", file=sys.stderr)
+        self.errors[place] = str(error)
 
     def _name(self, place, record):
         return f"{self.path}: record {place} (id {record.get('id') if isinstance(record, dict) else None!r:.80})"

@@ -249,3 +249,13 @@ def sample_of(rng, task, subject, split="test"):
 
 
 MIXTURE = [t for task in TRAINED_TASKS for t in ("instruct", task)]  # what stages 1 to 3 show: half are instructions
+
+
+class World:
+    """The endless walk through the world that training takes: world[k] is sample number k."""
+
+    def __init__(self, seed=0):
+        self.seed = seed
+
+    def __getitem__(self, k):
+        return world(MIXTURE[k % len(MIXTURE)], k, self.seed)

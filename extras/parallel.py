@@ -1,93 +1,27 @@
 """
-Several GPUs: what the processes of a training run tell each other. With one process, all of this does nothing.
+Several GPUs, and low-rank updates: the same stages as train.py's, in the processes that torchrun starts.
 
-    torchrun --nproc-per-node 8 train.py encoder …              # data parallel: every GPU has the whole model
-    torchrun --nproc-per-node 8 train.py decoder … --fsdp       # the decoder's layers are sharded over the GPUs (FSDP2)
+    torchrun --nproc-per-node 8 -m extras.parallel encoder --recipe llama-3.1-8b --data … --images …     # data parallel
+    torchrun --nproc-per-node 8 -m extras.parallel decoder … --fsdp      # the decoder's layers are sharded over the GPUs (FSDP2)
+    python -m extras.parallel decoder … --lora 8                         # stage 3 trains low-rank updates of the decoder alone
 
 Data parallel needs no wrapper: each process takes its share of the batch and divides its loss by the targets of *all*
 processes, so the gradients only have to be added up. A sharded weight is a DTensor: each process holds a slice of it.
 """
+import argparse
 import atexit
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from formats.errors import UserError
-
-
-def start(device):
-    """Join the other processes if torchrun started this one. Returns this process's device."""
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
-        return device
-    if device.startswith("cuda"):
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        atexit.register(dist.destroy_process_group)
-    return device
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def add_up(x):
-    """Sum a tensor over all processes, in place."""
-    if world() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def union(lines):
-    """The lines that any process has, sorted."""
-    if world() == 1:
-        return sorted(lines)
-    everyones = [None] * world()
-    dist.all_gather_object(everyones, sorted(lines))
-    return sorted(set().union(*everyones))
-
-
-def first_alone(f):
-    """Call f() in the first process, then in the others: what it leaves on disk is made only once."""
-    if world() == 1:
-        return f()
-    out = f() if rank() == 0 else None
-    dist.barrier()
-    return out if rank() == 0 else f()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharded weights
-
-
-def shard(llm):
-    """Shard every layer of a Llama over the processes: a layer is gathered when it runs, and freed after (FSDP2).
-
-    Embeddings, final norm and head stay whole on every GPU: the LM head is used as a matrix (model.Llama.loss), not as
-    a module. Works on the meta device, so that no process ever holds a whole model.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    if not dist.is_initialized():
-        raise UserError("sharding needs several processes: start with `torchrun --nproc-per-node N train.py …`")
-    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world(),))
-    in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)       # gradients are added up so, whatever the weights
-    for layer in llm.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=in_float32)
-    share = getattr(torch.distributed.fsdp, "share_comm_ctx", None)     # torch 2.13 has it
-    if share:           # one stream of gathering and adding up: else each layer keeps its gradient until the backward's end
-        share(list(llm.model.layers))
-    llm.sharded = True
-    return llm
+import train
+from extras.lora import add_lora, merge
+from formats.errors import UserError, run_cli
+from model import VLM
 
 
 def local(t):
@@ -96,10 +30,8 @@ def local(t):
 
 
 def like(t, full):
-    """A tensor that is whole in every process, sharded as `t` is."""
-    if not isinstance(t, DTensor):
-        return full
-    return distribute_tensor(full, t.device_mesh, t.placements, src_data_rank=None)     # each cuts its own slice
+    """A tensor that is whole in every process, sharded as `t` is: each cuts its own slice."""
+    return distribute_tensor(full, t.device_mesh, t.placements, src_data_rank=None) if isinstance(t, DTensor) else full
 
 
 def joined(t, slice):
@@ -114,14 +46,129 @@ def whole(t):
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def gathered(tensors):
-    """{name: tensor}, some of them sharded -> all of each on the CPU in the first process, {} in the others.
+def shard(llm):
+    """Shard every layer of a Llama over the processes: a layer is gathered when it runs, and freed after (FSDP2).
 
-    One at a time, so that no GPU ever holds more than one whole tensor. Every process has to call this.
+    Embeddings, final norm and head stay whole on every GPU: the LM head is used as a matrix (model.Llama.loss), not as a module.
+    Works on the meta device, so that no process ever holds a whole model.
     """
-    out = {}
-    for name, t in tensors.items():
-        t = whole(t.detach())
-        if rank() == 0:
-            out[name] = t.cpu()
-    return out
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (dist.get_world_size(),))
+    for layer in llm.model.layers:      # gradients are added up in float32, whatever the dtype of the weights
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    share = getattr(torch.distributed.fsdp, "share_comm_ctx", None)     # torch 2.13 has it
+    if share:           # one stream of gathering and adding up for all layers: else each keeps its gradient until the backward's end
+        share(list(llm.model.layers))
+    llm.place = like
+    return llm
+
+
+class SharedOptimizer(train.Optimizer):
+    """Of a sharded parameter, copy, gradient and optimizer state are those of this process's slice."""
+    local = staticmethod(local)
+
+    def gather(self):
+        for p in self.parameters.values():
+            if p.grad is not None and isinstance(p, DTensor):
+                p.grad *= dist.get_world_size()             # FSDP took the mean over the processes: here it is the sum
+        super().gather()
+
+    def norm(self):
+        """Add the gradients of all processes up, then the norm of them all."""
+        masters, device = list(self.master.items()), next(iter(self.master.values())).device
+        met = torch.tensor([float(m.grad is not None) for _, m in masters], device=device)
+        dist.all_reduce(met)                                # what no sample of this process met, another's may have
+        squares = torch.zeros(2, device=device)             # sharded or not: sum of the squares of all gradients
+        for (n, m), count in zip(masters, met.tolist()):
+            if count and m.grad is None:
+                m.grad = torch.zeros_like(m)
+            if m.grad is not None:
+                sharded = isinstance(self.parameters[n], DTensor)
+                if not sharded:
+                    dist.all_reduce(m.grad)
+                squares[int(sharded)] += m.grad.square().sum()
+        dist.all_reduce(squares[1])
+        return squares.sum().sqrt()
+
+    def weights(self):
+        return {n: joined(self.parameters[n], m) for n, m in self.master.items()}
+
+    def state(self):
+        out = {f"master.{n}": m for n, m in self.weights().items()}
+        for n, m in self.master.items():
+            for k, v in self.adam.state.get(m, {}).items():
+                out[f"adam.{n}.{k}"] = joined(self.parameters[n], v) if v.dim() else v
+        return out
+
+    def read(self, name, tensor):
+        return local(like(self.parameters[name], tensor.to(self.master[name].device))) if tensor.dim() else tensor
+
+
+class Team:
+    """The processes that torchrun started, with what train.Solo has."""
+    Optimizer = SharedOptimizer
+
+    def __init__(self, device, fsdp):
+        if device.startswith("cuda"):
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            atexit.register(dist.destroy_process_group)
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.shard = shard if fsdp else None
+        self.mixed = fsdp               # sharded layers work in step: every process runs the same layers, forward and backward
+
+    def sum(self, x):
+        dist.all_reduce(x)
+        return x
+
+    def gathered(self, tensors):
+        out = {}
+        for n, t in tensors:
+            t = whole(t)
+            if self.rank == 0:
+                out[n] = t.cpu()
+        return out
+
+
+class InStep(VLM):
+    """A process whose micro-batch has no image sends gradients through the sharded trunk all the same, as the others do."""
+
+    def embed(self, tokens, pixels=None):
+        x = super().embed(tokens, pixels)
+        return x if pixels is not None else x + 0 * self.embd_soi
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     epilog="All else as in train.py: see python train.py --help", usage="… extras.parallel STAGE …")
+    parser.add_argument("--fsdp", action="store_true", help="shard the decoder's layers over the processes")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="stage decoder: train low-rank updates in place of the whole decoder")
+    args, rest = parser.parse_known_args(argv)
+    device = train.parse(rest).device
+    many = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    if args.fsdp and not many:
+        raise UserError("--fsdp needs several processes: start with `torchrun --nproc-per-node N -m extras.parallel …`")
+    if args.lora is not None and not 1 <= args.lora <= 1024:
+        raise UserError(f"--lora must be between 1 and 1024, not {args.lora}")
+    if args.lora and "decoder" not in rest:
+        raise UserError("--lora trains the decoder: it is an option of the stage decoder alone")
+
+    def prepare(vlm, about):
+        if args.fsdp:
+            vlm.__class__ = InStep
+        if args.lora:
+            add_lora(vlm.decoder, args.lora)
+            about["lora"] = args.lora
+
+    def export(weights, vlm):
+        return merge({n: whole(t) for n, t in weights.items()}, vlm.decoder, args.lora, whole) if args.lora else weights.items()
+
+    train.main(rest, Team(device, args.fsdp) if many else train.Solo(), prepare, export)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

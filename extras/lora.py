@@ -1,0 +1,46 @@
+"""
+Stage 3 with low-rank updates of the decoder (LoRA, https://arxiv.org/abs/2106.09685) in place of all its weights.
+
+    python -m extras.parallel decoder --lora 8          # also in one process; with torchrun and --fsdp: for 70B
+
+The checkpoint holds the merged weights, so that whoever reads it need not know.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ALPHA = 32      # the paper's code has rank 8 and alpha 32, by default on q_proj and v_proj alone; here on all seven matrices
+
+
+class LoRALinear(nn.Linear):
+    """W x + scale B A x: a frozen W, and a trained update of low rank."""
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+def add_lora(llm, rank):
+    """Give every matrix in the layers of a Llama an update of this rank, in place. It starts at 0: B is 0, A is random."""
+    for module in [m for layer in llm.model.layers for m in layer.modules() if type(m) is nn.Linear]:
+        A = torch.randn(rank, module.in_features) / math.sqrt(module.in_features)
+        module.lora_A = nn.Parameter(A.to(llm.device))                                              # (rank, in)
+        module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=llm.device))     # (out, rank)
+        module.scale = ALPHA / rank
+        module.__class__ = LoRALinear       # the same object: whoever shares or shards this module keeps it
+
+
+@torch.no_grad()
+def merge(trained, decoder, rank, whole=lambda t: t):
+    """Yield the (name, tensor) pairs that are saved: what was trained before the decoder, and all of the decoder, the updates
+    added to its matrices. whole: gathers a sharded tensor."""
+    yield from ((n, t) for n, t in trained.items() if ".lora_" not in n)
+    for name, W in decoder.named_parameters():
+        if ".lora_" in name:
+            continue
+        W, stem = whole(W).float(), "decoder." + name.removesuffix("weight")
+        if stem + "lora_A" in trained:
+            A, B = trained[stem + "lora_A"].float(), trained[stem + "lora_B"].float()
+            W = W + (B @ A).to(W.device) * (ALPHA / rank)
+        yield "decoder." + name, W

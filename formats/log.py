@@ -1,0 +1,78 @@
+"""What a training run leaves in its folder: log.csv, a plot of the loss, and checkpoints from which it can go on."""
+
+import csv
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from formats.checkpoints import open_checkpoint, save_checkpoint, write_whole
+
+
+class Log:
+    """Progress bar, log.csv, loss.png and checkpoints of a run."""
+
+    def __init__(self, out, about, optimizer, team=None, resume=False, export=dict.items):
+        self.out, self.about, self.optimizer, self.team, self.export = Path(out), json.loads(json.dumps(about)), optimizer, team, export
+        self.first = team is None or team.rank == 0
+        self.rows, self.state = [], self.out / "state.safetensors"
+        if resume:
+            tensors, was = open_checkpoint(self.state)
+            optimizer.load_state(tensors, was["step"])
+            with open(self.out / "log.csv") as f:
+                self.rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(f) if int(r["step"]) < optimizer.step]
+        self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
+        self.steps = range(optimizer.step, optimizer.recipe.steps)              # those that are left
+        self.bar = tqdm(self.steps, about["stage"], unit="step", total=optimizer.recipe.steps, initial=optimizer.step, disable=not self.first)
+
+    def add(self, step, **values):
+        """Note what a step made, and save when it is time."""
+        values = {k: round(v.item(), 6) if torch.is_tensor(v) else v for k, v in values.items()}
+        self.rows.append(dict(step=step) | values | dict(seconds=round(time.time() - self.start, 2)))
+        self.bar.set_postfix(loss=values["loss"])
+        recipe = self.optimizer.recipe
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            self.save()
+
+    def save(self):
+        def write(part):
+            with open(part, "w", newline="") as f:
+                writer = csv.DictWriter(f, list(self.rows[-1]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        about = self.about | dict(steps_done=self.optimizer.step, seconds=round(time.time() - self.start, 1))
+        gathered = self.team.gathered if self.team else dict                    # of sharded weights, every process has a part
+        weights = gathered((n, t.half()) for n, t in self.export(self.optimizer.weights()))
+        state = gathered(self.optimizer.state().items())
+        if self.first:
+            write_whole(self.out / "log.csv", write)
+            save_checkpoint(self.out / f"{self.about['stage']}.safetensors", weights, about)
+            # last: a run that was killed in here goes on from the state before, and the other two may be ahead of it
+            save_checkpoint(self.state, state, dict(step=self.optimizer.step, about=self.about))
+
+    def close(self):
+        if self.first:
+            figure = plot_loss(self.rows, self.about["stage"])
+            write_whole(self.out / "loss.png", lambda part: figure.savefig(part, format="png"))
+            print(f"{len(self.rows)} steps, loss {self.rows[0]['loss']} -> {self.rows[-1]['loss']}, "
+                  f"{self.rows[-1]['seconds']:.0f} s; see {self.out}/")
+        return self.rows
+
+
+def plot_loss(rows, title=""):
+    """The loss of a log, step by step and smoothed, as a figure."""
+    from matplotlib.figure import Figure
+    steps, losses = [int(r["step"]) for r in rows], [float(r["loss"]) for r in rows]
+    smooth, mean = [], losses[0]
+    for x in losses:
+        mean = 0.95 * mean + 0.05 * x
+        smooth.append(mean)
+    fig = Figure(figsize=(6, 3.2), dpi=120, layout="tight")
+    ax = fig.add_subplot(xlabel="step", ylabel="loss", title=title)
+    ax.plot(steps, losses, color="#2a6f97", alpha=0.3, lw=0.8)
+    ax.plot(steps, smooth, color="#2a6f97", lw=1.6)
+    ax.grid(alpha=0.3)
+    return fig
