@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import weights
 from conftest import save_tiny_llm
 from PIL import Image
-from tokenizer import Tokenizer
 
-import data
 import train
+from data import world
+from data.batches import Sample, collate
+from data.images import preprocess
+from formats import checkpoints
+from formats.errors import run_cli
+from formats.tokenizer import Tokenizer
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig, add_lora
 from surrogate import build_surrogate
 
@@ -54,8 +57,8 @@ def make_vlm(tiny_llm, ranges):
 
 def mixed_batch(vlm, loss_on="answers+special"):
     """Images and text in one batch, of different lengths."""
-    samples = [data.world(task, 3, 0) for task in ("describe", "read", "color")]
-    batch = data.collate([*samples, data.Sample(None, TEXT)], vlm.tokenizer, vlm.n_visual, loss_on=loss_on)
+    samples = [world.world(task, 3, 0) for task in ("describe", "read", "color")]
+    batch = collate([*samples, Sample(None, TEXT)], vlm.tokenizer, vlm.n_visual, loss_on=loss_on)
     assert len(set(batch["lengths"].tolist())) > 1
     return batch
 
@@ -133,13 +136,13 @@ def test_only_what_is_trained_changes(tiny_llm, tmp_path, stage, distill):
     llm_before = {n: p.detach().clone() for n, p in llm.named_parameters()}
     train.train_stage(stage, steps=3, batch=5, lr=1e-3, seed=0, device="cpu", out=tmp_path, resume=False, vlm=vlm,
                       llm=llm, loss_on=train.RECIPES[stage]["loss_on"], llm_name="tiny", vit_name="vit",
-                      distill_every=distill, texts=[data.Sample(None, TEXT)])  # fmt: skip
+                      distill_every=distill, texts=[Sample(None, TEXT)])  # fmt: skip
     trained = set(train.trained_parameters(vlm, stage, distill > 0))
     changed = {n for n, p in vlm.named_parameters() if not torch.equal(p, before[n])}
     assert changed == trained
     if stage != "decoder":
         assert all(torch.equal(p, llm_before[n]) for n, p in llm.named_parameters())  # the replaced layers, too
-    saved, _ = weights.read_checkpoint(tmp_path / f"{stage}.safetensors")
+    saved, _ = checkpoints.read_checkpoint(tmp_path / f"{stage}.safetensors")
     assert saved.keys() == trained
     assert all(torch.equal(saved[n], p.half()) for n, p in vlm.named_parameters() if n in trained)
 
@@ -242,9 +245,9 @@ def test_later_epochs_read_kept_states(tiny_llm, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "surrogate_loss", lambda vlm, batch, *rest: loss(
             vlm, {k: v for k, v in batch.items() if k != "states"} if forget else batch, *rest))  # fmt: skip
         common = dict(batch=5, lr=1e-3, seed=0, device="cpu", loss_on="answers", llm_name="tiny", vit_name="vit")
-        settings = dict(distill_every=1, epochs=2, projector=False, texts=[data.Sample(None, TEXT)]) | more
+        settings = dict(distill_every=1, epochs=2, projector=False, texts=[Sample(None, TEXT)]) | more
         train.train_stage("translator", steps, out=tmp_path / name, resume=resume, vlm=vlm, llm=llm, **common, **settings)
-        return weights.read_checkpoint(tmp_path / name / "state.safetensors")[0]
+        return checkpoints.read_checkpoint(tmp_path / name / "state.safetensors")[0]
 
     kept, again = run("kept"), run("again", forget=True)
     assert kept.keys() == again.keys() and all(torch.equal(kept[n], again[n]) for n in kept)
@@ -269,7 +272,7 @@ def test_later_epochs_read_kept_states(tiny_llm, tmp_path, monkeypatch):
 def test_text_alone_needs_no_gradient_below_the_translator(tiny_llm):
     vlm, _ = make_vlm(tiny_llm, [(2, 4)])
     parameters = train.trained_parameters(vlm, "translator")
-    batches = train.Batches(vlm, 5, 5, "answers+special", seed=0, texts=[data.Sample(None, TEXT)])
+    batches = train.Batches(vlm, 5, 5, "answers+special", seed=0, texts=[Sample(None, TEXT)])
     images, text = batches[0][0][0]  # of the first and only micro-batch
     assert len(images["tokens"]) == 3 and len(text["tokens"]) == 2 and text["pixels"] is None
     needs = {}
@@ -335,8 +338,8 @@ def test_every_step_shows_new_images(tiny_llm):
     assert len(pictures) == 3 * 8
     assert all(torch.equal(v, of(2)[k]) for k, v in of(2).items())
     assert not torch.equal(of(2)["pixels"], of(2, seed=1)["pixels"])
-    expected = [data.world(data.TRAINED_TASKS[j % 4], 8 + j, 0) for j in range(8)]
-    assert torch.equal(of(1)["pixels"], torch.stack([data.preprocess(s.image) for s in expected]))
+    expected = [world.world(world.TRAINED_TASKS[j % 4], 8 + j, 0) for j in range(8)]
+    assert torch.equal(of(1)["pixels"], torch.stack([preprocess(s.image) for s in expected]))
     small = torch.cat([of(step, size=1)["pixels"] for step in range(8, 16)])  # however small a batch, all tasks come
     assert torch.equal(small, of(1)["pixels"])
 
@@ -361,9 +364,9 @@ def test_one_of_k_samples_is_taught(tiny_llm, monkeypatch, every):
     assert sorted(taught(2, 0, 2) + taught(2, 1, 2)) == sorted(whole)
     if every % 4 == 0 or every == 1:        # then every step costs the same
         assert all(len(taught(16, 0, 1, [s])) == 16 // every for s in range(4))
-        assert len(taught(16, 0, 1, range(20), texts=[data.Sample(None, TEXT)])) == 320 // every
-    monkeypatch.setattr(train.Batches, "sample", lambda self, i: data.Sample(None, [dict(role="user", content=str(i)), TEXT[1]], task=i % 4))
-    monkeypatch.setattr(data, "collate", lambda samples, *_, **__: dict(tasks=[s.task for s in samples]))
+        assert len(taught(16, 0, 1, range(20), texts=[Sample(None, TEXT)])) == 320 // every
+    monkeypatch.setattr(train.Batches, "sample", lambda self, i: Sample(None, [dict(role="user", content=str(i)), TEXT[1]], task=i % 4))
+    monkeypatch.setattr(train, "collate", lambda samples, *_, **__: dict(tasks=[s.task for s in samples]))
     batches = train.Batches(vlm, 16, 16, "answers", 0, every=every)
     seen = [b["tasks"][row] for step in range(60) for m in batches[step][0] for b in m for row in b["taught"]]
     assert all(seen.count(task) == pytest.approx(240 / every, abs=1) for task in range(4))
@@ -375,9 +378,9 @@ def test_processes_and_micro_batches_share_out_the_same_samples(tiny_llm):
     for step in (0, 3):
         whole = samples_of(make(12, 0, 1), [step])
         assert samples_of(make(3, 0, 1), [step]) == whole
-        for micro, world in ((3, 2), (1, 3)):
-            parts = [samples_of(make(micro, r, world), [step]) for r in range(world)]
-            assert all(len(p) == 12 // world for p in parts) and sorted(sum(parts, [])) == sorted(whole)
+        for micro, n in ((3, 2), (1, 3)):
+            parts = [samples_of(make(micro, r, n), [step]) for r in range(n)]
+            assert all(len(p) == 12 // n for p in parts) and sorted(sum(parts, [])) == sorted(whole)
     loader = make(6, 0, 1).loader(range(2, 4), workers=2)  # prepared ahead by other processes: the same
     assert [[b["pixels"].tolist() for micro in m for b in micro] for m, _ in loader] == \
            [[b["pixels"].tolist() for micro in make(6, 0, 1)[step][0] for b in micro] for step in (2, 3)]
@@ -419,7 +422,7 @@ def assert_complete(folder, stage, steps, lr):
 def test_stage_from_the_command_line(stages, tiny_llm, stage):
     folder = Path(stages[stage]).parent
     rows = assert_complete(folder, stage, 3, 1e-3)
-    tensors, about = weights.read_checkpoint(stages[stage])
+    tensors, about = checkpoints.read_checkpoint(stages[stage])
     recipe = dict(steps=3, batch=6, lr=1e-3)
     assert about["stage"] == stage and about["llm"] == tiny_llm and about["seed"] == 0 and about["steps_done"] == 3
     assert ViTConfig(**about["vit_config"]) == ViTConfig()
@@ -451,7 +454,7 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
 @pytest.fixture
 def llava(tmp_path):
     """LLaVA-format data: (options for the command line, a function that writes other records)."""
-    data.world("color", 0).image.save(tmp_path / "a.png")
+    world.world("color", 0).image.save(tmp_path / "a.png")
     turns = lambda *texts: [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
     about = lambda i: turns(f"<image>\nWhat is it, number {i}?", "A shape.")
     records = [{"id": f"r{i}", "image": "a.png", "conversations": about(i)} for i in range(5)]
@@ -470,7 +473,7 @@ def test_llava_data(stages, go, tmp_path, llava):
     new = ["--vit", stages["vit"], "--replace", "2-4", "--chats", "8"]
     go("translator", tmp_path / "t", *new, *common, "--steps", 3, "--batch", 5)
     assert_complete(tmp_path / "t", "translator", 3, 1e-3)
-    assert PROJECTOR < weights.read_checkpoint(translator)[0].keys()  # over a ViT alone: a new projector
+    assert PROJECTOR < checkpoints.read_checkpoint(translator)[0].keys()  # over a ViT alone: a new projector
     # stage 2 learns from images: of one sample a batch, none may be the record without
     go("encoder", tmp_path / "e", "--init", translator, *common, "--steps", 6, "--batch", 1)
     assert_complete(tmp_path / "e", "encoder", 6, 1e-3)
@@ -517,7 +520,7 @@ def test_lora(stages, go, tiny_llm, tmp_path):
     """Stage 3 with low-rank updates: only these learn in the decoder, and the merged weights answer as the trained model does."""
     go("decoder", tmp_path / "d", "--init", stages["encoder"], "--steps", 4, "--batch", 4, "--lr", "1e-2", "--lora", 2, "--dtype", "float32")
     file = tmp_path / "d" / "decoder.safetensors"
-    tensors, about = weights.read_checkpoint(file)
+    tensors, about = checkpoints.read_checkpoint(file)
     low_rank = {n for n in tensors if ".lora_" in n}
     assert len(low_rank) == 2 * 7 * 6 and not any(n.startswith("decoder.") for n in tensors.keys() - low_rank)
     merged, plain = VLM.from_pretrained(tiny_llm, file).decoder, Llama.from_pretrained(tiny_llm)
@@ -525,7 +528,7 @@ def test_lora(stages, go, tiny_llm, tmp_path):
     trained = Llama.from_pretrained(tiny_llm)
     add_lora(trained, 2)
     assert torch.equal(trained(embeds=x), plain(embeds=x))              # B is 0 at first: nothing changes
-    weights.load_checkpoint(trained, {n.removeprefix("decoder."): tensors[n] for n in low_rank}, file)
+    checkpoints.load_checkpoint(trained, {n.removeprefix("decoder."): tensors[n] for n in low_rank}, file)
     with pytest.raises(ValueError, match="low-rank updates.*--resume"):
         go("decoder", tmp_path / "again", "--init", file)
     assert (merged(embeds=x) - trained(embeds=x)).abs().max() < 1e-3 < 1e-2 < (merged(embeds=x) - plain(embeds=x)).abs().max()
@@ -589,10 +592,10 @@ def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch, stage):
     assert_complete(halves, stage, 6, 1e-3)
     assert without_clock(rows_of(whole)) == without_clock(rows_of(halves))
     for file in (f"{stage}.safetensors", "state.safetensors"):
-        (a, about_a), (b, about_b) = (weights.read_checkpoint(run / file) for run in (whole, halves))
+        (a, about_a), (b, about_b) = (checkpoints.read_checkpoint(run / file) for run in (whole, halves))
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
         assert without_clock([about_a]) == without_clock([about_b])
-    start, name = weights.read_checkpoint(stages["translator"])[0], "decoder.model.layers.2.mlp.up_proj.weight"
+    start, name = checkpoints.read_checkpoint(stages["translator"])[0], "decoder.model.layers.2.mlp.up_proj.weight"
     assert not torch.equal(a[f"master.{name}"].half(), start[name])  # and the six steps did something
 
     go(stage, halves, *options, "--resume")  # a run that is done already stays as it is
@@ -604,7 +607,7 @@ def test_a_checkpoint_cut_short_between_its_files_resumes(stages, go, tmp_path, 
     options = ["--steps", 4, "--batch", 2, "--save-every", 2, "--init", stages["translator"]]
     go("encoder", tmp_path / "whole", *options)
     for kill in range(3, 6):  # the files are written in threes: at steps 2 and 4
-        out, count, write_whole = tmp_path / str(kill), 0, weights.write_whole
+        out, count, write_whole = tmp_path / str(kill), 0, checkpoints.write_whole
 
         def failing(path, write):
             nonlocal count
@@ -614,7 +617,7 @@ def test_a_checkpoint_cut_short_between_its_files_resumes(stages, go, tmp_path, 
             write_whole(path, write)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(weights, "write_whole", failing)
+            patch.setattr(checkpoints, "write_whole", failing)
             go("encoder", out, *options)
         go("encoder", out, *options, "--resume")
         assert [r["loss"] for r in rows_of(out)] == [r["loss"] for r in rows_of(tmp_path / "whole")], kill
@@ -622,8 +625,8 @@ def test_a_checkpoint_cut_short_between_its_files_resumes(stages, go, tmp_path, 
 
 def test_bound_travels_with_the_checkpoint(stages, go, tiny_llm, tmp_path):
     """How far visual tokens may lie from where text lives: kept in the files, and held to by whoever loads them."""
-    pixels = torch.stack([data.preprocess(data.world("read", i).image) for i in range(4)])
-    bound_of = lambda file: weights.read_checkpoint(file)[1]["bound"]
+    pixels = torch.stack([preprocess(world.world("read", i).image) for i in range(4)])
+    bound_of = lambda file: checkpoints.read_checkpoint(file)[1]["bound"]
     assert bound_of(stages["translator"]) == bound_of(stages["vit"])
     for stage in ("encoder", "decoder"):
         bound = bound_of(stages[stage])
@@ -648,7 +651,7 @@ def test_bf16(stages, go, tmp_path):
     rows, float32 = assert_complete(tmp_path, "encoder", 3, 1e-3), rows_of(Path(stages["encoder"]).parent)
     for a, b in zip(rows, float32):
         assert relative(float(a["loss"]), float(b["loss"])) < 0.05 and a["targets"] == b["targets"]
-    state, _ = weights.read_checkpoint(tmp_path / "state.safetensors")
+    state, _ = checkpoints.read_checkpoint(tmp_path / "state.safetensors")
     assert {t.dtype for t in state.values()} == {torch.float32}
 
 
@@ -657,14 +660,14 @@ STILL = ["--steps", 1, "--batch", 2, "--lr", "1e-12", "--dtype", "float32"]  # c
 
 def test_stage_3_goes_on_from_stage_3(stages, go, tmp_path):
     go("decoder", tmp_path, "--init", stages["decoder"], *STILL)
-    (before, _), (after, _) = map(weights.read_checkpoint, (stages["decoder"], tmp_path / "decoder.safetensors"))
+    (before, _), (after, _) = map(checkpoints.read_checkpoint, (stages["decoder"], tmp_path / "decoder.safetensors"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
 def test_the_projector_of_stage_0_reaches_stage_2(stages, go, tmp_path):
     """The translator's file holds only the translator: what stage 2 starts from comes down the whole chain."""
     go("encoder", tmp_path, "--init", stages["translator"], *STILL)
-    (first, _), (second, _) = map(weights.read_checkpoint, (stages["vit"], tmp_path / "encoder.safetensors"))
+    (first, _), (second, _) = map(checkpoints.read_checkpoint, (stages["vit"], tmp_path / "encoder.safetensors"))
     assert all(torch.equal(first[n], second[n]) for n in first if n in second) and "adapter.0.weight" in second
 
 
@@ -678,7 +681,7 @@ def test_a_loss_that_explodes_stops_the_run(tiny_llm, stages, tmp_path, capsys):
 
 def refused(capsys, argv, *words, bar=False):
     capsys.readouterr()
-    assert weights.run_cli(lambda: train.main(argv)) == 2
+    assert run_cli(lambda: train.main(argv)) == 2
     err = capsys.readouterr().err
     line = err.splitlines()[-1] if bar else err
     assert line.startswith("error: ") and (bar or err.count("\n") == 1), err
