@@ -9,18 +9,18 @@ if not torch.cuda.is_available():
 import json
 
 import pytest
-import weights
-import world
 from safetensors.torch import save_file
-from tokenizer import Tokenizer
 
+from data import world
+from formats import official
+from formats.tokenizer import Tokenizer
 from model import Llama, LlamaConfig
 
 
 @pytest.fixture(scope="session")
 def default_gguf():
     """Path of the default LLM's weights, downloaded on first use."""
-    return weights.find(weights.DEFAULT_LLM)
+    return official.find(official.DEFAULT_LLM)
 
 
 @pytest.fixture(scope="session")

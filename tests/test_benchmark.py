@@ -1,7 +1,7 @@
-"""benchmark.py --memory: the two steps that it compares are the same step, and the comparison sees what it should."""
+"""studies/benchmark.py --memory: the two steps that it compares are the same step, and the comparison sees what it should."""
 import pytest
 
-import benchmark
+from studies import benchmark
 
 
 def test_the_two_steps_are_the_same_step():

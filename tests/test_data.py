@@ -1,4 +1,4 @@
-"""data.py: the world, image preprocessing against transformers, LLaVA records, batches."""
+"""data/: the world, image preprocessing against transformers, LLaVA records, batches."""
 
 import json
 import random
@@ -7,41 +7,34 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizer import IMAGE
 
-import data
-from data import (
-    HELD_OUT,
-    KNOWLEDGE_TASKS,
-    QUESTIONS,
-    TRAINED_TASKS,
-    collate,
-    evenly_spaced,
-    load_llava,
-    open_image,
-    preprocess,
-    shuffled_index,
-    world,
-)
+from data import batches, drawing, world
+from data.batches import collate, evenly_spaced, shuffled_index, wrap
+from data.images import open_image, preprocess
+from data.llava import load_llava
+from data.world import FACTS, HELD_OUT, KNOWLEDGE_TASKS, QUESTIONS, TRAINED_TASKS, WORDS, caption, is_right, knowledge
+from formats.errors import MissingFile, UserError
+from formats.tokenizer import IMAGE
 
 TASKS = TRAINED_TASKS + KNOWLEDGE_TASKS
 
 
 def combination(sample):
-    """("red", "circle") from "a red circle"; None for a sign."""
-    return None if "sign" in sample.caption else tuple(sample.caption.split()[1:])
+    """("red", "circle") from "a red circle"; None for a sign or a flag."""
+    first, *words = sample.caption.split()
+    return tuple(words) if first in ("a", "an") and len(words) == 2 else None
 
 
 # ---- the world ------------------------------------------------------------------------------------------------------
 
 
 def test_world_is_deterministic_and_streams_differ():
-    for task in TASKS:
-        a, b = world(task, 5), world(task, 5)
+    for task in (*TASKS, "instruct"):
+        a, b = world.world(task, 5), world.world(task, 5)
         assert a.image.tobytes() == b.image.tobytes() and a.messages == b.messages and a.options == b.options
         assert a.image.size == (64, 64) and a.image.mode == "RGB"
     images = [
-        world(task, i, seed, split).image.tobytes()
+        world.world(task, i, seed, split).image.tobytes()
         for task in TASKS for i in range(15) for seed in (0, 1) for split in ("train", "test")
     ]  # fmt: skip
     assert len(set(images)) == len(images)  # no image twice: over tasks, indices, seeds and splits
@@ -49,70 +42,123 @@ def test_world_is_deterministic_and_streams_differ():
 
 def test_held_out_combinations():
     assert len(HELD_OUT) == 13
-    train = {combination(world(task, i)) for task in ("describe", "color", "shape") for i in range(400)} - {None}
-    assert train == {(c, s) for c in data.COLORS for s in data.SHAPES} - HELD_OUT  # all others, and none of these
-    assert {c for c, _ in train} == set(data.COLORS) and {s for _, s in train} == set(data.SHAPES)
-    test = [combination(world("color", i, split="test")) in HELD_OUT for i in range(400)]
+    train = {combination(world.world(task, i)) for task in ("describe", "color", "shape") for i in range(400)} - {None}
+    assert train == {(c, s) for c in drawing.COLORS for s in drawing.SHAPES} - HELD_OUT  # all others, none of these
+    assert {c for c, _ in train} == set(drawing.COLORS) and {s for _, s in train} == set(drawing.SHAPES)
+    test = [combination(world.world("color", i, split="test")) in HELD_OUT for i in range(400)]
     assert 160 < sum(test) < 240
+
+
+def questions_of(task, sample, split):
+    if task in KNOWLEDGE_TASKS:
+        return world.KNOWLEDGE_QUESTIONS[task]["flag" in sample.caption]
+    return QUESTIONS[task][split == "test"]
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_samples(task, split):
-    positions = set()
+    positions, asked, possible = set(), set(), set()
     for i in range(150):
-        s = world(task, i, split=split)
-        assert s.options.count(s.answer) == 1 and len(set(s.options)) == len(s.options)
-        assert len(s.options) == {"color": 8, "shape": 8, "class": 5}.get(task, 10)
+        s = world.world(task, i, split=split)
+        assert s.task == task and s.options.count(s.answer) == 1 and len(set(s.options)) == len(s.options)
+        assert len(s.options) == {"color": 8, "shape": 8, "continent": 4}.get(task, 10)
         positions.add(s.options.index(s.answer))
         assert [m["role"] for m in s.messages] == ["user", "assistant"] and s.messages[1]["content"] == s.answer
         assert s.messages[0]["content"].count("<image>") == 1
+        question = s.messages[0]["content"].split("<image>")[1]
+        found = [q for q in questions_of(task, s, split) if question.endswith(q[0].lower() + q[1:])]
+        assert len(found) == 1
+        asked.add(found[0])
+        possible.update(questions_of(task, s, split))
         if split == "test":
-            assert s.messages[0]["content"] == data.wrap(QUESTIONS[task][0])
-    assert positions == set(range(len(s.options)))
+            assert s.messages[0]["content"] == wrap(found[0])
+    assert positions == set(range(len(s.options))) and asked == possible
+
+
+def test_questions_of_the_test_are_never_trained():
+    for trained, test in QUESTIONS.values():
+        assert not set(trained) & set(test)
 
 
 def test_answers_agree_with_captions():
     for i in range(60):
-        color, shape, read = (world(task, i) for task in ("color", "shape", "read"))
-        assert color.caption.split()[1] in color.answer and shape.caption.split()[2] in shape.answer
+        color, shape, read, flag = (world.world(task, i) for task in ("color", "shape", "read", "flag"))
+        assert color.caption.split()[-2] in color.answer and shape.caption.split()[-1] in shape.answer
         assert read.caption.split()[-1] in read.answer and read.caption.startswith("a sign with the word ")
-        capital, animal, describe = (world(task, i) for task in ("capital", "class", "describe"))
-        country, beast = capital.caption.split()[-1], animal.caption.split()[-1]
-        assert data.CAPITALS[country] in capital.answer
-        assert [c for c in data.CLASSES if beast in data.CLASSES[c] and c in animal.answer]
-        for word, sample in ((country, capital), (beast, animal)):  # the answer is nowhere in the image
-            assert word not in " ".join(sample.options)
-        assert describe.answer.lower() == describe.caption.lower() + "." and describe.answer.startswith("A")
-    words = [w for group in data.WORDS.values() for w in group]
-    assert len(words) == len(set(words)) and max(map(len, words)) <= 9 and "an orange" in data._a("orange", "star")
+        assert flag.caption.startswith("the flag of ") and flag.caption.removeprefix("the flag of ") in flag.answer
+        describe = world.world("describe", i, split="test")
+        assert describe.answer.lower() == describe.caption.lower() + "." and describe.answer[0] in "AT"
+        for task in KNOWLEDGE_TASKS:
+            s = world.world(task, i)
+            country = next(c for c in FACTS if s.caption.endswith(c))
+            assert s.caption in (caption(("sign", country)), caption(("flag", country)))
+            assert knowledge(task, country)[0] in s.answer
+            # the answer is nowhere in the image; "Panama City" and "Kuwait City" say their country
+            assert country in ("Panama", "Kuwait") or not world.has_word(" ".join(s.options), country)
+    words = [w for group in WORDS.values() for w in group]
+    assert len(words) == len(set(words)) and max(map(len, words)) <= 9 and "an orange" in world._a("orange", "star")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_said_freely_is_judged(task):
+    """The answer itself is right; each other option, an answer that also names a rival, and silence are not."""
+    for i in range(60):
+        s = world.world(task, i, split="test")
+        assert is_right(s.answer, s) and is_right(f"I think: {s.answer.upper()}", s) and not is_right("", s)
+        assert [o for o in s.options if is_right(o, s)] == [s.answer]
+        assert not is_right(f"{s.answer} Or {s.rivals[0]}?", s)
+
+
+def test_countries_have_facts_and_flags_of_their_own():
+    assert set(FACTS) == {*drawing.FLAGS, *WORDS["country"]}
+    assert len({drawing.flag(c).tobytes() for c in drawing.FLAGS}) == len(drawing.FLAGS)
+
+
+def test_instructions(monkeypatch, tmp_path):
+    """They are found from any folder, and are about what training may show."""
+    monkeypatch.chdir(tmp_path)
+    world.instructions.cache_clear()
+    written = world.instructions()
+    assert len(written) > 500 and {s for s, _, _ in written} <= set(world.TRAINED_SUBJECTS)
+    s = world.world("instruct", 3)
+    assert (s.messages[1]["content"], s.answer, s.options) == (s.answer, s.answer, [])
+    subject, question, _ = next(w for w in written if w[2] == s.answer and caption(w[0]) == s.caption)
+    assert s.messages[0]["content"].endswith(question[0].lower() + question[1:]) and caption(subject) == s.caption
+
+
+def color_of(image, light=(1.0,)):
+    """The color that most pixels far from grey are nearest to, seen in any of these lights."""
+    pixels = np.asarray(image, np.int32).reshape(-1, 3)
+    vivid = np.median(pixels[np.ptp(pixels, axis=1) > 60], axis=0)
+    distance = lambda color: min(((vivid - x * np.array(drawing.COLORS[color])) ** 2).sum() for x in light)
+    return min(drawing.COLORS, key=distance)
 
 
 def test_the_image_shows_the_answer():
-    """The color of most pixels that are far from grey is nearest to the true one; every sign has contrast."""
-    for i in range(40):
-        s = world("color", i)
-        pixels = np.asarray(s.image, np.int32).reshape(-1, 3)
-        vivid = pixels[np.ptp(pixels, axis=1) > 60]
-        distance = [((np.median(vivid, axis=0) - c) ** 2).sum() for c in data.COLORS.values()]
-        assert list(data.COLORS)[int(np.argmin(distance))] == combination(s)[0]
-    for word in [w for group in data.WORDS.values() for w in group]:
-        grey = np.asarray(data.draw_sign(random.Random(word), word).convert("L"), np.int32)
+    """As drawn, and as a camera sees it in more or less light; every sign has contrast."""
+    for i, color in enumerate([*drawing.COLORS] * 5):
+        shape = list(drawing.SHAPES)[i % 7]
+        assert color_of(drawing.draw_shape(random.Random(i), color, shape)) == color
+        s = world.world("color", i)
+        assert color_of(s.image, np.linspace(0.7, 1.1, 9)) == combination(s)[0]
+    for word in [w for group in WORDS.values() for w in group]:
+        grey = np.asarray(drawing.draw_sign(random.Random(word), word).convert("L"), np.int32)
         assert grey.max() - grey.min() > 120
 
 
 def test_world_bad_arguments():
-    with pytest.raises(ValueError, match="unknown task 'colour'"):
-        world("colour", 0)
-    with pytest.raises(ValueError, match="unknown split"):
-        world("color", 0, split="val")
+    with pytest.raises(UserError, match="unknown task 'colour'"):
+        world.world("colour", 0)
+    with pytest.raises(UserError, match="unknown split"):
+        world.world("color", 0, split="val")
 
 
 def test_wrap():
-    assert data.wrap("What is it?") == "Based on the visual elements captured in this image of<image>, what is it?"
+    assert wrap("What is it?") == "Based on the visual elements captured in this image of<image>, what is it?"
     rng = random.Random(0)
-    drawn = {data.wrap("What is it?", rng) for _ in range(200)}
-    assert len(drawn) == len(data.OPENINGS)
+    drawn = {wrap("What is it?", rng) for _ in range(200)}
+    assert len(drawn) == len(batches.OPENINGS)
     assert all(d.count("<image>") == 1 and d.endswith("what is it?") for d in drawn)
 
 
@@ -163,26 +209,26 @@ def test_open_image_converts_modes(tmp_path):
 
 
 def test_open_image_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.png"):
+    with pytest.raises(MissingFile, match="gone.png"):
         open_image(tmp_path / "gone.png")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("text.png", "empty.png", "."):
-        with pytest.raises(ValueError, match="not an image"):
+        with pytest.raises(UserError, match="not an image"):
             open_image(tmp_path / name)
     for kind in ("png", "jpg"):
         noise(80, 80).save(tmp_path / f"whole.{kind}")
         whole = (tmp_path / f"whole.{kind}").read_bytes()
         (tmp_path / f"cut.{kind}").write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match="damaged or truncated"):
+        with pytest.raises(UserError, match="damaged or truncated"):
             open_image(tmp_path / f"cut.{kind}")
     for w, h in ((20_000, 1), (8_001, 8_000)):
         Image.new("1", (w, h)).save(tmp_path / "large.png")
-        with pytest.raises(ValueError, match="scale or crop") as error:
+        with pytest.raises(UserError, match="scale or crop") as error:
             open_image(tmp_path / "large.png")
         assert "\n" not in str(error.value)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # Pillow itself refuses to open this one
-    with pytest.raises(ValueError, match="megapixels"):
+    with pytest.raises(UserError, match="megapixels"):
         open_image(tmp_path / "bomb.png")
 
 
@@ -207,7 +253,7 @@ def llava(tmp_path):
 
 
 def test_llava_records(llava):
-    opening = data.OPENINGS[0]
+    opening = batches.OPENINGS[0]
     records = llava([
         {"id": "1", "image": "a.png", "conversations": turns("<image>\nWhat is it?", "Noise.", "And now?", "Still.")},
         {"id": "2", "image": "a.png", "conversations": turns("What is it?\n<image>", "Noise.")},
@@ -247,28 +293,28 @@ GOOD = {"id": "ok", "conversations": turns("Hi", "Hello")}
     ({"id": "x"}, '"conversations"'),
 ])  # fmt: skip
 def test_llava_bad_record_is_named(llava, record, message):
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises(UserError) as error:
         llava([GOOD, record])
     text = str(error.value)
     assert message in text and "data.json: record 1 (id 'x')" in text and "\n" not in text
     records = llava([GOOD, record, GOOD | {"id": 3}], on_bad="skip")
     assert records.skipped == [text] and [s.answer for s in records] == ["Hello", "Hello"]
-    with pytest.raises(ValueError, match="all 2 records are bad; the first: .*record 0"):
+    with pytest.raises(UserError, match="all 2 records are bad; the first: .*record 0"):
         llava([record, record], on_bad="skip")
 
 
 def test_llava_bad_files(llava, tmp_path):
     for text in ("[{", "", '{"id": 1}\n{"id": 2}', "[" * 10**5, "[" + "1" * 5000 + "]"):
-        with pytest.raises(ValueError, match="data.json: not valid JSON"):
+        with pytest.raises(UserError, match="data.json: not valid JSON"):
             llava(text)
     for text in ("{}", "[]", "3"):
-        with pytest.raises(ValueError, match="data.json: expected a non-empty JSON list"):
+        with pytest.raises(UserError, match="data.json: expected a non-empty JSON list"):
             llava(text)
-    with pytest.raises(FileNotFoundError, match="none.json"):
+    with pytest.raises(MissingFile, match="none.json"):
         load_llava(tmp_path / "none.json", tmp_path)
-    with pytest.raises(ValueError, match="unknown on_bad"):
+    with pytest.raises(UserError, match="unknown on_bad"):
         llava([GOOD], on_bad="ignore")
-    with pytest.raises(ValueError, match="record 0"):
+    with pytest.raises(UserError, match="record 0"):
         llava("[7]")
 
 
@@ -290,7 +336,7 @@ def test_llava_as_distributed(llava, tmp_path):
     for load in (lambda: llava(talk), lambda: load_llava(tmp_path / "data.json")):
         texts = load()
         assert texts.texts == [0, 1] and texts.pictured == [] and texts[1].answer == "Bye"
-    with pytest.raises(FileNotFoundError, match="nowhere: no such image folder"):
+    with pytest.raises(MissingFile, match="nowhere: no such image folder"):
         (tmp_path / "data.json").write_text(json.dumps([talk[0], about(paths[0])]))
         load_llava(tmp_path / "data.json", tmp_path / "nowhere", on_bad="skip")
 
@@ -332,7 +378,7 @@ def bad_images(tmp_path):
 def test_bad_image_stops(llava, bad_images):
     for name, word in bad_images.items():
         records = llava([GOOD, about(name, 7), about("a.png")])
-        with pytest.raises(ValueError, match=rf"data.json: record 1 \(id 7\): .*{name}.*{word}"):
+        with pytest.raises(UserError, match=rf"data.json: record 1 \(id 7\): .*{name}.*{word}"):
             records[1]
         assert records[0].answer == "Hello" and records[2].image and records.skipped == []
 
@@ -356,7 +402,7 @@ def test_bad_image_is_replaced_by_the_next(llava, bad_images, tmp_path):
     assert len(records.skipped) == 5 and sorted(other.skipped) == sorted(records.skipped)
     repaired = llava([record if "conversations" in record else GOOD for record in file], seed=5)
     for place, name in ((1, "cut.png"), (4, "cut.jpg"), (7, "wide.png"), (8, "bad.png")):
-        with pytest.raises(ValueError, match=f"record {place} .*{name}") as error:
+        with pytest.raises(UserError, match=f"record {place} .*{name}") as error:
             repaired[place]
         assert str(error.value) in records.skipped and "\n" not in str(error.value)
     assert shown(repaired, 5) == a  # a skipped record leaves the openings of the others as they were
@@ -364,7 +410,7 @@ def test_bad_image_is_replaced_by_the_next(llava, bad_images, tmp_path):
     (tmp_path / "a.png").unlink()  # gone since the file was loaded
     assert shown(records, 4) == b and "a.png not found" in records.skipped[-1]
     hopeless = llava([GOOD, *broken], on_bad="skip")
-    with pytest.raises(ValueError, match="none of its images can be opened; the last: .*record 1"):
+    with pytest.raises(UserError, match="none of its images can be opened; the last: .*record 1"):
         hopeless[2]
     assert len(hopeless.skipped) == 4 and hopeless[0].answer == "Hello"
 
@@ -387,7 +433,7 @@ def test_evenly_spaced(n_images, n_texts):
 
 
 def test_evenly_spaced_needs_a_source():
-    with pytest.raises(ValueError, match="0 images and 0 texts"):
+    with pytest.raises(UserError, match="0 images and 0 texts"):
         evenly_spaced(0, 0, 0)
 
 
@@ -395,7 +441,7 @@ def test_shuffled_index_shows_every_record_once_an_epoch():
     walk = [shuffled_index(i, 7, seed=0) for i in range(21)]
     epochs = [walk[:7], walk[7:14], walk[14:]]
     assert all(sorted(e) == list(range(7)) for e in epochs) and len({tuple(e) for e in epochs}) == 3
-    data._order.cache_clear()
+    batches._order.cache_clear()
     assert walk[5:12] == [shuffled_index(i, 7, seed=0) for i in range(5, 12)]  # a resumed run sees the same
     assert walk != [shuffled_index(i, 7, seed=1) for i in range(21)]
     order = list(range(7))  # written out: another order would break the resuming of older runs
@@ -422,7 +468,7 @@ class LetterTokenizer:
 
 
 def chat(user, assistant, image=None):
-    return data.Sample(image, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+    return batches.Sample(image, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
 
 
 def test_collate_by_hand():
@@ -455,7 +501,7 @@ def test_collate_by_hand():
     cut = collate(samples, LetterTokenizer(), 3, max_length=8)
     assert cut["tokens"].tolist() == [row[:8] for row in tokens] and cut["lengths"].tolist() == [8, 6, 8]
     assert cut["targets"].tolist() == [row[:8] for row in special]
-    with pytest.raises(ValueError, match="sample 0: max_length 4 would cut the image; it needs 5"):
+    with pytest.raises(UserError, match="sample 0: max_length 4 would cut the image; it needs 5"):
         collate(samples, LetterTokenizer(), 3, max_length=4)
     assert collate(samples[1:2], LetterTokenizer(), 3)["pixels"] is None
 
@@ -471,13 +517,13 @@ def test_collate_at_the_paper_s_length():
     assert (batch["targets"] != -100).sum(1).tolist() == [4096 - n_before, 0, 0]
     alone = collate(samples[1:2], LetterTokenizer(), 579, 14, "answers", max_length=580)  # the image just fits
     assert alone["tokens"].tolist() == [[ord("U")] + [IMAGE] * 579] and (alone["targets"] == -100).all()
-    with pytest.raises(ValueError, match="sample 0: max_length 579 would cut the image; it needs 580"):
+    with pytest.raises(UserError, match="sample 0: max_length 579 would cut the image; it needs 580"):
         collate(samples[1:2], LetterTokenizer(), 579, 14, max_length=579)
 
 
 def test_collate_bad_arguments():
     for sample in (chat("a<image>", "b"), chat("a", "b", noise(4, 4)), chat("<image><image>", "b", noise(4, 4))):
-        with pytest.raises(ValueError, match='sample 0: . times "<image>"'):
+        with pytest.raises(UserError, match='sample 0: . times "<image>"'):
             collate([sample], LetterTokenizer(), 3)
-    with pytest.raises(ValueError, match="unknown loss_on"):
+    with pytest.raises(UserError, match="unknown loss_on"):
         collate([chat("a", "b")], LetterTokenizer(), 3, loss_on="all")

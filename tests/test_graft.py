@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import weights
-import world
 from conftest import save_tiny_llm
 from PIL import Image
 
-import data
 import graft
+from data import world
+from data.batches import wrap
+from formats import convert
+from formats.errors import run_cli
 from model import VLM, Llama
 from surrogate import load_surrogate
 
@@ -46,7 +47,7 @@ def make_samples(questions, options):
     """Samples with questions and options of our choice, each about another image."""
     samples = [world.world("read", i, 7, "test") for i in range(len(questions))]
     for s, question, o in zip(samples, questions, options):
-        s.messages[0]["content"], s.options, s.answer = data.wrap(question), o, o[0]
+        s.messages[0]["content"], s.options, s.answer = wrap(question), o, o[0]
     return samples
 
 
@@ -262,8 +263,8 @@ def test_the_seeds_use(stages, tiny_llm, tmp_path):
 def test_released_layout_grafts(stages, tiny_llm, tmp_path):
     """A checkpoint through the paper's .pth and back: encoder, projector and translator have every weight again."""
     pth, back = str(tmp_path / "ckpt_01_0000003.pth"), str(tmp_path / "encoder.safetensors")
-    weights.main([stages["encoder"], pth])
-    weights.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4", "--init", stages["translator"]])
+    convert.main([stages["encoder"], pth])
+    convert.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4", "--init", stages["translator"]])
     llm = Llama.from_pretrained(tiny_llm)
     for a, b in [(VLM.from_pretrained(tiny_llm, file) for file in (stages["encoder"], back)),
                  (load_surrogate(llm, file) for file in (stages["encoder"], back))]:  # fmt: skip
@@ -276,7 +277,7 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
 
 def test_streamed_answer_equals_chat(vlm):
     image, pieces = RAGGED[0].image, []
-    messages = [{"role": "user", "content": data.wrap(Q)}]
+    messages = [{"role": "user", "content": wrap(Q)}]
     text, timing = graft.ask(vlm, image, messages, max_new_tokens=40, show=pieces.append)
     assert text == vlm.chat(image, Q, max_new_tokens=40) == "".join(pieces).strip() and text
     assert len(pieces) > 3 and "first token after" in timing and "tokens/s" in timing
@@ -298,7 +299,7 @@ def test_conversation_remembers(vlm, monkeypatch, capsys):
     graft.chat(vlm, RAGGED[0].image, dict(max_new_tokens=8))
     printed = capsys.readouterr().out
     first = vlm.chat(RAGGED[0].image, Q, max_new_tokens=8)
-    turns = [{"role": "user", "content": data.wrap(Q)}, {"role": "assistant", "content": first},
+    turns = [{"role": "user", "content": wrap(Q)}, {"role": "assistant", "content": first},
              {"role": "user", "content": "Are you sure?"}]  # fmt: skip
     assert heard == [turns[:1], turns]
     second = vlm.tokenizer.decode(vlm.generate([vlm.prompt(turns)], [RAGGED[0].image], max_new_tokens=8)[0]).strip()
@@ -331,7 +332,7 @@ def test_conversation_as_a_user_sees_it(stages, tmp_path):
 def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     def refused(*argv, words):
         capsys.readouterr()
-        assert weights.run_cli(lambda: graft.main([*argv, "--out", str(tmp_path / "out")])) == 2
+        assert run_cli(lambda: graft.main([*argv, "--out", str(tmp_path / "out")])) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1, err
         for word in words:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import weights
 from PIL import Image
-from tokenizer import IMAGE
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 from transformers import LlamaConfig as HFLlamaConfig
 
-import data
 import model
+from data.images import preprocess
+from formats import checkpoints
+from formats.tokenizer import IMAGE
 from model import VLM, KVCache, Llama, ViT, sample
 
 TOLERANCE = 1e-4  # the project's promise for float32 logits
@@ -454,7 +454,7 @@ def test_vlm_matches_transformers(vlm_and_oracle):
 def test_vlm_generates_like_the_oracle(vlm_and_oracle):
     vlm, oracle = vlm_and_oracle
     images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 30, 3), dtype=np.uint8)) for i in range(2)]
-    pixels = torch.stack([data.preprocess(i, 32) for i in images])
+    pixels = torch.stack([preprocess(i, 32) for i in images])
     prompts = [vlm.prompt([{"content": " ".join("<image>" if t == IMAGE else str(t) for t in row)}]) for row in ROWS]
     got = vlm.generate(prompts, images, max_new_tokens=8)
     rows = [list(row) for row in ROWS]
@@ -493,7 +493,7 @@ def test_vlm_from_stage_3_has_the_trained_decoder(tmp_path, vlm_and_oracle):
     before = llm.state_dict()[name.removeprefix("decoder.")].clone()
     trained = {n: p for n, p in vlm.named_parameters() if n.startswith(("adapter", "embd_"))} | {name: before + 1}
     for stage, expected in (("decoder", before + 1), ("encoder", before)):
-        weights.save_checkpoint(tmp_path / "c.safetensors", trained, dict(stage=stage, vit=str(tmp_path / "vit")))
+        checkpoints.save_checkpoint(tmp_path / "c.safetensors", trained, dict(stage=stage, vit=str(tmp_path / "vit")))
         loaded = VLM.from_pretrained(llm, tmp_path / "c.safetensors", tokenizer=WordTokenizer())
         assert torch.equal(loaded.state_dict()[name], expected)
     assert torch.equal(llm.state_dict()[name.removeprefix("decoder.")], before)  # the LLM given stays as it was
@@ -502,6 +502,6 @@ def test_vlm_from_stage_3_has_the_trained_decoder(tmp_path, vlm_and_oracle):
 def test_vlm_refuses_a_checkpoint_without_projector(tmp_path, vlm_and_oracle):
     vlm, _ = vlm_and_oracle
     file = tmp_path / "vit.safetensors"
-    weights.save_checkpoint(file, {f"encoder.{n}": p for n, p in vlm.encoder.named_parameters()}, dict(stage="vit"))
+    checkpoints.save_checkpoint(file, {f"encoder.{n}": p for n, p in vlm.encoder.named_parameters()}, dict(stage="vit"))
     with pytest.raises(ValueError, match="vit.safetensors.*projector"):
         VLM.from_pretrained(vlm.decoder, file, tokenizer=WordTokenizer())

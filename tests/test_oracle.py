@@ -14,11 +14,11 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 from transformers import LlamaConfig as HFLlamaConfig
 
-import data
 import train
+from data.batches import Sample, collate
+from formats.tokenizer import BYTE_OF, LLAMA3_PATTERN, Tokenizer
 from model import VLM, Llama, ViT
 from surrogate import build_surrogate
-from tokenizer import BYTE_OF, LLAMA3_PATTERN, Tokenizer
 
 TOLERANCE = 1e-4        # relative, in float32
 SIZE = 24               # 3 x 3 patches of 8 pixels: 9 + CLS + start and end of image = 12 visual tokens
@@ -167,9 +167,9 @@ def build(folder, stage, ranges):
 
 def our_loss(vlm, stage, rows):
     """(sum of -log p over the targets, how many these are) of these CHATS as one batch."""
-    samples = [data.Sample(None if PICTURES[i] is None else Image.fromarray(PICTURES[i]),
+    samples = [Sample(None if PICTURES[i] is None else Image.fromarray(PICTURES[i]),
                            [dict(role=role, content=text) for role, text in CHATS[i]]) for i in rows]
-    batch = data.collate(samples, vlm.tokenizer, vlm.n_visual, SIZE, train.RECIPES[stage]["loss_on"])
+    batch = collate(samples, vlm.tokenizer, vlm.n_visual, SIZE, train.RECIPES[stage]["loss_on"])
     total = (vlm.loss(batch["tokens"], batch["targets"], batch["pixels"]) if stage == "decoder"
              else train.surrogate_loss(vlm, batch, stage)[0])
     return total, int((batch["targets"] >= 0).sum())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import weights
+from formats import checkpoints
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ def assert_same_run(a, b, stage):
         assert bool(x.get("distill")) == bool(y.get("distill"))
         if x.get("distill"):
             assert float(x["distill"]) == pytest.approx(float(y["distill"]), rel=1e-4)
-    one, other = (weights.read_checkpoint(folder / f"{stage}.safetensors")[0] for folder in (a, b))
+    one, other = (checkpoints.read_checkpoint(folder / f"{stage}.safetensors")[0] for folder in (a, b))
     assert one.keys() == other.keys()
     for n, t in one.items():
         assert torch.allclose(t.float(), other[n].float(), atol=1e-3, rtol=1e-2), n

