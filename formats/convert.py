@@ -51,7 +51,7 @@ def describe(tensors, args):
     if decoder and not whole and not ranges:
         raise UserError(f"{args.checkpoint} holds a translator: say which layers it replaces, e.g. --replace 17-30")
     return dict(stage="decoder" if whole else "translator" if decoder else "encoder", llm=args.llm or DEFAULT_LLM,
-                vit=args.vit, ranges=ranges, start=args.start, bound=None, recipe={})
+                vit=args.vit, ranges=ranges, start=args.start, recipe={})
 
 
 if __name__ == "__main__":

@@ -72,31 +72,20 @@ def tiny_llm(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A folder in which train.py may keep what the tiny LLM writes, in place of the user's ~/.cache."""
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session")
-def stages(tiny_llm, cache, tmp_path_factory):
+def stages(tiny_llm, tmp_path_factory):
     """Every stage run for three steps from the command line, each from the one before: {stage: its checkpoint}.
 
     "full" is the encoder trained directly on the full LLM.
     """
     import train
+    from extras import vit
     folder = tmp_path_factory.mktemp("runs")
     files = {s: str(folder / s / f"{s}.safetensors") for s in ("vit", "translator", "encoder", "decoder")}
     files["full"] = str(folder / "full" / "encoder.safetensors")
-
-    def run(stage, name, *options):
-        train.main([stage, "--llm", tiny_llm, "--steps", "3", "--batch", "6", "--lr", "1e-3", "--dtype", "float32",
-                    "--out", str(folder / name), *options])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", cache)
-        run("vit", "vit")
-        run("translator", "translator", "--init", files["vit"], "--replace", "2-4", "--chats", "8")
-        run("encoder", "encoder", "--init", files["translator"])
-        run("decoder", "decoder", "--init", files["encoder"])
-        run("encoder", "full", "--init", "none", "--vit", files["vit"], "--replace", "none")
+    common = ["--llm", tiny_llm, "steps=3", "batch=6", "lr=1e-3", "dtype=float32"]
+    vit.main([*common, "workers=0", "--out", str(folder / "vit")])
+    train.main(["translator", *common, "--init", files["vit"], "--replace", "2-4", "--out", str(folder / "translator")])
+    train.main(["encoder", *common, "--init", files["translator"], "--out", str(folder / "encoder")])
+    train.main(["decoder", *common, "--init", files["encoder"], "--out", str(folder / "decoder")])
+    train.main(["encoder", *common, "--init", files["vit"], "--replace", "none", "--out", str(folder / "full")])
     return files

@@ -19,7 +19,7 @@ from data.batches import wrap
 from formats import convert
 from formats.errors import run_cli
 from model import VLM, Llama
-from surrogate import load_surrogate
+from surrogate import load_surrogate, load_translators
 
 ROOT = Path(__file__).parent.parent
 Q = "What is it?"
@@ -272,7 +272,7 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     other = Llama.from_pretrained(tiny_llm, layers=[0, 1])
     with pytest.raises(ValueError, match="does not belong.*layers.2.mlp.down_proj.weight.*layers.2.self_attn.q_proj.weight"):
-        load_surrogate(other, back, lambda llm, ranges: llm)  # every key that does not fit is named
+        load_translators(other, back)  # every key that does not fit is named
 
 
 def test_streamed_answer_equals_chat(vlm):

@@ -438,7 +438,7 @@ def test_vlm_matches_transformers(vlm_and_oracle):
         logits = vlm.decoder(embeds=vlm.embed(tokens, pixels))
     for ours, theirs, n in zip(logits, expected, lengths):
         assert (ours[:n] - theirs).abs().max() <= TOLERANCE
-    loss = vlm.loss(tokens, targets, pixels)
+    loss = vlm.loss(dict(tokens=tokens, targets=targets, pixels=pixels))
     theirs = sum(F.cross_entropy(e, t[:n], reduction="sum") for e, t, n in zip(expected, targets, lengths))
     assert abs(loss - theirs) <= TOLERANCE * theirs
     loss.backward()

@@ -14,7 +14,6 @@ from formats.errors import run_cli
 from model import KVCache, Llama, LlamaConfig, collect
 from surrogate import (
     build_surrogate,
-    default_ranges,
     find_transition,
     fork,
     kept_layers,
@@ -107,7 +106,6 @@ def test_wrong_ranges(llm, ranges, words):
 def test_papers_cuts():
     """Table 1 of the paper: Llama-3.2-3B keeps 0-15 and 27, Llama-3.1-8B 0-16 and 31, 70B 0-39 and 79."""
     for layers, cut, last in [(28, 16, 26), (32, 17, 30), (80, 40, 78)]:
-        assert default_ranges(layers, cut) == [(cut, last)]
         assert kept_layers([(cut, last)], layers) == [*range(cut), cut, layers - 1]
 
 

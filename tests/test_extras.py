@@ -1,0 +1,144 @@
+"""extras/: stage 0, distillation by the full LLM, low-rank updates."""
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from extras import distillation, parallel
+from extras.lora import add_lora
+from formats.checkpoints import read_checkpoint
+from formats.errors import run_cli
+from model import VLM, Llama, ViT, ViTConfig
+from test_train import assert_close, assert_complete, grads, make_vlm, mixed_batch, relative, rows_of, without_clock
+
+# ---- stage 0 --------------------------------------------------------------------------------------------------------
+
+
+def test_stage_0(stages, tiny_llm):
+    rows = assert_complete(Path(stages["vit"]).parent, "vit", 3, 1e-3)
+    tensors, about = read_checkpoint(stages["vit"])
+    assert about["stage"] == "vit" and about["llm"] == tiny_llm and ViTConfig(**about["vit_config"]) == ViTConfig()
+    vit = {f"encoder.{n}" for n, _ in ViT(ViTConfig()).named_parameters()}
+    assert tensors.keys() == vit | {f"adapter.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    assert all(0 <= float(r["right"]) <= 1 for r in rows)
+
+
+# ---- distillation ---------------------------------------------------------------------------------------------------
+
+
+def oracle(vlm, llm, batch):
+    """(KL, distance) anew, position by position in float64, each model run on its own from the bottom."""
+    s, x = vlm.decoder, vlm.embed(batch["tokens"], batch["pixels"])
+    ours, theirs = s.run(x, 0, s.translators[-1] + 1), llm.run(x, 0, s.ranges[-1][1] + 1)
+    logp, logq = (m(embeds=x).double().log_softmax(-1) for m in (s, llm))
+    distance = kl = 0
+    for b in range(len(x)):
+        for t in range(int(batch["lengths"][b])):
+            off = (ours[b, t] - theirs[b, t]).double().square().sum()
+            distance = distance + off / theirs[b, t].double().square().sum()
+            if batch["targets"][b, t] >= 0:
+                kl = kl + (logq[b, t].exp() * (logq[b, t] - logp[b, t])).sum()
+    return kl, distance
+
+
+@pytest.mark.parametrize("ranges", [[(2, 4)], [(1, 2), (4, 4)]])
+def test_distillation_loss_and_gradients(tiny_llm, ranges):
+    """The full LLM teaches the translators, and nothing else."""
+    vlm, llm = make_vlm(tiny_llm, ranges)
+    batch, parameters = mixed_batch(vlm), train.trained_parameters(vlm, "translator", projector=False)
+    lesson = distillation.teach(vlm, llm, batch)
+    losses = distillation.distillation_loss(vlm.decoder, llm, lesson)
+    expected = oracle(vlm, llm, batch)
+    for ours, theirs in zip(losses, expected):
+        assert relative(ours.item(), theirs.item()) < 1e-4
+    sum(losses).backward()
+    ours = grads(parameters)
+    assert ours.keys() == parameters.keys() and all(n.startswith("decoder.") for n in ours)
+    sum(expected).backward()
+    assert_close(ours, grads(parameters))
+
+
+def test_distillation_is_zero_for_a_perfect_translator(tiny_llm):
+    vlm, llm = make_vlm(tiny_llm, [(3, 3)])
+    with torch.no_grad():
+        for ours, theirs in zip(vlm.decoder.model.layers[3].parameters(), llm.model.layers[3].parameters()):
+            ours.copy_(theirs)
+    lesson = distillation.teach(vlm, llm, mixed_batch(vlm))
+    assert [x.item() for x in distillation.distillation_loss(vlm.decoder, llm, lesson)] == [0, 0]
+
+
+def test_later_epochs_read_kept_states(stages, tiny_llm, tmp_path, monkeypatch):
+    """The LLM runs once over a sample, however often it is read; a run that goes on in the middle of an epoch gives the same bits."""
+    taught, teach = [], distillation.teach
+    monkeypatch.setattr(distillation, "teach", lambda *args: taught.append(1) or teach(*args))
+    go = lambda out, *more: distillation.main(["--llm", tiny_llm, "--init", stages["vit"], "--replace", "2-4", "--out", str(tmp_path / out),
+                                               "steps=5", "epochs=2", "batch=5", "lr=1e-3", "save_every=2", "dtype=float32", *more])
+    go("whole")
+    assert len(taught) == 6                                         # images and text apart; 3 of 5 steps are fresh
+    assert_complete(tmp_path / "whole", "translator", 5, 1e-3)
+    go("again", "epochs=1")
+    (whole, about), (again, _) = (read_checkpoint(tmp_path / f / "translator.safetensors") for f in ("whole", "again"))
+    assert about["stage"] == "translator" and about["ranges"] == [[2, 4]] and about["recipe"]["epochs"] == 2
+    assert any(not torch.equal(whole[n], again[n]) for n in whole)
+
+    def killed(step, recipe, schedule=train.lr_at):
+        return schedule(step, recipe) if step < 4 else exec("raise KeyboardInterrupt")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "lr_at", killed)
+        go("broken")
+    go("broken", "--resume")
+    assert without_clock(rows_of(tmp_path / "broken")) == without_clock(rows_of(tmp_path / "whole"))
+    broken = read_checkpoint(tmp_path / "broken" / "translator.safetensors")[0]
+    assert all(torch.equal(whole[n], broken[n]) for n in whole)
+
+
+def test_a_distilled_translator_is_a_start_for_stage_2(stages, tiny_llm, tmp_path):
+    common = ["--llm", tiny_llm, "batch=5", "dtype=float32"]
+    distillation.main([*common, "steps=1", "--init", stages["vit"], "--replace", "2-4", "--out", str(tmp_path / "t")])
+    train.main(["encoder", *common, "steps=1", "--init", str(tmp_path / "t" / "translator.safetensors"), "--out", str(tmp_path / "e")])
+    assert read_checkpoint(tmp_path / "e" / "encoder.safetensors")[1]["ranges"] == [[2, 4]]
+
+
+def test_distillation_needs_an_aligned_projector(stages, tiny_llm, tmp_path, capsys):
+    argv = ["--llm", tiny_llm, "--init", "none", "--replace", "2-4", "--out", str(tmp_path)]
+    assert run_cli(lambda: distillation.main(argv)) == 2
+    assert "needs a projector that stage 0 aligned" in capsys.readouterr().err
+
+
+# ---- low-rank updates -----------------------------------------------------------------------------------------------
+
+
+def test_lora_starts_at_zero_and_learns_alone(tiny_llm):
+    plain, llm = Llama.from_pretrained(tiny_llm), Llama.from_pretrained(tiny_llm)
+    vlm, _ = make_vlm(tiny_llm, [])
+    add_lora(llm, 2)
+    vlm.decoder = llm
+    x = torch.randn(2, 5, 32)
+    assert torch.equal(llm(embeds=x), plain(embeds=x))              # B is 0 at first: nothing changes
+    learns = train.trained_parameters(vlm, "decoder")
+    low_rank = {n for n in learns if ".lora_" in n}
+    assert len(low_rank) == 2 * 7 * 6 and not any(n.startswith("decoder.") for n in learns.keys() - low_rank)
+
+
+def test_lora_checkpoint_holds_the_merged_weights(stages, tiny_llm, tmp_path, monkeypatch):
+    """Stage 3 with low-rank updates: the decoder that is saved answers as the trained one does."""
+    trained, build = [], train.build
+    monkeypatch.setattr(train, "build", lambda *args, **more: trained.append(build(*args, **more)) or trained[-1])
+    parallel.main(["decoder", "--llm", tiny_llm, "--init", stages["encoder"], "steps=4", "batch=4", "lr=1e-2", "dtype=float32",
+                   "--lora", "2", "--out", str(tmp_path)])
+    merged, plain = VLM.from_pretrained(tiny_llm, tmp_path / "decoder.safetensors").decoder, Llama.from_pretrained(tiny_llm)
+    x, vlm = torch.randn(2, 5, 32), trained[0]
+    assert any(".lora_" in n for n, _ in vlm.decoder.named_parameters())
+    assert (merged(embeds=x) - vlm.decoder(embeds=x)).abs().max() < 2e-3 < 1e-2 < (merged(embeds=x) - plain(embeds=x)).abs().max()
+    assert read_checkpoint(tmp_path / "decoder.safetensors")[1]["lora"] == 2
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["encoder", "--lora", "4"], ["--lora", "decoder alone"]), (["decoder", "--lora", "0"], ["--lora", "between 1"]),
+    (["decoder", "--fsdp"], ["--fsdp", "torchrun"])])
+def test_bad_input(argv, words, capsys):
+    assert run_cli(lambda: parallel.main(argv)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and all(w in err for w in words)
