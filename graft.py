@@ -182,12 +182,10 @@ def show_demo(examples):
 
 def plot_demo(examples, columns=3):
     """A figure of what `demo` returns: image, question, what the pair says, what the graft says (green where it is right)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     lines = math.ceil(len(examples) / columns)
-    fig, axes = plt.subplots(2 * lines, columns, figsize=(3.4 * columns, 4.3 * lines), dpi=100, facecolor="white", squeeze=False,
-                             gridspec_kw=dict(height_ratios=[2.4, 1.5] * lines), layout="constrained")
+    fig = Figure(figsize=(3.4 * columns, 4.3 * lines), dpi=100, facecolor="white", layout="constrained")
+    axes = fig.subplots(2 * lines, columns, squeeze=False, gridspec_kw=dict(height_ratios=[2.4, 1.5] * lines))
     for ax in axes.flat:
         ax.axis("off")
     for i, (sample, said) in enumerate(examples):
@@ -256,24 +254,26 @@ def chat(vlm, image, options):
 # Command line
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", help="full LLM: folder, .gguf file or hub name (default: the one that the encoder was trained for)")
-    parser.add_argument("--encoder", default="assets/encoder.safetensors", help="checkpoint of the stage encoder (default: %(default)s)")
-    parser.add_argument("--direct", default="assets/direct.safetensors", help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
-    parser.add_argument("--eval", type=int, default=10, metavar="N", help="held-out images a task for the comparison (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=EVAL_SEED, help="which held-out images (default: %(default)s)")
-    parser.add_argument("--image", help="ask about this picture instead")
-    parser.add_argument("--question", default="Describe the image.", help="what to ask about --image (default: %(default)s)")
-    parser.add_argument("--chat", action="store_true", help="converse about --image (without one: about a held-out sign)")
-    parser.add_argument("--pair", action="store_true", help="ask the encoder-surrogate pair in place of the graft")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer to --image or --chat (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this mass (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--out", default="runs/graft", help="folder for results.json and examples.png (default: %(default)s)")
+    add = parser.add_argument
+    add("--llm", help="full LLM: folder, .gguf file or hub name (default: the one that the encoder was trained for)")
+    add("--encoder", default="assets/encoder.safetensors", help="checkpoint of the stage encoder (default: %(default)s)")
+    add("--direct", default="assets/direct.safetensors",
+        help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
+    add("--eval", type=int, default=10, metavar="N", help="held-out images a task for the comparison (default: %(default)s)")
+    add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
+    add("--seed", type=int, default=EVAL_SEED, help="which held-out images (default: %(default)s)")
+    add("--image", help="ask about this picture instead")
+    add("--question", default="Describe the image.", help="what to ask about --image (default: %(default)s)")
+    add("--chat", action="store_true", help="converse about --image (without one: about a held-out sign)")
+    add("--pair", action="store_true", help="ask the encoder-surrogate pair in place of the graft")
+    add("--max-new-tokens", type=int, default=128, help="longest answer to --image or --chat (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0: greedy (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this mass (default: %(default)s)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--out", default="runs/graft", help="folder for results.json and demo.png (default: %(default)s)")
     args = parser.parse_args(argv)
     if min(args.eval, args.batch, args.max_new_tokens) < 1:
         raise UserError("--eval, --batch and --max-new-tokens must be at least 1")
@@ -281,50 +281,61 @@ def main(argv=None):
         raise UserError(f"--temperature must be between 0 (greedy) and 100, not {args.temperature}")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
-    image = open_image(args.image) if args.image else None
+    return args
 
-    start = time.perf_counter()
-    _, about = checkpoints.read_checkpoint(args.encoder)
-    name = args.llm or about.get("llm", official.DEFAULT_LLM)
-    dtype = getattr(torch, args.dtype)
-    llm = Llama.from_pretrained(name, dtype, args.device)
-    vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)))
 
-    if image is not None or args.chat:
-        if image is None:
-            image = world.world("read", 3, args.seed, "test").image
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            image.save(Path(args.out) / "sign.png")
-            print(f"No --image: the conversation is about {args.out}/sign.png")
-        if args.pair:
-            vlm.decoder = load_surrogate(llm, args.encoder)
-        options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
-        if args.chat:
-            return chat(vlm, image, options)
-        _, timing = ask(vlm, image, [{"role": "user", "content": wrap(args.question)}], show=show_piece, **options)
-        print(f"\n[{timing}]")
-        return
+def converse(args, vlm, image):
+    """Answer one question about an image, or chat about it."""
+    if image is None:
+        image = world.world("read", 3, args.seed, "test").image
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        image.save(Path(args.out) / "sign.png")
+        print(f"No --image: the conversation is about {args.out}/sign.png")
+    if args.pair:
+        vlm.decoder = load_surrogate(vlm.decoder, args.encoder)
+    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+    if args.chat:
+        return chat(vlm, image, options)
+    _, timing = ask(vlm, image, [{"role": "user", "content": wrap(args.question)}], show=show_piece, **options)
+    print(f"\n[{timing}]")
 
+
+def show(args, vlm, about, command):
+    """The demo, then the comparison: printed, and kept as demo.png and results.json."""
+    llm, start, out = vlm.decoder, time.perf_counter(), Path(args.out)
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
-    direct_llm = checkpoints.read_checkpoint(args.direct)[1].get("llm") if args.direct and checkpoints.locate(args.direct).exists() else None
-    direct = VLM.from_pretrained(llm, args.direct, tokenizer=vlm.tokenizer) if direct_llm == name else None
-    loaded = time.perf_counter() - start
+    file = checkpoints.locate(args.direct)
+    same = file.exists() and checkpoints.open_checkpoint(file)[1].get("llm") == about.get("llm")
+    direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer) if same else None
     layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers" if surrogate else "no surrogate"
-    print(f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full {name}, zero-shot")
+    print(f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full LLM, zero-shot")
     if surrogate:
         examples = demo(vlm, surrogate, args.seed)
         show_demo(examples)
         figure = plot_demo(examples)
-        checkpoints.write_whole(Path(args.out) / "demo.png", lambda part: figure.savefig(part, format="png"))
+        checkpoints.write_whole(out / "demo.png", lambda part: figure.savefig(part, format="png"))
     rows = compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, direct=direct)
+    seconds = round(time.perf_counter() - start, 1)
     print("\ntext:   the caption in the image's place: what the LLM knows" + ("\ndirect: an encoder trained on the full LLM" if direct else "")
           + f"\n\n{table(rows)}\n{args.eval} held-out images a task, with 95 % intervals; * never trained")
-    results = dict(command=" ".join(["python", "graft.py", *(sys.argv[1:] if argv is None else argv)]), encoder=args.encoder, about=about, llm=name,
-                   samples=args.eval, seed=args.seed, dtype=args.dtype, device=args.device, torch=torch.__version__, python=platform.python_version(),
-                   load_seconds=round(loaded, 1), compare_seconds=round(time.perf_counter() - start - loaded, 1), rows=rows)
-    checkpoints.write_whole(Path(args.out) / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
-    print(f"{results['load_seconds']} s to load, {results['compare_seconds']} s to compare; see {args.out}/"
-          f"{'demo.png and ' if surrogate else ''}results.json")
+    results = dict(command=command, encoder=args.encoder, about=about, samples=args.eval, seed=args.seed, dtype=args.dtype, device=args.device,
+                   torch=torch.__version__, python=platform.python_version(), seconds=seconds, rows=rows)
+    checkpoints.write_whole(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
+    print(f"{seconds} s; see {out}/{'demo.png and ' if surrogate else ''}results.json")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    image = open_image(args.image) if args.image else None
+    _, about = checkpoints.open_checkpoint(args.encoder)
+    name = args.llm or about.get("llm", official.DEFAULT_LLM)
+    llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device)
+    vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)))
+    if image is not None or args.chat:
+        converse(args, vlm, image)
+    else:
+        show(args, vlm, about, " ".join(["python graft.py", *argv]))
 
 
 if __name__ == "__main__":

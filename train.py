@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from data.batches import Batches
 from data.sources import CHATS, read_data
 from formats.checkpoints import beside, load_checkpoint, open_checkpoint, read_checkpoint

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from formats.checkpoints import locate
 from formats.errors import MissingFile, UserError
 
 SIZE = 64  # of the drawn world's images
@@ -22,8 +23,12 @@ def open_image(source):
     a photo is turned as its EXIF says. MissingFile: no such file. UserError: not an image, damaged or too large.
     """
     name = "image" if isinstance(source, Image.Image) else str(source)
-    if not isinstance(source, Image.Image) and not os.path.exists(source):
-        raise MissingFile(f"{name}: no such image file")
+    if not isinstance(source, Image.Image):
+        source = locate(source)
+        if not os.path.exists(source):
+            raise MissingFile(f"{name}: no such image file")
+        if not os.path.isfile(source):  # a folder, or a pipe that would wait for ever
+            raise UserError(f"{name}: not an image file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter

@@ -101,6 +101,8 @@ class LlavaRecords:
             return None, messages
         if not isinstance(image, str) or not image:
             raise UserError(f'{name}: "image" must be one file name, not {image!r:.80}')
+        if os.path.isabs(image) or ".." in image.replace("\\", "/").split("/"):
+            raise UserError(f'{name}: "image" {image!r:.80} leads out of the folder of images')
         path = os.path.join(self.image_folder, image)
         if not os.path.isfile(path):
             raise MissingFile(f"{name}: image file {path} not found")
@@ -111,6 +113,8 @@ class LlavaRecords:
         path, messages = self._check(place, record)
         image, caption = None, ""
         if path:
+            if not os.path.realpath(path).startswith(os.path.realpath(self.image_folder) + os.sep):  # a link
+                raise UserError(f"{self._name(place, record)}: {path} is a link out of the folder of images")
             try:
                 image = open_image(path)
             except UserError as error:

@@ -6,7 +6,6 @@ from data.world import World
 from formats.checkpoints import locate
 from formats.errors import UserError
 
-
 CHATS = "assets/chats.json"      # what the default LLM wrote: python -m extras.instructions --chats
 
 

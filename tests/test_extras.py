@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import assert_close, assert_complete, grads, make_vlm, mixed_batch, relative, rows_of, without_clock
 
 import train
 from extras import distillation, parallel
@@ -10,7 +11,6 @@ from extras.lora import add_lora
 from formats.checkpoints import read_checkpoint
 from formats.errors import run_cli
 from model import VLM, Llama, ViT, ViTConfig
-from test_train import assert_close, assert_complete, grads, make_vlm, mixed_batch, relative, rows_of, without_clock
 
 # ---- stage 0 --------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_tiny_llm
 from PIL import Image
 
 import train
-from conftest import save_tiny_llm
 from data import world
 from data.batches import Batches, Mixed, Sample, collate
 from data.images import preprocess
