@@ -1,8 +1,8 @@
 """
 Several GPUs: what the processes of a training run tell each other. With one process, all of this does nothing.
 
-    torchrun --nproc-per-node 8 train.py encoder …              # data parallel: every GPU has the whole model
-    torchrun --nproc-per-node 8 train.py decoder … --fsdp       # the decoder's layers are sharded over the GPUs (FSDP2)
+    torchrun --nproc-per-node 8 train.py encoder …          # data parallel: every GPU has the whole model
+    torchrun --nproc-per-node 8 train.py decoder … --fsdp   # the decoder's layers are sharded over the GPUs (FSDP2)
 
 Data parallel needs no wrapper: each process takes its share of the batch and divides its loss by the targets of *all*
 processes, so the gradients only have to be added up. A sharded weight is a DTensor: each process holds a slice of it.
@@ -80,11 +80,11 @@ def shard(llm):
     if not dist.is_initialized():
         raise UserError("sharding needs several processes: start with `torchrun --nproc-per-node N train.py …`")
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world(),))
-    in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)       # gradients are added up so, whatever the weights
+    in_float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)   # gradients are added up so, whatever the weights
     for layer in llm.model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=in_float32)
     share = getattr(torch.distributed.fsdp, "share_comm_ctx", None)     # torch 2.13 has it
-    if share:           # one stream of gathering and adding up: else each layer keeps its gradient until the backward's end
+    if share:   # one stream of gathering and adding up: else each layer keeps its gradient until the backward's end
         share(list(llm.model.layers))
     llm.sharded = True
     return llm
