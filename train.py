@@ -7,11 +7,12 @@ Train the vision encoder against the surrogate, stage by stage.
     python graft.py --encoder runs/encoder/encoder.safetensors      # plug the result into the full LLM
     python train.py decoder         # stage 3 (optional): go on training the full LLM behind the grafted encoder
 
-Without options a stage makes a short run that starts from what assets/ holds. The recipe of a stage (what is trained, on
-which data, which tokens carry loss, optimiser and schedule) is the paper's; steps, batch and learning rate are the small world's.
+Without options a stage makes a short run that starts from what assets/ holds. The recipe of a stage (what is trained,
+on which data, which tokens carry loss, optimiser and schedule) is the paper's; steps, batch and learning rate are the
+small world's.
 
-    python train.py encoder --preset llama-3.1-8b --dry-run         # the paper's size: what it trains, computes and needs
-    torchrun --nproc-per-node 8 train.py encoder --preset llama-3.1-8b --data llava_v1_5_mix665k.json --images … --init …
+    python train.py encoder --preset llama-3.1-8b --dry-run     # the paper's size: what it trains, computes and needs
+    torchrun --nproc-per-node 8 train.py encoder --preset llama-3.1-8b --data llava_v1_5_mix665k.json --images …
 """
 import argparse
 import collections
@@ -42,8 +43,9 @@ from studies import cost
 from surrogate import build_surrogate, check_ranges, load_surrogate, parse_ranges
 
 # What differs between the stages. Everything else is the same in all: AdamW (0.9, 0.999) without weight decay, linear
-# warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (the paper's recipe). For the embedded world;
-# on LLaVA's data ends_lr, translator_lr and epochs are 1 and distill_every 0, as in the paper, whose other numbers are in studies/cost.py.
+# warm-up over 3.05 % of the steps, cosine to 0, gradients clipped to norm 1 (the paper's recipe). For the drawn world;
+# on LLaVA's data ends_lr, translator_lr and epochs are 1 and distill_every 0, as in the paper, whose other numbers are
+# in studies/cost.py.
 RECIPES = {
     "vit":        dict(steps=600, batch=128, lr=1e-3, bound=2.5),
     "translator": dict(steps=400, batch=16, lr=1e-3, loss_on="answers+special", epochs=4, distill_every=1),
@@ -55,9 +57,10 @@ DEFAULT_RANGES = [(20, 23), (24, 28)]   # of SmolLM2-135M
 
 
 def check_recipe(stage, projector, surrogate, epochs, distill_every, translator_lr):
-    """ValueError for what a stage cannot do. projector: does it learn? surrogate: is there one?"""
+    """UserError for what a stage cannot do. projector: does it learn? surrogate: is there one?"""
     if epochs > 1 and (stage != "translator" or projector):
-        raise UserError("--epochs reads kept states again: only stage translator can, and only after a stage 0 that aligned the projector")
+        raise UserError("--epochs reads kept states again: only stage translator can, and only after a stage 0 that "
+                        "aligned the projector")
     if distill_every > 1 and stage == "translator":
         raise UserError("--distill-every: in stage translator the full LLM teaches every sample (1) or none (0)")
     if distill_every and not surrogate:
@@ -81,9 +84,9 @@ def lr_at(step, steps, lr):
 def trained_parameters(vlm, stage, distill=False, projector=True, lora=False):
     """{name: parameter} that a stage trains; these get gradients, all others are frozen.
 
-    lora: of the decoder, stage 3 trains only the low-rank updates (model.add_lora). projector=False leaves out everything
-    before the decoder (stage 1 with the projector of stage 0: it is healed already, and the answers' loss through a
-    translator that is not yet would only harm it).
+    lora: of the decoder, stage 3 trains only the low-rank updates (model.add_lora). projector=False leaves out
+    everything before the decoder (stage 1 with the projector of stage 0: it is healed already, and the answers' loss
+    through a translator that is not yet would only harm it).
     """
     L = vlm.encoder.config.num_hidden_layers
     prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."] if projector else []
@@ -103,8 +106,8 @@ def trained_parameters(vlm, stage, distill=False, projector=True, lora=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data of a step: a function of (seed, step) alone, so that a resumed run sees what an uninterrupted one would have seen,
-# whatever the number of processes or workers
+# Data of a step: a function of (seed, step) alone, so that a resumed run sees what an uninterrupted one would have
+# seen, whatever the number of processes or workers
 
 
 class Batches(torch.utils.data.Dataset):
@@ -114,7 +117,8 @@ class Batches(torch.utils.data.Dataset):
     which run one after the other. A micro-batch is one or two batches of `collate`: samples with an image, and text.
     """
 
-    def __init__(self, vlm, size, micro, loss_on, seed, records=None, texts=None, rank=0, world=1, together=False, every=1):
+    def __init__(self, vlm, size, micro, loss_on, seed, records=None, texts=None, rank=0, world=1, together=False,
+                 every=1):
         if size % (micro * world):
             raise UserError(f"a batch of {size} cannot be shared out: {micro} samples at a time in {world} process(es) "
                             f"make {micro * world}, which does not divide {size} (see --batch and --micro-batch)")
@@ -122,7 +126,7 @@ class Batches(torch.utils.data.Dataset):
         self.tokenizer, self.n_visual, self.image_size = vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size
         self.records, self.texts, self.rank, self.world, self.together = records, texts, rank, world, together
         self.every = max(1, every)
-        # images and text alternate by even spacing, as in the paper: one epoch of both, or 3 to 2 where images are endless
+        # images and text alternate by even spacing, as in the paper: one epoch of both; 3 to 2 where images are endless
         finite = records is not None and isinstance(texts, torch.utils.data.Subset)
         self.mix = (len(records.pictured), len(texts)) if finite else (3, 2) if texts else (1, 0)
 
@@ -148,13 +152,16 @@ class Batches(torch.utils.data.Dataset):
             first = step * self.size + (m * self.world + self.rank) * self.micro
             samples = [(i, self.sample(i)) for i in range(first, first + self.micro)]
             # text needs no gradient below the translator: apart from the images, autograd keeps no activations there
-            groups = [samples] if self.together else [[s for s in samples if (s[1].image is None) == text] for text in (False, True)]
+            groups = [samples]
+            if not self.together:
+                groups = [[s for s in samples if (s[1].image is None) == text] for text in (False, True)]
             micro_batches.append([self.collate(g) for g in groups if g])
         return micro_batches, list(getattr(self.records, "skipped", ()))[known:]
 
     def collate(self, samples):
-        """[(number in the run, sample)] -> a batch, with "taught": its rows that the full LLM teaches the translator on."""
-        batch = collate([s for _, s in samples], self.tokenizer, self.n_visual, self.image_size, self.loss_on, max_length=4096)
+        """[(number in the run, sample)] -> a batch; "taught": its rows on which the full LLM teaches the translator."""
+        batch = collate([s for _, s in samples], self.tokenizer, self.n_visual, self.image_size, self.loss_on,
+                        max_length=4096)
         # one of `every` samples, and the world's four tasks (i % 4) in turn
         turn = self.every if self.every % 4 == 0 else 4
         taught = [row for row, (i, _) in enumerate(samples) if (i + i // turn) % self.every == 0]
@@ -203,13 +210,14 @@ def own_chats(llm, tokenizer, n, seed, batch=64):
 
 
 def surrogate_loss(vlm, batch, stage, llm=None):
-    """(cross-entropy, KL divergence, distance) of one batch through the surrogate, each a sum: the first over all targets, the
-    others over targets and positions of the rows batch["taught"] (default: all). Without `llm` or such rows they are None.
+    """(cross-entropy, KL divergence, distance) of one batch through the surrogate, each a sum: the first over all
+    targets, the others over targets and positions of the rows batch["taught"] (default: all). Without `llm` or such
+    rows they are None.
 
-    The paper's loss is the first. With `llm` given, the others pull the translator towards the full LLM *on the visual tokens
-    that the encoder makes now* (on-policy): the encoder cannot learn to please a translator that the LLM disagrees with.
-    The LLM only runs forward, and only from the cut on. The answers' loss then teaches what is before the decoder and never the
-    translator, the distillation the translator and nothing else: so the translator runs twice.
+    The paper's loss is the first. With `llm` given, the others pull the translator towards the full LLM *on the visual
+    tokens that the encoder makes now* (on-policy): the encoder cannot learn to please a translator that the LLM
+    disagrees with. The LLM only runs forward, and only from the cut on. The answers' loss then teaches what is before
+    the decoder and never the translator, the distillation the translator alone: so the translator runs twice.
 
     batch["states"], if it is there, keeps what a frozen projector, trunk and LLM make of the batch: for its next epoch.
     """
@@ -218,7 +226,7 @@ def surrogate_loss(vlm, batch, stage, llm=None):
     if "trunk" not in states:
         x = vlm.embed(batch["tokens"].to(device), batch["pixels"])                      # (B, T, C)
         if s.sharded and batch["pixels"] is None:
-            x = x + 0 * vlm.embd_soi    # sharded layers work in step: a process without images sends gradients through all the same
+            x = x + 0 * vlm.embd_soi    # sharded layers work in step: without images, too, gradients go through
         states["trunk"] = s.run(x, 0, s.trunk)                                          # layers shared with the LLM
     x, ce = states["trunk"], None                                                       # (B, T, C)
     rows = batch.get("taught", torch.arange(len(x)))                                    # (R,)
@@ -232,12 +240,12 @@ def surrogate_loss(vlm, batch, stage, llm=None):
         return ce, None, None
 
     x, targets = x.detach()[rows.to(device)], batch["targets"][rows].flatten()          # (R, T, C), (R*T,)
-    index = (targets >= 0).nonzero().squeeze(1).to(device)      # (N,) positions with a target: found on the CPU, no GPU waits
-    last, after = s.translators[-1] + 1, s.ranges[-1][1] + 1        # the layer that follows, counted in the surrogate and in the LLM
+    index = (targets >= 0).nonzero().squeeze(1).to(device)      # (N,) positions with a target: found on the CPU
+    last, after = s.translators[-1] + 1, s.ranges[-1][1] + 1    # the layer that follows: in the surrogate, in the LLM
     if "theirs" not in states:
         with torch.no_grad():
-            states["theirs"] = llm.run(x, s.trunk, after)                               # (R, T, C): what the translator should make
-            states["full"] = llm.run(states["theirs"], after).flatten(0, 1)[index]      # (N, C): what the LLM makes of it
+            states["theirs"] = llm.run(x, s.trunk, after)                           # (R, T, C): the translator's aim
+            states["full"] = llm.run(states["theirs"], after).flatten(0, 1)[index]  # (N, C): what the LLM makes of it
     theirs = states["theirs"]
     ours = s.run(x, s.trunk, last)                                                      # (R, T, C)
     real = (torch.arange(x.shape[1]) < batch["lengths"][rows, None]).to(device)         # (R, T): not padding
@@ -259,16 +267,18 @@ def surrogate_loss(vlm, batch, stage, llm=None):
 class Trainer:
     """AdamW on float32 copies of the trained parameters, whatever the dtype in which the model computes (bf16 on GPUs).
 
-    Make it first, then cast the model: so the copies begin with all their digits. Of a sharded parameter, copy, gradient and
-    optimiser state are those of this process's slice.
+    Make it first, then cast the model: so the copies begin with all their digits. Of a sharded parameter, copy,
+    gradient and optimiser state are those of this process's slice.
     """
 
     def __init__(self, parameters, lr, steps, ends_lr=1.0, translator_lr=1.0):
         self.parameters, self.lr, self.steps, self.step = parameters, lr, steps, 0
-        self.master = {n: parallel.local(p.detach()).float().clone().requires_grad_(True) for n, p in parameters.items()}
+        copy = lambda p: parallel.local(p.detach()).float().clone().requires_grad_(True)
+        self.master = {n: copy(p) for n, p in parameters.items()}
         # start and end of image are two vectors among thousands: in a short run they only move if they learn faster
         factor = lambda n: ends_lr if n.startswith("embd_") else translator_lr if n.startswith("decoder.") else 1.0
-        groups = [dict(params=[m for n, m in self.master.items() if factor(n) == f], factor=f) for f in sorted({factor(n) for n in self.master})]
+        groups = [dict(params=[m for n, m in self.master.items() if factor(n) == f], factor=f)
+                  for f in sorted({factor(n) for n in self.master})]
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
 
     def is_sharded(self, name):
@@ -291,7 +301,8 @@ class Trainer:
         for group in self.adam.param_groups:
             group["lr"] = lr * group["factor"]
         if parallel.world() > 1:                            # what no sample of this process met, another's may have
-            met = torch.tensor([float(m.grad is not None) for m in self.master.values()], device=next(iter(self.master.values())).device)
+            device = next(iter(self.master.values())).device
+            met = torch.tensor([float(m.grad is not None) for m in self.master.values()], device=device)
             for m, count in zip(self.master.values(), parallel.add_up(met).tolist()):
                 if count and m.grad is None:
                     m.grad = torch.zeros_like(m)
@@ -323,7 +334,7 @@ class Trainer:
         return {n: parallel.joined(self.parameters[n], m.detach().to(dtype)) for n, m in self.master.items()}
 
     def state(self):
-        """Everything as flat named tensors, for safetensors: whole ones, so that another number of processes can go on."""
+        """Everything as flat named tensors, for safetensors; gathered, another number of processes can go on."""
         out = {f"master.{n}": m for n, m in self.weights().items()}
         for n, m in self.master.items():
             for k, v in self.adam.state.get(m, {}).items():
@@ -341,7 +352,8 @@ class Trainer:
             for n, m in self.master.items():
                 slice_of = lambda t: parallel.local(parallel.like(self.parameters[n], t.to(m.device))) if t.dim() else t
                 m.copy_(slice_of(tensors[f"master.{n}"]()))
-                state = {k: slice_of(tensors[f"adam.{n}.{k}"]()) for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{n}.{k}" in tensors}
+                state = {k: slice_of(tensors[f"adam.{n}.{k}"]()) for k in ("step", "exp_avg", "exp_avg_sq")
+                         if f"adam.{n}.{k}" in tensors}
                 if state:
                     self.adam.state[m] = state
         self.write_back()
@@ -359,10 +371,11 @@ def default_dtype(device):
 
 
 def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_llm=True, shard=None, place=None):
-    """(VLM, full LLM, ViT's name) for the stages 1 to 3, with the weights that they start from; the VLM's decoder is the surrogate.
+    """(VLM, full LLM, ViT's name) for the stages 1 to 3, with the weights that they start from; the decoder of the VLM
+    is the surrogate.
 
-    `start` is the checkpoint of an earlier stage; None begins with a new projector. A new translator is a copy of the first
-    layer that it stands for. need_llm=False reads the surrogate's layers alone, and the LLM returned is None.
+    `start` is the checkpoint of an earlier stage; None begins with a new projector. A new translator is a copy of the
+    first layer that it stands for. need_llm=False reads the surrogate's layers alone, and the LLM returned is None.
     """
     path = official.find(llm_name)
     tensors, about = checkpoints.read_checkpoint(start) if start else ({}, {})
@@ -373,13 +386,15 @@ def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_l
     need_llm = need_llm or stage == "decoder" or ranges == []
     llm = Llama.from_pretrained(path, dtype, device, shard=shard, place=place) if need_llm else None
     from_file = lambda _, ranges: surrogate.from_pretrained(path, ranges, dtype, device, shard, place)
-    make = build_surrogate if need_llm else from_file           # out of the whole LLM, or out of the layers that it keeps
+    make = build_surrogate if need_llm else from_file       # out of the whole LLM, or out of the layers that it keeps
     if stage == "decoder":
         decoder = llm
     elif trained_translator and ranges != []:
         decoder = load_surrogate(llm, start, make, place)
-        if ranges is not None and check_ranges(ranges, official.llama_config(path)["num_hidden_layers"]) != decoder.ranges:
-            raise UserError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: train a translator for these first")
+        L = official.llama_config(path)["num_hidden_layers"]
+        if ranges is not None and check_ranges(ranges, L) != decoder.ranges:
+            raise UserError(f"{start} replaces the layers {decoder.ranges}, not {ranges}: "
+                            "train a translator for these first")
     elif stage == "encoder" and ranges != []:
         raise UserError("stage encoder needs a trained translator: run `python train.py translator` first and give its "
                         "checkpoint as --init, or train on the full LLM with --replace none")
@@ -390,12 +405,13 @@ def build(stage, llm_name, ranges, vit, start, dtype, device, bound=None, need_l
     vlm = VLM(base_vit(vit, start or vit), decoder, tokenizer, about.get("bound") if bound is None else bound)
     vlm.to(device)                          # what is before the decoder stays float32 until the Trainer has copied it
     if start:
-        go_on = stage == about.get("stage") == "decoder"        # else the start's decoder is the surrogate's, or not wanted
+        go_on = stage == about.get("stage") == "decoder"    # else the start's decoder is the surrogate's, or not wanted
         if go_on and about["recipe"].get("lora"):
-            raise UserError(f"{start} holds low-rank updates of a decoder, from which no new run can begin: go on with --resume")
-        while "adapter.0.weight" not in tensors and about.get("start"):
-            below, about = checkpoints.read_checkpoint(checkpoints.beside(about["start"], start))       # stage 1 left the projector
-            tensors = below | tensors                                                           # as it was: take it from there
+            raise UserError(f"{start} holds low-rank updates of a decoder, from which no new run can begin: "
+                            "go on with --resume")
+        while "adapter.0.weight" not in tensors and about.get("start"):     # stage 1 left the projector as it was:
+            below, about = checkpoints.read_checkpoint(checkpoints.beside(about["start"], start))   # take it from there
+            tensors = below | tensors
         tensors = {n: t for n, t in tensors.items() if go_on or not n.startswith("decoder.")}
         checkpoints.load_checkpoint(vlm, tensors, start, place)
     return vlm, llm, vit
@@ -414,7 +430,7 @@ def caption_features(captions, tokenizer, embeddings):
 
 
 def contrastive_loss(image, text, same, logit_scale):
-    """CLIP's loss: image features (B, d) and text features (B, d), both of length 1. same (B, B): captions that are equal."""
+    """CLIP's loss: features of images (B, d) and text (B, d), all of length 1. same (B, B): captions that are equal."""
     logits = logit_scale.exp() * image @ text.T                                         # (B, B)
     targets = same.float() / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
@@ -432,15 +448,17 @@ class Pictures(torch.utils.data.Dataset):
         return torch.stack([preprocess(s.image) for s in samples]), [s.caption for s in samples]
 
 
-def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=None, llm_name=official.DEFAULT_LLM, save_every=200, workers=0):
+def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=None, llm_name=official.DEFAULT_LLM,
+              save_every=200, workers=0):
     """Stage 0: CLIP's contrastive pre-training of the small ViT on images and captions. Returns the VLM.
 
-    CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector is
-    the ViT's head: visual tokens begin where the LLM keeps the words for what is seen. The LLM itself never runs.
+    CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the
+    projector is the ViT's head: visual tokens begin where the LLM keeps the words for what is seen. The LLM itself
+    never runs.
     """
     path = official.find(llm_name)
     llm, tokenizer = Llama.from_pretrained(path), Tokenizer.from_pretrained(path)
-    captions = [world.world("describe", i, seed).caption for i in range(4096)]          # every caption of the world, by frequency
+    captions = [world.world("describe", i, seed).caption for i in range(4096)]      # every caption, by frequency
     text_of = caption_features(captions, tokenizer, llm.model.embed_tokens.weight)
     torch.manual_seed(seed)
     vlm = VLM(ViT(ViTConfig()), llm, tokenizer, bound).to(device)
@@ -452,7 +470,7 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
 
     def backward(step, item):
         pixels, names = item
-        visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - vlm.mean_embedding        # (B, 1 + P, d), without soi and eoi
+        visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - vlm.mean_embedding        # (B, 1 + P, d): no soi, no eoi
         text = torch.stack([text_of[name] for name in names]).to(device)                # (B, d)
         same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
         # CLS learns fastest, as in CLIP; the mean teaches every patch to carry what the whole image says
@@ -462,34 +480,41 @@ def train_vit(steps, batch, lr, bound, seed, device, dtype, out, resume, start=N
         loss.backward()
         return dict(loss=loss, right=right, targets=batch)
 
-    about = dict(stage="vit", llm=llm_name, start=start, bound=bound, vit_config=vars(vlm.encoder.config), recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
+    about = dict(stage="vit", llm=llm_name, start=start, bound=bound, vit_config=vars(vlm.encoder.config),
+                 recipe=dict(steps=steps, batch=batch, lr=lr), seed=seed)
     pictures = Pictures(batch, seed)
-    read = lambda start, stop: torch.utils.data.DataLoader(pictures, batch_size=None, sampler=range(start, stop), num_workers=workers, collate_fn=as_is)
+    read = lambda start, stop: torch.utils.data.DataLoader(pictures, batch_size=None, sampler=range(start, stop),
+                                                           num_workers=workers, collate_fn=as_is)
     run(trainer, backward, read, out, "vit", about, resume, save_every, saved=lambda name: name != "logit_scale")
     return vlm
 
 
 def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, loss_on, llm_name, vit_name, start=None,
-                distill_every=0, records=None, texts=None, save_every=100, projector=True, micro_batch=None, workers=0, lora=0, ends_lr=1.0,
-                translator_lr=1.0, epochs=1):
-    """Stages 1 to 3. Returns the VLM, trained. projector, lora: see `trained_parameters`; records, texts, micro_batch: `Batches`.
+                distill_every=0, records=None, texts=None, save_every=100, projector=True, micro_batch=None, workers=0,
+                lora=0, ends_lr=1.0, translator_lr=1.0, epochs=1):
+    """Stages 1 to 3. Returns the VLM, trained. projector, lora: see `trained_parameters`; records, texts, micro_batch:
+    see `Batches`.
 
-    epochs: go through the samples of the first steps / epochs steps again and again. Where nothing before the translator is
-    trained, their states at the cut are kept in memory (about 3 MB for 16 samples of the small world), and neither trunk nor
-    LLM has to run again (but its head).
+    epochs: go through the samples of the first steps / epochs steps again and again. Where nothing before the
+    translator is trained, their states at the cut are kept in memory (about 3 MB for 16 samples of the small world),
+    and neither trunk nor LLM has to run again (but its head).
     """
-    check_recipe(stage, projector, bool(getattr(vlm.decoder, "translators", None)), epochs, distill_every, translator_lr)
+    surrogate_here = bool(getattr(vlm.decoder, "translators", None))
+    check_recipe(stage, projector, surrogate_here, epochs, distill_every, translator_lr)
     micro = micro_batch or max(1, batch // parallel.world())
     recipe = dict(steps=steps, batch=batch, lr=lr, ends_lr=ends_lr, translator_lr=translator_lr, loss_on=loss_on)
-    trainer = Trainer(trained_parameters(vlm, stage, distill_every > 0, projector, lora > 0), lr, steps, ends_lr, translator_lr)
+    trained = trained_parameters(vlm, stage, distill_every > 0, projector, lora > 0)
+    trainer = Trainer(trained, lr, steps, ends_lr, translator_lr)
     vlm.to(vlm.decoder.dtype)
-    batches = Batches(vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(), vlm.decoder.sharded, distill_every)
+    batches = Batches(vlm, batch, micro, loss_on, seed, records, texts, parallel.rank(), parallel.world(),
+                      vlm.decoder.sharded, distill_every)
 
     bad = set()         # records that could not be read, and were replaced
     fresh, kept = math.ceil(steps / epochs), {}     # steps with samples of their own, and what they read
 
     def read(start, stop):
-        return itertools.chain(batches.loader([i % fresh for i in range(start, min(stop, start + fresh))], workers), itertools.repeat(None))
+        first = batches.loader([i % fresh for i in range(start, min(stop, start + fresh))], workers)
+        return itertools.chain(first, itertools.repeat(None))
 
     def backward(step, item):
         """Gradients of one step, of all its micro-batches in this process. Returns what is to be logged."""
@@ -502,13 +527,14 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
             tqdm.write(f"skipped: {line}")
         if epochs > 1 and step % fresh not in kept:
             kept[step % fresh] = micro_batches, []
-            for b in itertools.chain(*micro_batches):
-                b.update({k: v.clone() for k, v in b.items() if torch.is_tensor(v)}, states={})    # out of a worker's shared memory
+            for b in itertools.chain(*micro_batches):       # clone: out of a worker's shared memory
+                b.update({k: v.clone() for k, v in b.items() if torch.is_tensor(v)}, states={})
         distil = llm if distill_every else None
-        own = [(int((b["targets"] >= 0).sum()), int((b["targets"][b["taught"]] >= 0).sum()), int(b["lengths"][b["taught"]].sum()))
+        count = lambda targets: int((targets >= 0).sum())
+        own = [(count(b["targets"]), count(b["targets"][b["taught"]]), int(b["lengths"][b["taught"]].sum()))
                for m in micro_batches for b in m]
         n, *taught = parallel.add_up(torch.tensor(own, device=device).sum(0)).clamp(min=1)
-        sums = torch.zeros(3, device=device)        # cross-entropy, KL divergence, distance: each a mean of the global batch
+        sums = torch.zeros(3, device=device)    # cross-entropy, KL divergence, distance: means of the global batch
         for groups in micro_batches:
             total = 0.0
             for b in groups:
@@ -519,16 +545,17 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
                 for i, (loss, share) in enumerate(zip(losses, (n, *taught))):
                     total = total + loss / share
                     sums[i] += loss.detach() / share
-            if torch.is_tensor(total) and total.requires_grad:      # text alone, where nothing above it is trained, teaches nothing
+            if torch.is_tensor(total) and total.requires_grad:      # not so: text alone, and nothing above it learns
                 total.backward()
             trainer.add_gradients()
         parallel.add_up(sums)
-        return dict(loss=sums[0], **({} if distil is None else dict(distill=sums[1] + sums[2])), targets=n, skipped=len(skipped))
+        distilled = {} if distil is None else dict(distill=sums[1] + sums[2])
+        return dict(loss=sums[0], **distilled, targets=n, skipped=len(skipped))
 
-    about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, start=start, bound=vlm.bound,
-                 vit_config=vars(vlm.encoder.config), seed=seed,
-                 recipe=recipe | dict(distill_every=distill_every, projector=projector, dtype=str(vlm.decoder.dtype), lora=lora,
-                                      epochs=epochs, texts=len(texts or []), records=len(records or [])))
+    about = dict(stage=stage, llm=llm_name, ranges=getattr(vlm.decoder, "ranges", []), vit=vit_name, start=start,
+                 bound=vlm.bound, vit_config=vars(vlm.encoder.config), seed=seed,
+                 recipe=recipe | dict(distill_every=distill_every, projector=projector, dtype=str(vlm.decoder.dtype),
+                                      lora=lora, epochs=epochs, texts=len(texts or []), records=len(records or [])))
     run(trainer, backward, read, out, stage, about, resume, save_every)
     bad = parallel.union(bad)
     if bad and parallel.rank() == 0:
@@ -537,8 +564,8 @@ def train_stage(stage, steps, batch, lr, seed, device, out, resume, vlm, llm, lo
 
 
 def run(trainer, backward, batches, out, stage, about, resume, save_every, saved=lambda name: True):
-    """The loop of every stage. batches(start, stop) gives what each step reads; backward(step, that) leaves gradients on the
-    trained parameters and returns what is to be logged. Writes to the folder `out`
+    """The loop of every stage. batches(start, stop) gives what each step reads; backward(step, that) leaves gradients
+    on the trained parameters and returns what is to be logged. Writes to the folder `out`
 
     STAGE.safetensors   what was trained (float16), with `about` as its metadata
     state.safetensors   float32 weights and the optimiser, for --resume
@@ -576,7 +603,8 @@ def run(trainer, backward, batches, out, stage, about, resume, save_every, saved
         if first:
             checkpoints.save_checkpoint(state, all_state, dict(step=trainer.step, about=about))
 
-    bar = tqdm(range(trainer.step, steps), desc=stage, unit="step", initial=trainer.step, total=steps, disable=not first)
+    bar = tqdm(range(trainer.step, steps), desc=stage, unit="step", initial=trainer.step, total=steps,
+               disable=not first)
     for step, item in zip(bar, batches(trainer.step, steps)):
         logged = backward(step, item)
         lr_now = trainer.update()
@@ -585,12 +613,14 @@ def run(trainer, backward, batches, out, stage, about, resume, save_every, saved
         rows.append(dict(step=step, lr=f"{lr_now:.3g}", seconds=round(time.time() - start, 2)) | logged)
         bar.set_postfix({k: v for k, v in logged.items() if k not in ("targets", "skipped")})
         if not math.isfinite(logged["loss"]):
-            raise UserError(f"the loss became {logged['loss']} at step {step}: try a smaller --lr" + (f" (the last checkpoint in {out} is intact)" if state.exists() else ""))
+            intact = f" (the last checkpoint in {out} is intact)" if state.exists() else ""
+            raise UserError(f"the loss became {logged['loss']} at step {step}: try a smaller --lr{intact}")
         if (step + 1) % save_every == 0 or step == steps - 1:
             save()
     if first:
         plot_loss(rows, stage, out / "loss.png")
-        print(f"{stage}: {steps} steps, loss {rows[0]['loss']} -> {rows[-1]['loss']}, {rows[-1]['seconds']:.0f} s; see {out}/")
+        print(f"{stage}: {steps} steps, loss {rows[0]['loss']} -> {rows[-1]['loss']}, {rows[-1]['seconds']:.0f} s; "
+              f"see {out}/")
 
 
 def plot_loss(rows, stage, path):
@@ -619,43 +649,76 @@ def plot_loss(rows, stage, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(RECIPES), help="which stage to run")
-    parser.add_argument("--preset", choices=list(cost.PRESETS), help="the paper's LLM, ViT, ranges and recipe; what you give besides goes before it")
-    parser.add_argument("--dry-run", action="store_true", help="with --preset: print what would be trained, computed and needed, load nothing")
+    parser.add_argument("--preset", choices=list(cost.PRESETS),
+                        help="the paper's LLM, ViT, ranges and recipe; what you give besides goes before it")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="with --preset: print what would be trained, computed and needed, load nothing")
     parser.add_argument("--gpus", type=int, default=8, help="--dry-run: for how many GPUs (default: %(default)s)")
     parser.add_argument("--llm", help=f"target LLM: folder, .gguf file or hub name (default: {official.DEFAULT_LLM})")
-    parser.add_argument("--replace", help="layers that translators replace, e.g. 23-28, or 20-23,24-28 by two; 'none' trains on the full LLM (default: those of --init, else 23-28)")
-    parser.add_argument("--vit", help="ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: that of --init)")
-    parser.add_argument("--init", dest="start", help="checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or none if --vit is given; assets/encoder.safetensors for encoder and decoder)")
-    parser.add_argument("--bound", type=float, help="how far visual tokens may lie from the mean text embedding, 0: anywhere, as in the paper (default: that of --init; stage vit 2.5, a new projector 0)")
+    parser.add_argument("--replace", help=(
+        "layers that translators replace, e.g. 23-28, or 20-23,24-28 by two; 'none' trains on the full LLM (default: "
+        "those of --init, else 23-28)"))
+    parser.add_argument("--vit", help=(
+        "ViT to start from: a checkpoint of stage vit, or a CLIP folder or hub name (default: that of --init)"))
+    parser.add_argument("--init", dest="start", help=(
+        "checkpoint to start from, 'none' for a new projector (default: assets/vit.safetensors for translator, or "
+        "none if --vit is given; assets/encoder.safetensors for encoder and decoder)"))
+    parser.add_argument("--bound", type=float, help=(
+        "how far visual tokens may lie from the mean text embedding, 0: anywhere, as in the paper (default: that of "
+        "--init; stage vit 2.5, a new projector 0)"))
     parser.add_argument("--data", help="LLaVA-format JSON in place of the embedded world")
     parser.add_argument("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
-    parser.add_argument("--text", help="stage translator: LLaVA-format JSON of text instructions, mixed in by even spacing (default: the LLM writes some)")
-    parser.add_argument("--on-bad-record", choices=["stop", "skip"], default="stop", help="a record that is malformed, or whose image is missing or damaged: stop there, or name it and go on (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: the stage's short run; with --data all records once, or --epochs times)")
+    parser.add_argument("--text", help=(
+        "stage translator: LLaVA-format JSON of text instructions, mixed in by even spacing (default: the LLM writes "
+        "some)"))
+    parser.add_argument("--on-bad-record", choices=["stop", "skip"], default="stop", help=(
+        "a record that is malformed, or whose image is missing or damaged: stop there, or name it and go on (default: "
+        "%(default)s)"))
+    parser.add_argument("--steps", type=int, help=(
+        "optimiser steps (default: the stage's short run; with --data all records once, or --epochs times)"))
     parser.add_argument("--batch", type=int, help="samples a step, over all processes (default: the stage's)")
-    parser.add_argument("--micro-batch", type=int, help="samples that a process takes through the model at once; gradients are gathered until --batch is full (default: all of its share)")
+    parser.add_argument("--micro-batch", type=int, help=(
+        "samples that a process takes through the model at once; gradients are gathered until --batch is full "
+        "(default: all of its share)"))
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the stage's)")
-    parser.add_argument("--ends-lr", type=float, help="how many times as fast the start and end vectors of an image learn; 1 in the paper (default: 30 for encoder in the embedded world, else 1)")
-    parser.add_argument("--translator-lr", type=float, help="stage encoder: how many times as fast the translator learns that the full LLM teaches (default: 5 in the embedded world, else 1)")
-    parser.add_argument("--chats", type=int, default=256, help="stage translator: text instructions that the LLM writes, without --text (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="stage translator: how many times --steps go through their samples; the states of the frozen layers stay in the device's memory (default: 4 in the embedded world, else, and with a new projector, 1)")
-    parser.add_argument("--distill-every", type=int, metavar="K", help="the full LLM teaches the translator on one of K samples (stage translator: on all, 1), on the encoder's own visual tokens; 0: never, as in the paper (default: in the embedded world 1 for translator and 4 for encoder, else 0)")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="stage decoder: train low-rank updates of the decoder in place of all of it (default: all)")
-    parser.add_argument("--fsdp", action="store_true", help="shard the decoder's layers over the GPUs (start with torchrun)")
-    parser.add_argument("--checkpointing", action="store_true", help="keep only the layers' inputs for the backward pass, and compute the rest again")
-    parser.add_argument("--workers", type=int, default=0, help="processes that prepare the images ahead (default: %(default)s)")
+    parser.add_argument("--ends-lr", type=float, help=(
+        "how many times as fast the start and end vectors of an image learn; 1 in the paper (default: 30 for encoder "
+        "in the embedded world, else 1)"))
+    parser.add_argument("--translator-lr", type=float, help=(
+        "stage encoder: how many times as fast the translator learns that the full LLM teaches (default: 5 in the "
+        "embedded world, else 1)"))
+    parser.add_argument("--chats", type=int, default=256, help=(
+        "stage translator: text instructions that the LLM writes, without --text (default: %(default)s)"))
+    parser.add_argument("--epochs", type=int, help=(
+        "stage translator: how many times --steps go through their samples; the states of the frozen layers stay in "
+        "the device's memory (default: 4 in the embedded world, else, and with a new projector, 1)"))
+    parser.add_argument("--distill-every", type=int, metavar="K", help=(
+        "the full LLM teaches the translator on one of K samples (stage translator: on all, 1), on the encoder's own "
+        "visual tokens; 0: never, as in the paper (default: in the embedded world 1 for translator and 4 for encoder, "
+        "else 0)"))
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help=(
+        "stage decoder: train low-rank updates of the decoder in place of all of it (default: all)"))
+    parser.add_argument("--fsdp", action="store_true",
+                        help="shard the decoder's layers over the GPUs (start with torchrun)")
+    parser.add_argument("--checkpointing", action="store_true",
+                        help="keep only the layers' inputs for the backward pass, and compute the rest again")
+    parser.add_argument("--workers", type=int, default=0,
+                        help="processes that prepare the images ahead (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in which the models compute (default: bfloat16 where the hardware has it)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="in which the models compute (default: bfloat16 where the hardware has it)")
     parser.add_argument("--out", help="folder for checkpoint, log and plot (default: runs/STAGE)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped; the number of GPUs may differ")
+    parser.add_argument("--resume", action="store_true", help=(
+        "go on from the checkpoint in --out, exactly as if never stopped; the number of GPUs may differ"))
     args = parser.parse_args(argv)
     stage = args.stage
 
     options = ("steps", "batch", "lr", "ends_lr", "translator_lr", "distill_every", "bound", "micro_batch", "epochs")
     given = {k: getattr(args, k) for k in options if getattr(args, k) is not None}
-    recipe = RECIPES[stage] | (dict(ends_lr=1.0, translator_lr=1.0, distill_every=0, epochs=1) if args.data else {}) | given
+    plain = dict(ends_lr=1.0, translator_lr=1.0, distill_every=0)       # as in the paper
+    recipe = RECIPES[stage] | (plain | dict(epochs=1) if args.data else {}) | given
     if args.replace == "none" or args.fsdp:
         recipe = recipe | dict(distill_every=0) | given         # there is no surrogate, or no whole LLM beside it
     if args.preset:
@@ -663,48 +726,61 @@ def main(argv=None):
             raise UserError("stage vit has no preset: the paper starts with CLIP")
         preset = cost.PRESETS[args.preset]
         paper = cost.recipe(stage, args.preset)
-        recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")} | dict(bound=0, ends_lr=1.0, translator_lr=1.0, distill_every=0) | given
+        recipe = {k: paper[k] for k in ("steps", "batch", "micro_batch", "lr", "loss_on")}
+        recipe = recipe | plain | dict(bound=0) | given
         if args.llm and Path(args.llm).exists():        # your own copy of the weights: of this model?
             theirs, ours = official.llama_config(Path(args.llm)), vars(preset["llm_config"])
             odd = [k for k in ours if k not in ("rope_scaling", "max_position_embeddings") and
                    not math.isclose(ours[k], theirs[k], rel_tol=1e-6)]      # a .gguf's numbers are float32
             if odd:
-                raise UserError(f"{args.llm} is not the LLM of the preset {args.preset}: {odd[0]} is {theirs[odd[0]]} there, {ours[odd[0]]} here")
+                raise UserError(f"{args.llm} is not the LLM of the preset {args.preset}: "
+                                f"{odd[0]} is {theirs[odd[0]]} there, {ours[odd[0]]} here")
         args.llm = args.llm or preset["llm"]
         args.checkpointing = True
         if stage == "translator":
             args.vit, args.start = args.vit or preset["vit"], args.start or "none"
             args.replace = args.replace or ",".join(f"{a}-{b}" for a, b in preset["ranges"])
-        args.start = args.start or {"encoder": "runs/translator/translator.safetensors", "decoder": "runs/encoder/encoder.safetensors"}[stage]
+        before = {"encoder": "translator", "decoder": "encoder"}.get(stage)
+        args.start = args.start or f"runs/{before}/{before}.safetensors"
         if not args.dry_run and (not args.data or stage == "translator" and not args.text):
-            raise UserError(f"the preset {args.preset} learns from photographs: give LLaVA's JSON as --data and its folder as --images"
-                            + (", and a JSON of text instructions as --text" if stage == "translator" else "") + " (or --dry-run)")
+            and_text = ", and a JSON of text instructions as --text" if stage == "translator" else ""
+            raise UserError(f"the preset {args.preset} learns from photographs: give LLaVA's JSON as --data "
+                            f"and its folder as --images{and_text} (or --dry-run)")
     elif args.dry_run:
         raise UserError(f"--dry-run describes a preset: give one of {', '.join(cost.PRESETS)} as --preset")
-    for name, least in dict(steps=1, batch=1, micro_batch=1, epochs=1, chats=1, save_every=1, distill_every=0, lora=0, workers=0, gpus=1).items():
+    for name, least in dict(steps=1, batch=1, micro_batch=1, epochs=1, chats=1, save_every=1, distill_every=0, lora=0,
+                            workers=0, gpus=1).items():
         value = (vars(args) | recipe)[name]
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if args.lora and stage != "decoder":
         raise UserError(f"--lora trains the decoder: it is an option of the stage decoder, not of {stage}")
-    start = args.start or ("assets/encoder.safetensors" if stage != "translator" else "none" if args.vit else "assets/vit.safetensors")
+    shipped = "assets/encoder.safetensors"
+    if stage == "translator":
+        shipped = "none" if args.vit else "assets/vit.safetensors"
+    start = args.start or shipped
     start = None if start == "none" else start
     projector = stage != "translator" or start is None
-    if projector or "epochs" not in recipe:     # a projector that learns changes all that is behind it: states cannot be kept
+    if projector or "epochs" not in recipe:     # a projector that learns changes all states behind it: none can be kept
         recipe["epochs"] = given.get("epochs", 1)
     every = recipe.get("distill_every", 0)
     surrogate_here = stage != "decoder" and args.replace != "none"
     check_recipe(stage, projector, surrogate_here, recipe["epochs"], every, recipe.get("translator_lr", 1.0))
     if args.fsdp and every:
-        raise UserError("--distill-every needs the full LLM beside its surrogate, which share layers: it does not work with --fsdp")
+        raise UserError("--distill-every needs the full LLM beside its surrogate, which share layers: "
+                        "it does not work with --fsdp")
     if args.text and stage != "translator":
-        raise UserError(f"--text is for stage translator: stage {stage} reads " + ("images alone" if stage == "encoder" else "the text in --data"))
+        reads = "images alone" if stage == "encoder" else "the text in --data"
+        raise UserError(f"--text is for stage translator: stage {stage} reads {reads}")
     if args.dry_run:
         target = args.preset
         if args.replace:
-            target = preset | dict(ranges=check_ranges(parse_ranges(args.replace), preset["llm_config"].num_hidden_layers))
-        other = {k: v for k, v in recipe.items() if k in ("steps", "batch", "micro_batch", "lr", "loss_on", "distill_every")}
-        print(cost.show_plan(cost.stage_plan(stage, target, args.gpus, fsdp=args.fsdp, lora=args.lora, text_gradients=args.fsdp, **other)))
+            L = preset["llm_config"].num_hidden_layers
+            target = preset | dict(ranges=check_ranges(parse_ranges(args.replace), L))
+        known = ("steps", "batch", "micro_batch", "lr", "loss_on", "distill_every")
+        other = {k: v for k, v in recipe.items() if k in known}
+        print(cost.show_plan(cost.stage_plan(stage, target, args.gpus, fsdp=args.fsdp, lora=args.lora,
+                                             text_gradients=args.fsdp, **other)))
         return
     llm_name, out = args.llm or official.DEFAULT_LLM, args.out or f"runs/{stage}"
     if args.resume and not (Path(out) / "state.safetensors").exists():
@@ -716,7 +792,8 @@ def main(argv=None):
         if parallel.world() > 1:
             raise UserError("stage vit runs in one process: its loss compares all samples of a batch")
         recipe = {k: recipe[k] for k in ("steps", "batch", "lr", "bound")}
-        train_vit(**recipe, **common, dtype=dtype, start=None if args.start == "none" else args.start, llm_name=llm_name, workers=args.workers)
+        start = None if args.start == "none" else args.start
+        train_vit(**recipe, **common, dtype=dtype, start=start, llm_name=llm_name, workers=args.workers)
         return
 
     records = load_llava(args.data, args.images, args.seed, args.on_bad_record) if args.data else None
@@ -729,20 +806,25 @@ def main(argv=None):
         raise UserError(f"{args.text} has no record without an image, from which stage translator takes its text")
     texts = torch.utils.data.Subset(text, text.texts) if args.text else None
     if records is not None and not records.pictured:
-        raise UserError(f"{args.data} has no record with an image" + (", from which alone the stage encoder learns" if stage == "encoder" else ""))
+        why = ", from which alone the stage encoder learns" if stage == "encoder" else ""
+        raise UserError(f"{args.data} has no record with an image{why}")
     if records is not None and stage == "decoder" and records.texts:
-        texts = torch.utils.data.Subset(records, records.texts)     # stages 1 and 2 leave out LLaVA's own text, as the paper does
+        # stages 1 and 2 leave out LLaVA's own text, as the paper does
+        texts = torch.utils.data.Subset(records, records.texts)
     if records is not None and "steps" not in given and not args.preset:
-        n_texts = len(texts) if texts is not None else len(records.pictured) * 2 // 3 if stage == "translator" else 0     # see Batches
+        n_texts = len(records.pictured) * 2 // 3 if stage == "translator" else 0        # see Batches
+        n_texts = n_texts if texts is None else len(texts)
         recipe["steps"] = max(1, (len(records.pictured) + n_texts) // recipe["batch"]) * recipe["epochs"]
 
     bound = recipe.pop("bound", None)
     ranges = parse_ranges(args.replace) if args.replace is not None else None
     own_text = stage == "translator" and texts is None
     if own_text and args.fsdp:
-        raise UserError("with --fsdp the LLM cannot write the text for stage translator: give a JSON of text instructions as --text")
-    vlm, llm, vit = build(stage, llm_name, ranges, args.vit, start, dtype, device, bound, need_llm=every > 0 or own_text,
-                          shard=parallel.shard if args.fsdp else None, place=parallel.like if args.fsdp else None)
+        raise UserError("with --fsdp the LLM cannot write the text for stage translator: "
+                        "give a JSON of text instructions as --text")
+    sharded = dict(shard=parallel.shard, place=parallel.like) if args.fsdp else {}
+    vlm, llm, vit = build(stage, llm_name, ranges, args.vit, start, dtype, device, bound,
+                          need_llm=every > 0 or own_text, **sharded)
     if args.checkpointing:      # but not the translator where it runs twice and learns only once (surrogate_loss)
         twice = vlm.decoder.translators if every else []
         vlm.decoder.checkpointed = set(range(len(vlm.decoder.model.layers))) - set(twice)
