@@ -1,4 +1,4 @@
-"""Several processes (gloo on the CPU) must train exactly as one does: data parallel, sharded, accumulated, resumed by fewer."""
+"""Several processes (gloo on the CPU) must train as one does: data parallel, sharded, accumulated, resumed by fewer."""
 import csv
 import json
 import os
@@ -18,10 +18,12 @@ ROOT = Path(__file__).parent.parent
 def launch(cache):
     """Run train.py in `processes` processes through torchrun; returns the exit status."""
     def launch(processes, *argv, script="train.py", expect=0):
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-        done = subprocess.run([sys.executable, *start, str(script), *map(str, argv), "--device", "cpu", "--dtype", "float32"], cwd=ROOT,
-                              env=os.environ | {"XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                              text=True, capture_output=True, timeout=300)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        start = torchrun if processes > 1 else []
+        argv = [str(script), *map(str, argv), "--device", "cpu", "--dtype", "float32"]
+        environment = os.environ | {"XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *start, *argv], cwd=ROOT, env=environment, text=True,
+                              capture_output=True, timeout=300)
         assert done.returncode == expect, done.stderr[-3000:]
     return launch
 
@@ -73,7 +75,8 @@ def test_sharded_equals_one(stages, tiny_llm, launch, tmp_path, stage, text):
     """FSDP2 with activation checkpointing; killed after three steps, it goes on in one process."""
     options = {"translator": ["--init", "none", "--vit", stages["vit"], "--replace", "2-4", "--text", text],
                "encoder": ["--init", stages["translator"]], "decoder": ["--init", stages["encoder"]]}[stage]
-    common = [stage, "--llm", tiny_llm, "--steps", 5, "--batch", 12, "--micro-batch", 3, "--lr", "1e-4", "--distill-every", 0, *options]
+    common = [stage, "--llm", tiny_llm, "--steps", 5, "--batch", 12, "--micro-batch", 3, "--lr", "1e-4",
+              "--distill-every", 0, *options]
     launch(1, *common, "--out", tmp_path / "one")
     launch(2, *common, "--out", tmp_path / "two", "--fsdp", "--checkpointing")
     assert_same_run(tmp_path / "one", tmp_path / "two", stage)
@@ -83,11 +86,13 @@ def test_killed_and_resumed_by_fewer(stages, tiny_llm, launch, tmp_path, text):
     """Two processes, one of which dies between two checkpoints; one process goes on from the last: nothing is lost."""
     (tmp_path / "dying.py").write_text(
         "import os, train\n"
+        "from extras import parallel\n"
         "lr_at = train.lr_at\n"
-        "train.lr_at = lambda step, *rest: os._exit(3) if step == 4 and train.parallel.rank() == 1 else lr_at(step, *rest)\n"
+        "train.lr_at = lambda step, *rest: os._exit(3) if step == 4 and parallel.rank() == 1 else lr_at(step, *rest)\n"
         "train.main()\n")
-    common = ["translator", "--llm", tiny_llm, "--steps", 5, "--batch", 12, "--micro-batch", 3, "--save-every", 3, "--init", "none",
-              "--vit", stages["vit"], "--replace", "2-4", "--text", text, "--lr", "1e-4", "--distill-every", 0]
+    common = ["translator", "--llm", tiny_llm, "--steps", 5, "--batch", 12, "--micro-batch", 3, "--save-every", 3,
+              "--init", "none", "--vit", stages["vit"], "--replace", "2-4", "--text", text, "--lr", "1e-4",
+              "--distill-every", 0]
     launch(1, *common, "--out", tmp_path / "whole")
     launch(2, *common, "--out", tmp_path / "killed", "--fsdp", script=tmp_path / "dying.py", expect=1)
     assert len(log(tmp_path / "killed")) == 3

@@ -168,7 +168,7 @@ def test_cross_entropy_and_gradients_equal_full_logits(tiny_llm, stage):
 
 
 def distillation_oracle(vlm, llm, batch):
-    """(KL, distance) of the distillation anew, position by position in float64, each model run on its own from the bottom."""
+    """(KL, distance) of the distillation anew, by position and in float64, each model run from the bottom."""
     s, x = vlm.decoder, vlm.embed(batch["tokens"], batch["pixels"])
     ours, theirs = s.run(x, 0, s.translators[-1] + 1), llm.run(x, 0, s.ranges[-1][1] + 1)
     logp, logq = (m(embeds=x).double().log_softmax(-1) for m in (s, llm))
@@ -246,12 +246,14 @@ def test_later_epochs_read_kept_states(tiny_llm, tmp_path, monkeypatch):
             vlm, {k: v for k, v in batch.items() if k != "states"} if forget else batch, *rest))  # fmt: skip
         common = dict(batch=5, lr=1e-3, seed=0, device="cpu", loss_on="answers", llm_name="tiny", vit_name="vit")
         settings = dict(distill_every=1, epochs=2, projector=False, texts=[Sample(None, TEXT)]) | more
-        train.train_stage("translator", steps, out=tmp_path / name, resume=resume, vlm=vlm, llm=llm, **common, **settings)
+        train.train_stage("translator", steps, out=tmp_path / name, resume=resume, vlm=vlm, llm=llm, **common,
+                          **settings)
         return checkpoints.read_checkpoint(tmp_path / name / "state.safetensors")[0]
 
     kept, again = run("kept"), run("again", forget=True)
     assert kept.keys() == again.keys() and all(torch.equal(kept[n], again[n]) for n in kept)
-    assert ran.count("again") == 10 and ran.count("kept") == 6  # two groups a step, images and text; 3 of 5 steps are fresh
+    # two groups a step, images and text; 3 of 5 steps are fresh
+    assert ran.count("again") == 10 and ran.count("kept") == 6
     once = run("once", epochs=1)
     assert any(not torch.equal(kept[n], once[n]) for n in kept)
 
@@ -259,7 +261,13 @@ def test_later_epochs_read_kept_states(tiny_llm, tmp_path, monkeypatch):
         pass
 
     update = train.Trainer.update
-    monkeypatch.setattr(train.Trainer, "update", lambda self: update(self) if self.step < 4 else (_ for _ in ()).throw(Stop))
+
+    def stop_at_4(self):
+        if self.step >= 4:
+            raise Stop
+        return update(self)
+
+    monkeypatch.setattr(train.Trainer, "update", stop_at_4)
     with pytest.raises(Stop):
         run("broken", save_every=2)
     monkeypatch.setattr(train.Trainer, "update", update)
@@ -309,7 +317,8 @@ def test_what_learns_how_fast():
     for p in parameters.values():
         p.grad = torch.ones(1)
     lr = trainer.update()
-    assert [-parameters[n].item() / lr for n in names] == pytest.approx([30, 1, 5], rel=1e-4)     # Adam's first step is the rate
+    # Adam's first step is the rate
+    assert [-parameters[n].item() / lr for n in names] == pytest.approx([30, 1, 5], rel=1e-4)
 
 
 def test_trainer_is_adamw_with_clipping_and_without_decay():
@@ -352,12 +361,13 @@ def samples_of(batches, steps):
 
 @pytest.mark.parametrize("every", [1, 2, 4, 6, 16])
 def test_one_of_k_samples_is_taught(tiny_llm, monkeypatch, every):
-    """The same ones however a batch is shared out, 1 / k of every batch, and of all tasks alike; text counts as well."""
+    """The same ones however a batch is shared out, 1 / k of every batch, of all tasks alike; text counts as well."""
     vlm, _ = make_vlm(tiny_llm, [(2, 4)])
 
     def taught(micro, rank, world, steps=range(4), **more):
         batches = train.Batches(vlm, 16, micro, "answers", 0, rank=rank, world=world, every=every, **more)
-        return [b["tokens"][i][:b["lengths"][i]].tolist() for s in steps for m in batches[s][0] for b in m for i in b["taught"]]
+        return [b["tokens"][i][:b["lengths"][i]].tolist()
+                for s in steps for m in batches[s][0] for b in m for i in b["taught"]]
 
     whole = taught(16, 0, 1)
     assert len(whole) == pytest.approx(64 / every, abs=2)
@@ -365,7 +375,8 @@ def test_one_of_k_samples_is_taught(tiny_llm, monkeypatch, every):
     if every % 4 == 0 or every == 1:        # then every step costs the same
         assert all(len(taught(16, 0, 1, [s])) == 16 // every for s in range(4))
         assert len(taught(16, 0, 1, range(20), texts=[Sample(None, TEXT)])) == 320 // every
-    monkeypatch.setattr(train.Batches, "sample", lambda self, i: Sample(None, [dict(role="user", content=str(i)), TEXT[1]], task=i % 4))
+    sample = lambda self, i: Sample(None, [dict(role="user", content=str(i)), TEXT[1]], task=i % 4)
+    monkeypatch.setattr(train.Batches, "sample", sample)
     monkeypatch.setattr(train, "collate", lambda samples, *_, **__: dict(tasks=[s.task for s in samples]))
     batches = train.Batches(vlm, 16, 16, "answers", 0, every=every)
     seen = [b["tasks"][row] for step in range(60) for m in batches[step][0] for b in m for row in b["taught"]]
@@ -439,11 +450,11 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
         return
     assert about["vit"] == stages["vit"]
     assert about["ranges"] == ([] if stage == "decoder" else [[2, 4]])
-    assert about["recipe"] == recipe | dict(loss_on="answers" if stage == "decoder" else "answers+special", ends_lr=30 if stage == "encoder" else 1,
-                                            translator_lr=5 if stage == "encoder" else 1, epochs=4 if stage == "translator" else 1,
-                                            distill_every={"translator": 1, "encoder": 2, "decoder": 0}[stage], dtype="torch.float32", records=0,
-                                            projector=stage != "translator", texts=8 if stage == "translator" else 0,
-                                            lora=0)
+    assert about["recipe"] == recipe | dict(
+        loss_on="answers" if stage == "decoder" else "answers+special", ends_lr=30 if stage == "encoder" else 1,
+        translator_lr=5 if stage == "encoder" else 1, epochs=4 if stage == "translator" else 1,
+        distill_every={"translator": 1, "encoder": 2, "decoder": 0}[stage], dtype="torch.float32", records=0,
+        projector=stage != "translator", texts=8 if stage == "translator" else 0, lora=0)
     assert about["start"] == stages[{"translator": "vit", "encoder": "translator", "decoder": "encoder"}[stage]]
     if stage == "decoder":  # same images as the encoder's, but without the chat's special tokens
         assert all(int(r["targets"]) < int(e["targets"]) for r, e in zip(rows, rows_of(Path(stages["encoder"]).parent)))
@@ -492,17 +503,18 @@ def test_llava_with_text_workers_and_bad_records(stages, go, tiny_llm, tmp_path,
     text = tmp_path / "text.json"
     text.write_text(json.dumps([records[-1] | {"id": i} for i in range(4)]))
     common = ["--vit", stages["vit"], "--replace", "2-4", "--text", text, *options]
-    refused(capsys, ["translator", "--out", str(tmp_path / "t"), *map(str, common), "--llm", "smollm2-135m"], "gone", "no.png")
+    argv = ["translator", "--out", str(tmp_path / "t"), *map(str, common), "--llm", "smollm2-135m"]
+    refused(capsys, argv, "gone", "no.png")
     capsys.readouterr()
     # only opening shows what is wrong with the image; a worker process finds it, and the message names it all the same
     write(records[:1] + bad[1:2])
-    refused(capsys, ["encoder", "--llm", tiny_llm, "--out", str(tmp_path / "e"), "--init", stages["translator"], *options, "--workers", "1"],
-            "record 1", "id 'cut'", bar=True)
+    argv = ["encoder", "--llm", tiny_llm, "--out", str(tmp_path / "e"), "--init", stages["translator"], *options]
+    refused(capsys, [*argv, "--workers", "1"], "record 1", "id 'cut'", bar=True)
     write(records + bad)
     capsys.readouterr()
-    # nothing is trained above text alone when the full LLM stands in for the surrogate: such micro-batches teach nothing
-    go("translator", tmp_path / "a", *common, "--replace", "none", "--init", "none", "--batch", 5, "--micro-batch", 1, "--steps", 1,
-       "--on-bad-record", "skip")
+    # nothing is trained above text alone when the full LLM stands in for the surrogate: such micro-batches are idle
+    go("translator", tmp_path / "a", *common, "--replace", "none", "--init", "none", "--batch", 5, "--micro-batch", 1,
+       "--steps", 1, "--on-bad-record", "skip")
     skip = ["--batch", 5, "--micro-batch", 1, "--on-bad-record", "skip", "--workers", 1]
     go("translator", tmp_path / "t", *common, *skip)
     rows = assert_complete(tmp_path / "t", "translator", 2, 1e-3)       # (6 images + 4 texts) // 5
@@ -517,8 +529,9 @@ def test_llava_with_text_workers_and_bad_records(stages, go, tiny_llm, tmp_path,
 
 
 def test_lora(stages, go, tiny_llm, tmp_path):
-    """Stage 3 with low-rank updates: only these learn in the decoder, and the merged weights answer as the trained model does."""
-    go("decoder", tmp_path / "d", "--init", stages["encoder"], "--steps", 4, "--batch", 4, "--lr", "1e-2", "--lora", 2, "--dtype", "float32")
+    """Stage 3 with low-rank updates: only these learn in the decoder; the merged weights answer alike."""
+    go("decoder", tmp_path / "d", "--init", stages["encoder"], "--steps", 4, "--batch", 4, "--lr", "1e-2", "--lora", 2,
+       "--dtype", "float32")
     file = tmp_path / "d" / "decoder.safetensors"
     tensors, about = checkpoints.read_checkpoint(file)
     low_rank = {n for n in tensors if ".lora_" in n}
@@ -531,14 +544,16 @@ def test_lora(stages, go, tiny_llm, tmp_path):
     checkpoints.load_checkpoint(trained, {n.removeprefix("decoder."): tensors[n] for n in low_rank}, file)
     with pytest.raises(ValueError, match="low-rank updates.*--resume"):
         go("decoder", tmp_path / "again", "--init", file)
-    assert (merged(embeds=x) - trained(embeds=x)).abs().max() < 1e-3 < 1e-2 < (merged(embeds=x) - plain(embeds=x)).abs().max()
+    assert (merged(embeds=x) - trained(embeds=x)).abs().max() < 1e-3
+    assert (merged(embeds=x) - plain(embeds=x)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("stage", ["translator", "encoder"])
 def test_activation_checkpointing_changes_nothing(stages, go, tmp_path, stage):
-    """With a new projector, stage translator too sends the answers' loss through a translator that only the LLM teaches."""
+    """With a new projector, stage translator too sends the answers' loss through a translator taught by the LLM."""
     options = ["--steps", 2, "--batch", 4, "--distill-every", 1, "--dtype", "float32"]
-    options += ["--init", stages["translator"]] if stage == "encoder" else ["--vit", stages["vit"], "--replace", "2-4", "--chats", "8"]
+    new = ["--vit", stages["vit"], "--replace", "2-4", "--chats", "8"]
+    options += ["--init", stages["translator"]] if stage == "encoder" else new
     go(stage, tmp_path / "a", *options)
     go(stage, tmp_path / "b", *options, "--checkpointing")
     assert without_clock(rows_of(tmp_path / "a")) == without_clock(rows_of(tmp_path / "b"))
@@ -559,7 +574,8 @@ def test_presets(tiny_llm, tmp_path, capsys):
     no("encoder", "--preset", "llama-3.1-8b", "--dry-run", "--lora", "8", words=["--lora", "decoder"])
     no("encoder", "--dry-run", words=["--preset", "llama-3.2-3b"])
     no("vit", "--preset", "llama-3.1-8b", words=["CLIP"])
-    no("encoder", "--preset", "llama-3.1-8b", "--llm", tiny_llm, "--data", "x", words=["not the LLM of the preset", "vocab_size", "500"])
+    no("encoder", "--preset", "llama-3.1-8b", "--llm", tiny_llm, "--data", "x",
+       words=["not the LLM of the preset", "vocab_size", "500"])
     no("encoder", "--lora", "4", words=["--lora", "decoder"])
     no("encoder", "--fsdp", "--distill-every", "1", words=["--fsdp", "--distill-every"])
     no("encoder", "--text", "x.json", words=["--text", "translator"])
@@ -710,7 +726,8 @@ def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     no("encoder", *at, "--epochs", "2", words=["--epochs", "translator"])
     no("decoder", "--init", stages["encoder"], "--translator-lr", "5", words=["--translator-lr", "encoder"])
     no("translator", *new, "--replace", "2-4", "--epochs", "2", words=["--epochs", "stage 0"])  # a new projector learns
-    no("translator", *new, "--replace", "2-4", "--distill-every", "2", words=["--distill-every", "every sample (1) or none (0)"])
+    no("translator", *new, "--replace", "2-4", "--distill-every", "2",
+       words=["--distill-every", "every sample (1) or none (0)"])
     direct = ("--init", stages["full"], "--replace", "none")
     no("encoder", *direct, "--distill-every", "1", words=["--distill-every", "surrogate"])
     no("decoder", "--init", stages["encoder"], "--distill-every", "1", words=["--distill-every", "surrogate"])
