@@ -38,20 +38,21 @@ EVAL_SEED = 7           # the stream of held-out images; split "test" never meet
 
 
 def option_logp(decoder, before, tokens, lengths, chunk=256):
-    """log p of each option: before (n, T, C) the hidden states that predict its tokens (n, T), of which lengths (n,) are real."""
+    """log p of each option: before (n, T, C) the hidden states that predict its tokens (n, T), lengths (n,) real."""
     real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]   # (n, T)
     logp = torch.zeros(tokens.shape, device=tokens.device)
-    pieces = zip(before[real].split(chunk), tokens[real].split(chunk))              # a vocabulary of logits for a few at a time
+    pieces = zip(before[real].split(chunk), tokens[real].split(chunk))              # logits are large: a few at a time
     logp[real] = torch.cat([decoder.logits(x).float().log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
     return logp.sum(1)
 
 
 @torch.no_grad()
 def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_new_tokens=40):
-    """What the LLM, and with `surrogate` the surrogate, make of the same prompts: embeds (B, T, d), of which lengths (B,) are real.
+    """What the LLM, and with `surrogate` the surrogate, make of the same prompts: embeds (B, T, d), lengths (B,).
 
-    Returns {"pair": …, "graft": …} (only the latter without a surrogate), each a list of (index of the likeliest of the sample's
-    options, greedy answer). Both decoders run in one pass through their common trunk: once over the prompt, once over all options.
+    Returns {"pair": …, "graft": …} (only the latter without a surrogate), each a list of (index of the likeliest of the
+    sample's options, greedy answer). Both decoders run in one pass through their common trunk: once over the prompt,
+    once over all options.
     """
     B, T, _ = embeds.shape
     ragged = None if int(lengths.min()) == T else lengths
@@ -85,14 +86,20 @@ def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_ne
 
 
 def systems(vlm, surrogate, direct, samples):
-    """{"text", "direct", "graft", "pair": [(choice, said), …]} of the same samples. "text" has the caption in the image's place:
-    what the LLM knows."""
+    """{"text", "direct", "graft", "pair": [(choice, said), …]} of the same samples. "text" has the caption in the
+    image's place: what the LLM knows."""
     images, chats = [s.image for s in samples], [s.messages[:-1] for s in samples]
-    told = [[m | dict(content=m["content"].replace("<image>", " " + s.caption)) for m in c] for s, c in zip(samples, chats)]
-    out = {"text": answer(*vlm.embed_prompts([vlm.prompt(c) for c in told], []), samples, vlm.decoder, None, vlm.tokenizer)["graft"]}
+    tell = lambda message, s: message | dict(content=message["content"].replace("<image>", " " + s.caption))
+    told = [[tell(m, s) for m in chat] for s, chat in zip(samples, chats)]
+
+    def ask_all(vlm, chats, images, surrogate=None):
+        embeds, lengths = vlm.embed_prompts([vlm.prompt(c) for c in chats], images)
+        return answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer)
+
+    out = {"text": ask_all(vlm, told, [])["graft"]}
     if direct is not None:
-        out["direct"] = answer(*direct.embed_prompts([direct.prompt(c) for c in chats], images), samples, direct.decoder, None, vlm.tokenizer)["graft"]
-    ours = answer(*vlm.embed_prompts([vlm.prompt(c) for c in chats], images), samples, vlm.decoder, surrogate, vlm.tokenizer)
+        out["direct"] = ask_all(direct, chats, images)["graft"]
+    ours = ask_all(vlm, chats, images, surrogate)
     return out | {name: ours[name] for name in ("graft", "pair") if name in ours}
 
 
@@ -108,7 +115,8 @@ def wilson(right, n):
 def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, direct=None, progress=True):
     """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system.
 
-    said: the greedy answer, up to 40 tokens, holds the right word and no rival. ranked: of the options, the right one is the likeliest.
+    said: the greedy answer, up to 40 tokens, holds the right word and no rival. ranked: of the options, the right one
+    is the likeliest.
     """
     rows = []
     bar = tqdm(total=n * len(tasks), desc="held-out images", unit="image", disable=not progress)
@@ -122,8 +130,8 @@ def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, dir
         for name, r in got.items():
             ranked = sum(s.options[choice] == s.answer for s, (choice, _) in zip(samples, r))
             said = sum(world.is_right(text, s) for s, (_, text) in zip(samples, r))
-            rows.append(dict(task=task, trained=task in world.TRAINED_TASKS, system=name, samples=n, said=said / n, ranked=ranked / n,
-                             chance=sum(1 / len(s.options) for s in samples) / n))
+            rows.append(dict(task=task, trained=task in world.TRAINED_TASKS, system=name, samples=n, said=said / n,
+                             ranked=ranked / n, chance=sum(1 / len(s.options) for s in samples) / n))
     bar.close()
     return rows
 
@@ -135,7 +143,8 @@ def table(rows):
         lines += [f"| {title} | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
         groups = [(task + ("" if trained else " *"), [r for r in rows if r["task"] == task])
                   for task, trained in dict.fromkeys((r["task"], r["trained"]) for r in rows)]
-        groups += [(title, [r for r in rows if r["trained"] == trained]) for title, trained in (("**trained, mean**", True), ("**never trained, mean** *", False))]
+        groups += [(title, [r for r in rows if r["trained"] == trained])
+                   for title, trained in (("**trained, mean**", True), ("**never trained, mean** *", False))]
         for title, mine in groups:
             cells = []
             for name in names:
@@ -155,7 +164,8 @@ DEMO = [("capital", ("flag", "Japan")), ("capital", ("sign", "Kenya")), ("langua
 
 def demo(vlm, surrogate, seed=EVAL_SEED):
     """What pair and graft say about the six images of DEMO: [(sample, {"pair": text, "graft": text}), …]."""
-    samples = [world.sample_of(random.Random(f"demo/{seed}/{i}"), task, subject) for i, (task, subject) in enumerate(DEMO)]
+    samples = [world.sample_of(random.Random(f"demo/{seed}/{i}"), task, subject)
+               for i, (task, subject) in enumerate(DEMO)]
     prompts = [vlm.prompt(s.messages[:-1]) for s in samples]
     said = {}
     for name, decoder in (("pair", surrogate), ("graft", vlm.decoder)):
@@ -176,8 +186,10 @@ def show_demo(examples):
     for sample, said in examples:
         print(f"\n{sample.caption} | {question_of(sample)}")
         for name, text in said.items():
-            print(f"  {name + ':':7s}{'right' if world.is_right(text, sample) else '-':7s}{textwrap.shorten(text, 100, placeholder=' …')}")
-    print("\n* never trained: no image holds the answer, the full LLM knows it. Left: what the image shows, which no model is told.")
+            right = "right" if world.is_right(text, sample) else "-"
+            print(f"  {name + ':':7s}{right:7s}{textwrap.shorten(text, 100, placeholder=' …')}")
+    print("\n* never trained: no image holds the answer, the full LLM knows it. "
+          "Left: what the image shows, which no model is told.")
 
 
 def plot_demo(examples, columns=3):
@@ -194,7 +206,8 @@ def plot_demo(examples, columns=3):
         picture.set_title(textwrap.fill(question_of(sample), 40), fontsize=10, fontweight="bold")
         for k, (name, text) in enumerate(said.items()):
             right = world.is_right(text, sample)
-            shown = textwrap.fill(f"{name} {'✓' if right else '✗'}  {textwrap.shorten(text, 130, placeholder=' …')}", 48)
+            short = textwrap.shorten(text, 130, placeholder=" …")
+            shown = textwrap.fill(f"{name} {'✓' if right else '✗'}  {short}", 48)
             words.text(0, 1 - 0.52 * k, shown, transform=words.transAxes, va="top", fontsize=9, parse_math=False,
                        color="#2d6a4f" if right else "#9d0208")         # an answer with two $ is no formula
     return fig
@@ -205,7 +218,7 @@ def plot_demo(examples, columns=3):
 
 
 def ask(vlm, image, messages, max_new_tokens=128, temperature=0.0, top_p=1.0, show=print):
-    """Answer a conversation about an image, handing pieces of text to `show` as they come. Returns (answer, timings)."""
+    """Answer a conversation about an image, handing pieces of text to `show` as they come. Returns (answer, timing)."""
     start = time.perf_counter()
     embeds, _ = vlm.embed_prompts([vlm.prompt(messages)], [image] if image is not None else [])
     first, count = None, 0

@@ -3,8 +3,8 @@ Llama, CLIP's vision tower (ViT), and the vision language model (VLM) that joins
 
     image -> ViT -> projector -> visual tokens -> Llama -> text
 
-Read top to bottom: 1) Llama, 2) ViT, 3) VLM. Parameter names are those of the official checkpoints, so that loading is a
-plain `load_state_dict`; formats/official.py knows where the official files are and how each format spells those names.
+Read top to bottom: 1) Llama, 2) ViT, 3) VLM. Parameter names are those of the official checkpoints, so that loading is
+a plain `load_state_dict`; formats/official.py knows where official files are and how each format spells those names.
 
 References:
 1) Llama 3: https://arxiv.org/abs/2407.21783, code at https://github.com/meta-llama/llama-models
@@ -52,8 +52,8 @@ class LlamaConfig:
 def rope_frequencies(config):
     """Rotation speed of each pair of channels, in radians per position: (head_dim / 2,) float32.
 
-    With Llama 3.1's scaling, as `apply_scaling` in Meta's model.py: wavelengths beyond the context that the model was first
-    trained on turn `factor` times slower, short ones stay, and those between are blended.
+    With Llama 3.1's scaling, as `apply_scaling` in Meta's model.py: wavelengths beyond the context that the model was
+    first trained on turn `factor` times slower, short ones stay, and those between are blended.
     """
     D = config.head_dim
     freqs = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
@@ -179,7 +179,7 @@ class Llama(nn.Module):
         return self.model.norm.weight.device
 
     def rope(self, n):
-        """cos and sin of the angles at the positions 0 … n-1: (n, D / 2) float32 each. Kept, and made anew when too short."""
+        """cos and sin of the angles at the positions 0 … n-1: (n, D / 2) float32 each. Kept until too short."""
         if self.rope_cache is None or len(self.rope_cache[0]) < n or self.rope_cache[0].device != self.device:
             angles = torch.arange(max(n, 1024)).float()[:, None] * rope_frequencies(self.config)
             self.rope_cache = (angles.cos().to(self.device), angles.sin().to(self.device))
@@ -217,10 +217,10 @@ class Llama(nn.Module):
         return self.logits(x)
 
     def loss(self, x, targets):
-        """Sum of -log p(target) after the last layer's x (B, T, C), over the positions where targets (B, T) is not negative.
+        """Sum of -log p(target) after the last layer's x (B, T, C), where targets (B, T) is not negative.
 
-        Only those positions meet the LM head: with 579 visual tokens and a vocabulary of 128,256, logits for all positions
-        would be most of the memory of a training step. Keep `targets` on the CPU: then finding them does not stall a GPU.
+        Only those positions meet the LM head: with 579 visual tokens and a vocabulary of 128,256, logits for all would
+        be most of the memory of a training step. Keep `targets` on the CPU: then finding them does not stall a GPU.
         """
         index = (targets.flatten() >= 0).nonzero().squeeze(1)               # (N,) positions with a target
         wanted = targets.flatten()[index].to(x.device, non_blocking=True)   # (N,)
@@ -228,11 +228,12 @@ class Llama(nn.Module):
         return kernels.linear_cross_entropy(self.model.norm(h), self.lm_head_weight, wanted)
 
     @torch.no_grad()
-    def stream(self, embeds, lengths=None, max_new_tokens=64, temperature=0.0, top_p=1.0, generator=None, use_cache=True):
-        """Yield the next token of every row, (B,) at a time. embeds (B, T, C), padded on the right; lengths (B,) if ragged.
+    def stream(self, embeds, lengths=None, max_new_tokens=64, temperature=0.0, top_p=1.0, generator=None,
+               use_cache=True):
+        """Yield the next token of every row, (B,) at a time. embeds (B, T, C), right-padded if lengths (B,) vary.
 
-        temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach that sum; `generator` (on the
-        model's device) makes sampling repeatable. use_cache=False recomputes everything for each token, to compare with.
+        temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach that sum; `generator`
+        (on the model's device) makes sampling repeatable. use_cache=False recomputes everything for each token.
         """
         B, T, _ = embeds.shape
         last = torch.full((B,), T - 1) if lengths is None else lengths.cpu() - 1
@@ -260,7 +261,7 @@ class Llama(nn.Module):
                 cache.advance(1)
 
     def generate(self, prompts=None, embeds=None, lengths=None, stop=(), **options):
-        """Continue prompts (a list of token lists, of any lengths) or embeds: a list of new token lists, stop token excluded."""
+        """Continue prompts (token lists of any lengths) or embeds: a list of new token lists, stop token excluded."""
         if embeds is None:
             if not prompts or not all(prompts):
                 raise UserError("an empty prompt cannot be continued: give at least one token, as Tokenizer.chat does")
@@ -297,7 +298,7 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
         return torch.multinomial(probs, 1, generator=generator).squeeze(1)
     probs, order = probs.sort(-1, descending=True)
     cum = probs.cumsum(-1)
-    kept = cum.masked_fill(cum - probs >= top_p, 0).amax(-1, keepdim=True)  # mass of the tokens kept: the least that reaches top_p
+    kept = cum.masked_fill(cum - probs >= top_p, 0).amax(-1, keepdim=True)  # the least sum that reaches top_p
     point = torch.rand(len(probs), 1, generator=generator, device=probs.device) * kept      # somewhere in that mass ...
     return order.gather(1, torch.searchsorted(cum, point)).squeeze(1)                       # ... lies one token
 
@@ -305,8 +306,8 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
 class KVCache:
     """Keys and values of the positions read so far, so that a new token does not recompute them.
 
-    Room for `size` positions is taken at once. Rows may differ in length: they are padded on the right, and a row's next
-    token overwrites its padding.
+    Room for `size` positions is taken at once. Rows may differ in length: they are padded on the right, and a row's
+    next token overwrites its padding.
     """
 
     def __init__(self, llm, batch, size):
@@ -317,7 +318,7 @@ class KVCache:
         self.size = size
         self.keys = [torch.zeros(shape, dtype=llm.dtype, device=llm.device) for _ in llm.model.layers]
         self.values = [torch.zeros_like(k) for k in self.keys]
-        self.used = 0               # positions used in the longest row: known to the host, so that slicing needs no sync
+        self.used = 0               # positions used in the longest row: the host knows it, so slicing needs no sync
         self.lengths = None         # (B,) positions used in each row, where they differ
 
     def positions(self, T):
@@ -326,7 +327,7 @@ class KVCache:
         return new + self.used if self.lengths is None else self.lengths[:, None] + new
 
     def append(self, layer, k, v):
-        """Store k and v (B, T, Hkv, D) behind what is there. Returns all keys, all values, and the lengths where rows differ."""
+        """Store k and v (B, T, Hkv, D) behind what is there. Returns all keys, all values, lengths if rows differ."""
         T = k.shape[1]
         K, V = self.keys[layer], self.values[layer]
         if self.lengths is None:
@@ -337,15 +338,16 @@ class KVCache:
         return K[:, :self.used + T], V[:, :self.used + T], None if self.lengths is None else self.lengths + T
 
     def advance(self, T, lengths=None):
-        """Count the T positions just stored; `lengths` (B,) says how many of them are real, row by row (prompts padded)."""
+        """Count the T positions just stored; `lengths` (B,) says how many of each row are real (prompts are padded)."""
         if lengths is not None or self.lengths is not None:
             new = T if lengths is None else lengths.to(self.keys[0].device)
             self.lengths = new + (self.used if self.lengths is None else self.lengths)
         self.used += T
 
     def repeat(self, n, room):
-        """A new cache with every row n times, side by side, and `room` more positions: n continuations of one prompt."""
-        grow = lambda x: F.pad(x[:, :self.used].repeat_interleave(n, 0), (0, 0, 0, 0, 0, room))   # (B*n, used + room, Hkv, D)
+        """A new cache with every row n times, side by side, and `room` more positions: n continuations of a prompt."""
+        more = (0, 0, 0, 0, 0, room)
+        grow = lambda x: F.pad(x[:, :self.used].repeat_interleave(n, 0), more)      # (B*n, used + room, Hkv, D)
         new = copy.copy(self)
         new.keys, new.values, new.size = [grow(k) for k in self.keys], [grow(v) for v in self.values], self.used + room
         new.lengths = None if self.lengths is None else self.lengths.repeat_interleave(n)
@@ -358,7 +360,7 @@ class KVCache:
 
 @dataclass
 class ViTConfig:
-    """Sizes of a vision tower, named as in CLIP's config.json. The defaults are the small ViT's for the embedded world."""
+    """Sizes of a vision tower, named as in CLIP's config.json. The defaults are the small ViT's (drawn world)."""
     image_size: int = 64
     patch_size: int = 16
     hidden_size: int = 192
@@ -396,17 +398,18 @@ class ViTAttention(nn.Module):
 
     def forward(self, x):
         N, T, C = x.shape
-        q, k, v = (p(x).view(N, T, self.num_heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))    # (N, T, H, D)
+        q, k, v = (p(x).view(N, T, self.num_heads, -1)                      # (N, T, H, D)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(kernels.attention(q, k, v, causal=False).reshape(N, T, C))
 
 
 class ViTLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C = config.hidden_size
+        C, I = config.hidden_size, config.intermediate_size
         self.self_attn = ViTAttention(config)
         self.layer_norm1 = nn.LayerNorm(C, eps=config.layer_norm_eps)
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(C, config.intermediate_size), fc2=nn.Linear(config.intermediate_size, C)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(C, I), fc2=nn.Linear(I, C)))
         self.layer_norm2 = nn.LayerNorm(C, eps=config.layer_norm_eps)
 
     def forward(self, x):
@@ -422,10 +425,11 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         C, eps = config.hidden_size, config.layer_norm_eps
+        layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
         self.vision_model = nn.ModuleDict(dict(
             embeddings=ViTEmbeddings(config),
             pre_layrnorm=nn.LayerNorm(C, eps=eps),
-            encoder=nn.ModuleDict(dict(layers=nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers)))),
+            encoder=nn.ModuleDict(dict(layers=layers)),
             post_layernorm=nn.LayerNorm(C, eps=eps),
         ))
 
@@ -444,7 +448,7 @@ class ViT(nn.Module):
         return self.vision_model.encoder.layers
 
     def forward(self, pixels):
-        """pixels (N, 3, S, S), normalised -> hidden states of the last layer (N, 1 + patches, C), before post_layernorm."""
+        """pixels (N, 3, S, S), normalised -> last hidden states (N, 1 + patches, C), before post_layernorm."""
         x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
         for layer in self.layers:
             x = layer(x)
@@ -486,7 +490,7 @@ class VLM(nn.Module):
         return torch.cat([soi, x, eoi], dim=1)                # (N, 1 + (1 + P) + 1, d)
 
     def embed(self, tokens, pixels=None):
-        """Token ids (B, T), with IMAGE at every place of a visual token, and pixels (N, 3, S, S) -> embeddings (B, T, d)."""
+        """Token ids (B, T), IMAGE at every place of a visual token, and pixels (N, 3, S, S) -> embeddings (B, T, d)."""
         is_image = tokens == IMAGE
         x = self.decoder.embed(tokens.masked_fill(is_image, 0))             # (B, T, d)
         if pixels is None:
@@ -503,19 +507,21 @@ class VLM(nn.Module):
         return self.decoder.loss(x, batch["targets"])
 
     @classmethod
-    def from_pretrained(cls, llm=official.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32, device="cpu", tokenizer=None):
-        """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage `encoder`.
+    def from_pretrained(cls, llm=official.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32,
+                        device="cpu", tokenizer=None):
+        """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage encoder.
 
         The checkpoint holds only what was trained; its metadata names the ViT that it started from.
         """
         tensors, about = checkpoints.read_checkpoint(encoder)
-        if not {"adapter.0.weight", "embd_soi"} <= tensors.keys():      # stage vit has the first, but not yet the second
-            raise UserError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: give a checkpoint of "
-                            "train.py's stage translator, encoder or decoder")
+        if not {"adapter.0.weight", "embd_soi"} <= tensors.keys():      # stage vit has the first, but not the second
+            raise UserError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: "
+                            "give a checkpoint of train.py's stage translator, encoder or decoder")
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
         vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
         if tokenizer is None:
-            tokenizer = Tokenizer.from_pretrained(official.find(about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm))
+            name = about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm
+            tokenizer = Tokenizer.from_pretrained(official.find(name))
         if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
             # stage 3 trained the full LLM itself: a copy takes the new weights
             decoder = copy.deepcopy(decoder)
@@ -526,7 +532,7 @@ class VLM(nn.Module):
         return vlm.requires_grad_(False).eval()
 
     def prompt(self, messages):
-        """Chat messages (data.batches.wrap puts "<image>" into a question) -> token ids, every image as n_visual IMAGE places."""
+        """Chat messages (data.batches.wrap puts "<image>" into a question) -> token ids, n_visual IMAGEs an image."""
         ids = []
         for t in self.tokenizer.chat(messages):
             ids += [t] * (self.n_visual if t == IMAGE else 1)
@@ -534,7 +540,7 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def embed_prompts(self, prompts, images):
-        """Prompts (lists of ids) and their images, in order -> embeddings (B, T, d), padded on the right, and lengths (B,)."""
+        """Prompts (lists of ids) and their images, in order -> embeddings (B, T, d), padded; lengths (B,)."""
         places = sum(p.count(IMAGE) for p in prompts)
         if places != len(images) * self.n_visual:
             raise UserError(f"{len(images)} images given, but the prompts have places for {places / self.n_visual:g}")
@@ -547,7 +553,7 @@ class VLM(nn.Module):
         return self.embed(tokens.to(self.decoder.device), pixels), lengths
 
     def generate(self, prompts, images, **options):
-        """Continue prompts (lists of ids, as `prompt` makes them) with images: lists of new ids. Options as Llama.generate."""
+        """Continue prompts (lists of ids, as of `prompt`) with images: lists of new ids. Options as Llama.generate."""
         embeds, lengths = self.embed_prompts(prompts, images)
         return self.decoder.generate(embeds=embeds, lengths=lengths, stop=self.tokenizer.stop_tokens, **options)
 
@@ -568,5 +574,6 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
     if about.get("stage") != "vit":
         raise UserError(f"{file} holds {about.get('stage', 'nothing that was trained here')}, not a ViT: make one with `python -m extras.vit`")
     vit = ViT(ViTConfig(**about["vit_config"]))
-    checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), {n: t for n, t in tensors.items() if n.startswith("encoder.")}, file)
+    tensors = {n: t for n, t in tensors.items() if n.startswith("encoder.")}
+    checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)
     return vit.to(device, dtype).requires_grad_(False).eval()

@@ -4,8 +4,9 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
     python surrogate.py                         # the default LLM: table, cut, plot
     python surrogate.py --replace 20-23,24-28   # what a surrogate of your choice keeps (these two: the shipped one)
 
-1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then falling.
-2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last layer.
+1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then
+   falling.
+2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last.
 """
 import argparse
 import copy
@@ -27,10 +28,11 @@ from model import Llama
 
 @torch.no_grad()
 def prediction_trajectory(llm, tokens, progress=False):
-    """KL divergence of each layer's prediction from the last layer's, averaged over texts: (layers,) float32, the last is 0.
+    """KL divergence of each layer's prediction from the last layer's, mean over texts: (layers,) float32, the last 0.
 
-    tokens (B, T). The paper's measure: read every layer's hidden state through the final norm and the LM head, take at each
-    position the probability of the token that really comes next, and normalise these T - 1 numbers over the sequence.
+    tokens (B, T). The paper's measure: read every layer's hidden state through the final norm and the LM head, take at
+    each position the probability of the token that really comes next, and normalise these T - 1 numbers over the
+    sequence.
     """
     total = torch.zeros(len(llm.model.layers))
     for row in tqdm(tokens, desc="trajectory", unit="text", disable=not progress):
@@ -46,11 +48,11 @@ def prediction_trajectory(llm, tokens, progress=False):
 
 
 def find_transition(trajectory):
-    """First layer of the late phase: where "flat, then falling in a straight line" fits the trajectory best (least squares)."""
+    """First layer of the late phase: where "flat, then falling in a straight line" fits best (least squares)."""
     y = torch.as_tensor(trajectory, dtype=torch.float64)
     best, best_error = 0, float("inf")
     for cut in range(1, len(y) - 1):
-        steps = (torch.arange(len(y)) - (cut - 1)).clamp(min=0).double()        # 0 … 0, 1, 2, 3 …: the late phase falls from `cut` on
+        steps = (torch.arange(len(y)) - (cut - 1)).clamp(min=0).double()        # 0 … 0, 1, 2, 3 …: falls from `cut` on
         A = torch.stack([torch.ones_like(y), steps], dim=1)                     # (layers, 2): a level and a slope
         error = (A @ torch.linalg.lstsq(A, y[:, None]).solution - y[:, None]).square().sum()
         if error < best_error:
@@ -105,11 +107,11 @@ def kept_layers(ranges, num_layers):
 
 
 def build_surrogate(llm, ranges):
-    """The surrogate of an LLM: each range (first, last) of layers, ends included, becomes one translator (paper, section 3.2).
+    """The surrogate of an LLM: each range (first, last) of layers, ends included, becomes one translator (section 3.2).
 
     The translator starts as a copy of the range's first layer. All other layers, the embeddings and the head *are* the
-    LLM's (shared, not copied). `surrogate.translators` lists the translators' positions in the surrogate, `surrogate.ranges`
-    what they replace, and `surrogate.trunk` says how many first layers it has in common with the LLM.
+    LLM's (shared, not copied). `surrogate.translators` lists the translators' positions in the surrogate,
+    `surrogate.ranges` what they replace; `surrogate.trunk` says how many first layers it has in common with the LLM.
     ranges = [] gives a surrogate that is the LLM.
     """
     L = llm.config.num_hidden_layers
@@ -207,7 +209,8 @@ def plot_trajectory(trajectory, cut, ranges=(), title=""):
     ax = fig.add_subplot(xlabel="layer", ylabel="KL(layer || last layer), nats", title=title)
     ax.plot(range(len(trajectory)), trajectory, "o-", color="#2a6f97", ms=4)
     ax.axvline(cut, color="#c1121f", ls="--", lw=1)
-    ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points", color="#c1121f", va="top")
+    ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points",
+                color="#c1121f", va="top")
     for i, (first, last) in enumerate(ranges):
         ax.axvspan(first - 0.45, last + 0.45, color="#f4a261", alpha=0.25, label="replaced by a translator" if i == 0 else None)
     ax.grid(alpha=0.3)

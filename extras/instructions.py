@@ -29,18 +29,23 @@ from model import Llama
 from train import default_dtype
 
 OPEN_QUESTIONS = [
-    "What could this be used for?", "Where might one see this?", "Write a short sentence about it.", "Give this picture a title.",
-    "What does it make you think of?", "Tell me something interesting about it.", "Describe it to someone who cannot see it.",
-    "What would a child say about this picture?", "Start a story with what you see.", "Explain what is shown in simple words.",
-    "What question might one ask about this picture?", "What feeling does this picture convey?", "Who might like this picture, and why?",
-    "What is the main thing in this picture?", "Write two lines of a poem about it.", "What would you tell a friend about this picture?",
+    "What could this be used for?", "Where might one see this?", "Write a short sentence about it.",
+    "Give this picture a title.", "What does it make you think of?", "Tell me something interesting about it.",
+    "Describe it to someone who cannot see it.", "What would a child say about this picture?",
+    "Start a story with what you see.", "Explain what is shown in simple words.",
+    "What question might one ask about this picture?", "What feeling does this picture convey?",
+    "Who might like this picture, and why?", "What is the main thing in this picture?",
+    "Write two lines of a poem about it.", "What would you tell a friend about this picture?",
 ]  # fmt: skip
-REFUSAL = re.compile(r"sorry|as an ai|language model|i can(no|')t|i (do not|don't) have|unable to|caption|visual elements|based on the|text|provided|prompt", re.I)
-HELD_OUT_WORDS = sorted({w for c in FACTS for task in KNOWLEDGE_TASKS for w in knowledge(task, c)}
-                        | {"capital", "capitals", "language", "languages", "continent", "continents", "speak", "speaks", "spoken", "speaking",
-                           "African", "Asian", "European", "American", "Americas", "America", "Caribbean", "Australia", "Australian",
-                           "Washington", "Beirut", "Jerusalem", "Ankara", "Brussels", "Seoul", "Canberra", "Ottawa"})  # fmt: skip
-PALETTE = COLORS | {"white": (250, 250, 250), "black": (10, 10, 10), "light blue": (108, 172, 228), "gold": (252, 209, 22)}
+REFUSAL = re.compile(r"sorry|as an ai|language model|i can(no|')t|i (do not|don't) have|unable to|caption|"
+                     r"visual elements|based on the|text|provided|prompt", re.I)  # fmt: skip
+HELD_OUT_WORDS = sorted({w for c in FACTS for task in KNOWLEDGE_TASKS for w in knowledge(task, c)} | {
+    "capital", "capitals", "language", "languages", "continent", "continents", "speak", "speaks", "spoken", "speaking",
+    "African", "Asian", "European", "American", "Americas", "America", "Caribbean", "Australia", "Australian",
+    "Washington", "Beirut", "Jerusalem", "Ankara", "Brussels", "Seoul", "Canberra", "Ottawa",
+})  # fmt: skip
+PALETTE = COLORS | {"white": (250, 250, 250), "black": (10, 10, 10), "light blue": (108, 172, 228),
+                    "gold": (252, 209, 22)}  # fmt: skip
 
 
 def yes_or_no(rng, subject):
@@ -48,14 +53,15 @@ def yes_or_no(rng, subject):
     kind, *words = subject
     things = {"shape": "a shape", "sign": "a sign", "flag": "a flag"}
     other = rng.choice([k for k in things if k != kind])
-    return [(f"Is there {things[kind]} in the picture? Say why.", True), (f"Is there {things[other]} in the picture? Say why.", False)]
+    return [(f"Is there {things[k]} in the picture? Say why.", k == kind) for k in (kind, other)]
 
 
 def flag_colors(country):
     """The names of the colors in a flag."""
     colors = [c for kind, color, *_ in FLAGS[country] for c in (color if kind in "hv" else [color])]
     near = {min(PALETTE, key=lambda n: sum((a - b) ** 2 for a, b in zip(PALETTE[n], c))) for c in colors}
-    return near | {w for n in near for w in n.split()} | ({"gold", "yellow", "orange"} if near & {"gold", "yellow", "orange"} else set())
+    yellowish = {"gold", "yellow", "orange"}  # whichever of them it is called
+    return near | {w for n in near for w in n.split()} | (yellowish if near & yellowish else set())
 
 
 def contradicts(answer, subject):
@@ -67,8 +73,8 @@ def contradicts(answer, subject):
         mine = next(k for k in WORDS if words[0] in WORDS[k])
         wrong = [*PALETTE, *SHAPES, *WORDS[mine], *FACTS]
     else:
-        parts = {p[0] for p in FLAGS[words[0]]}
-        shown = flag_colors(words[0]) | {name for part, name in (("disc", "circle"), ("star", "star"), ("cross", "cross")) if part in parts}
+        names = {"disc": "circle", "star": "star", "cross": "cross"}
+        shown = flag_colors(words[0]) | {names[part] for part, *_ in FLAGS[words[0]] if part in names}
         wrong = [w for w in [*PALETTE, *SHAPES, *FACTS] if w not in shown]
     return any(has_word(answer, w) or has_word(answer, w + "s") for w in wrong if w not in words)
 
@@ -99,12 +105,14 @@ def log_p(llm, tokenizer, chats, answers, batch=32):
 def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subjects=TRAINED_SUBJECTS):
     """[(subject, question, answer), ...] that pass all filters, and [(filter, how many were left), ...]."""
     rng, generator = random.Random(seed), torch.Generator(llm.device).manual_seed(seed)
-    asked = [(s, q, None) for s in subjects for q in OPEN_QUESTIONS] + [(s, q, yes) for s in subjects for q, yes in yes_or_no(rng, s)]
+    asked = [(s, q, None) for s in subjects for q in OPEN_QUESTIONS]
+    asked += [(s, q, yes) for s in subjects for q, yes in yes_or_no(rng, s)]
     rng.shuffle(asked)
     answers = []
     for i in tqdm(range(0, len(asked), batch), desc="the LLM answers", unit="batch"):
         prompts = [tokenizer.chat(in_text(s, q)) for s, q, _ in asked[i : i + batch]]
-        new = llm.generate(prompts, max_new_tokens=40, temperature=0.7, top_p=0.9, stop=tokenizer.stop_tokens, generator=generator)
+        new = llm.generate(prompts, max_new_tokens=40, temperature=0.7, top_p=0.9, stop=tokenizer.stop_tokens,
+                           generator=generator)  # fmt: skip
         answers += [tokenizer.decode(a).strip() for a in new]
     answers = [a[: max(a.rfind(end) for end in ".!?") + 1] for a in answers]  # up to the last full sentence
     left, report = [(*who, a) for who, a in zip(asked, answers)], [("asked", len(asked))]
@@ -122,7 +130,8 @@ def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subje
     here = log_p(llm, tokenizer, [in_text(s, q) for s, q, _, _ in left], [a for *_, a in left])
     there = log_p(llm, tokenizer, [in_text(t, q) for t, (_, q, _, _) in zip(others, left)], [a for *_, a in left])
     gain = dict(zip(map(id, left), (h - t for h, t in zip(here, there))))
-    left[:] = [x for x in left if x[2] is not None or gain[id(x)] > threshold]  # whether there is a sign at all needs no other sign
+    # whether there is a sign at all needs no other sign to compare with
+    left[:] = [x for x in left if x[2] is not None or gain[id(x)] > threshold]
     report.append(("depends on the picture", len(left)))
     seen = collections.Counter()
 

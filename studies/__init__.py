@@ -1,1 +1,1 @@
-"""The ablation, the cost on paper, benchmarks: `python -m studies.ablation`, `.cost`, `.benchmark`, from the project's root."""
+"""The ablation, the cost on paper, benchmarks: from the project's root, `python -m studies.ablation` and so on."""

@@ -1,12 +1,12 @@
 """
 The paper's claims, measured: train by every recipe on the same number of samples, graft, and count the cost.
 
-    python -m studies.ablation                                           # table and plots of the results that are there
-    python -m studies.ablation --list                                    # the recipes, and what each one shows
-    python -m studies.ablation --run paper cut-23 direct --seed 0 1 2    # train, evaluate; what is done is not done again
-    python -m studies.ablation --stage3                                  # stage 3 from the grafted encoder and from scratch
-    python -m studies.ablation --keep --plot assets                      # collect all results in assets/experiments.json
-    python -m studies.ablation --gradients runs/translator/translator.safetensors   # do they point where the full LLM's do?
+    python -m studies.ablation                                          # table and plots of what is there
+    python -m studies.ablation --list                                   # the recipes, and what each one shows
+    python -m studies.ablation --run paper cut-23 direct --seed 0 1 2   # train, evaluate; nothing is done twice
+    python -m studies.ablation --stage3                                 # from the grafted encoder and from scratch
+    python -m studies.ablation --keep --plot assets                     # collect all in assets/experiments.json
+    python -m studies.ablation --gradients runs/translator/translator.safetensors   # do they point as the full LLM's?
 
 Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen.
 """
@@ -36,7 +36,7 @@ from model import VLM, Llama
 from surrogate import load_surrogate
 
 VALIDATION_SEED = 1000              # of split "test"; graft.EVAL_SEED is another stream
-KEPT = "assets/experiments.json"    # all results, as a list
+KEPT = checkpoints.ROOT / "assets" / "experiments.json"     # all results, as a list
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipes: command lines of train.py. {vit} is stage 0's checkpoint, {before} that of the stage before. Batch and
@@ -57,12 +57,16 @@ RECIPES = {
     "cut-20": ("on-policy: the LLM goes on teaching the translator while the encoder learns", route("20-28")),
     "cut-23": ("a later cut: the shipped weights' recipe", route("23-28")),
     "two": ("two translators", route(TWO)),
-    "no-bound": ("two translators; visual tokens may lie anywhere, from stage 1 on", route(TWO, "--steps 300 --bound 0")),
-    "k-1": ("two translators; the LLM teaches on every sample of stage 2, not on one of 4", route(TWO, encoder="--distill-every 1")),
+    "no-bound": ("two translators; visual tokens may lie anywhere, from stage 1 on",
+                 route(TWO, "--steps 300 --bound 0")),
+    "k-1": ("two translators; the LLM teaches on every sample of stage 2, not on one of 4",
+            route(TWO, encoder="--distill-every 1")),
     "k-16": ("two translators; on one of 16", route(TWO, encoder="--distill-every 16")),
     "frozen": ("two translators; on none: in stage 1 only", route(TWO, encoder="--distill-every 0")),
-    "slow-translator": ("two translators, which in stage 2 learn no faster than the rest", route(TWO, encoder="--translator-lr 1")),
-    "slow-ends": ("two translators; the start and end vectors learn no faster than the rest", route(TWO, encoder="--ends-lr 1")),
+    "slow-translator": ("two translators, which in stage 2 learn no faster than the rest",
+                        route(TWO, encoder="--translator-lr 1")),
+    "slow-ends": ("two translators; the start and end vectors learn no faster than the rest",
+                  route(TWO, encoder="--ends-lr 1")),
     "direct": ("trained directly on the full LLM: the upper bound",
                ["encoder --init {vit} --replace none"]),
 }
@@ -95,10 +99,11 @@ def value(argv, option, default=None):
 
 
 def gradients(checkpoint, batches=4, batch=16, device="cpu", dtype=None):
-    """A surrogate against the full LLM, by the gradients of the answers' loss on what stage 2 trains of ViT and projector.
+    """A surrogate against the full LLM, by the gradients of the answers' loss on what stage 2 trains of ViT, projector.
 
-    checkpoint: of stage translator or encoder. Returns {part: cosine between the two gradients}, and the loss per target of
-    both, on `batches` batches of the world. An encoder that follows a surrogate of cosine 0 learns nothing for the LLM.
+    checkpoint: of stage translator or encoder. Returns {part: cosine between the two gradients}, and the loss per
+    target of both, on `batches` batches of the world. An encoder that follows a surrogate of cosine 0 learns nothing
+    for the LLM.
     """
     name, dtype = checkpoints.read_checkpoint(checkpoint)[1]["llm"], dtype or train.default_dtype(device)
     vlm, llm, _ = train.build("encoder", name, None, None, str(checkpoint), dtype, device)
@@ -115,10 +120,12 @@ def gradients(checkpoint, batches=4, batch=16, device="cpu", dtype=None):
             total, n = total + loss.item(), n + int((b["targets"] >= 0).sum())
         result[f"{system}: loss"] = total / n
         for part, prefix in parts.items():
-            found[system, part] = torch.cat([p.grad.flatten().float() for m, p in parameters.items() if m.startswith(prefix)])
+            mine = [p.grad.flatten().float() for n, p in parameters.items() if n.startswith(prefix)]
+            found[system, part] = torch.cat(mine)
         for p in parameters.values():
             p.grad = None
-    return {part: torch.cosine_similarity(found["pair", part], found["graft", part], 0).item() for part in parts} | result
+    cosine = lambda part: torch.cosine_similarity(found["pair", part], found["graft", part], 0).item()
+    return {part: cosine(part) for part in parts} | result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ def measure(argv):
 
 
 def count_flops(argv, epochs=1):
-    """Training FLOPs of a stage, out of runs of one and two real steps. epochs: of its samples; only the first computes all.
+    """Training FLOPs of a stage, out of runs of one and two real steps. epochs: of its samples; the first computes all.
 
     The text that the LLM writes for stage 1 is data (the paper takes GenQA's): it comes from the cache, uncounted.
     """
@@ -177,19 +184,21 @@ def run_stage(argv, folder):
 
 
 def evaluate(checkpoint, samples, options=(), batch=8):
-    """Scores of pair and graft on `samples` validation images a task (of the graft alone where no surrogate took part),
-    computed in the dtype of the training; and the machine that did it."""
+    """Scores on `samples` validation images a task, computed in the dtype of the training; and the machine that did it.
+
+    Of the graft, of the pair where a surrogate took part, and of the LLM that reads the caption in the image's place.
+    """
     about = checkpoints.read_checkpoint(checkpoint)[1]
     device = value(options, "--device", "cuda" if torch.cuda.is_available() else "cpu")
     path, dtype = official.find(about["llm"]), getattr(torch, about["recipe"]["dtype"].removeprefix("torch."))
     llm = Llama.from_pretrained(path, dtype, device)
     vlm = VLM.from_pretrained(llm, checkpoint, tokenizer=Tokenizer.from_pretrained(path))
     surrogate = load_surrogate(llm, checkpoint) if about["ranges"] else None
-    rows, _ = graft.compare(vlm, surrogate, samples, batch, seed=VALIDATION_SEED)
+    rows = graft.compare(vlm, surrogate, samples, batch, seed=VALIDATION_SEED)
     gpu = device.startswith("cuda")
     machine = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
     return dict(torch=torch.__version__, machine=machine,
-                rows=[{k: r[k] for k in ("task", "system", "ranked", "exact")} for r in rows])
+                rows=[{k: r[k] for k in ("task", "system", "ranked", "said")} for r in rows])
 
 
 def finished(file, **same):
@@ -306,7 +315,8 @@ def table(results):
     return "\n".join(f"| {' | '.join(r)} |" for r in rows)
 
 
-SYSTEMS = {"pair": ("#e07a1f", 0.2), "graft": ("#2a6f97", 0.0), "full": ("#6c757d", -0.2)}  # color, place in its line
+SYSTEMS = {"pair": ("#e07a1f", 0.24), "graft": ("#2a6f97", 0.08),      # color, place in its line
+           "direct": ("#6c757d", -0.08), "text": ("#2d6a4f", -0.24)}
 PANELS = {"trained tasks": world.TRAINED_TASKS, "knowledge, never trained": world.KNOWLEDGE_TASKS}
 
 
@@ -332,9 +342,10 @@ def plot_graft(results, path):
     """Pair → graft for each task, with 95 % intervals: the results.json of graft.py as a picture."""
     plt, fig, (ax,) = figure(7.5, 4.4)
     tasks, at = list(dict.fromkeys(r["task"] for r in results["rows"])), {}
-    for r in results["rows"]:
+    for r in [r for r in results["rows"] if r["system"] in SYSTEMS]:
         (color, offset), line = SYSTEMS[r["system"]], -tasks.index(r["task"])
-        p, low, high, chance = (100 * r[k] for k in ("ranked", "low", "high", "chance"))
+        low, high = (100 * x for x in graft.wilson(r["ranked"] * r["samples"], r["samples"]))
+        p, chance = 100 * r["ranked"], 100 * r["chance"]
         at[r["task"], r["system"]] = p, line + offset
         ax.errorbar(p, line + offset, xerr=[[max(0, p - low)], [max(0, high - p)]], fmt="o", capsize=2, color=color,
                     label=r["system"] if line == 0 else None)
@@ -392,7 +403,8 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument("--run", nargs="+", default=[], metavar="RECIPE", help="train and evaluate these, or all")
     parser.add_argument("--stage3", action="store_true", help="compare stage 3 from both starts")
-    parser.add_argument("--gradients", nargs="+", default=[], metavar="CHECKPOINT", help="compare their surrogates' gradients with the full LLM's, then stop")
+    parser.add_argument("--gradients", nargs="+", default=[], metavar="CHECKPOINT",
+                        help="compare their surrogates' gradients with the full LLM's, then stop")
     parser.add_argument("--seed", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--steps", type=int, default=300, help="steps of stage 2 (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="samples a step (default: %(default)s)")
@@ -414,7 +426,8 @@ def main(argv=None):
 
     if args.gradients:
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        print("| checkpoint | replaced | cosine of gradients: ViT | projector | loss: surrogate | full LLM |\n" + "|---" * 6 + "|")
+        print("| checkpoint | replaced | cosine of gradients: ViT | projector | loss: surrogate | full LLM |\n"
+              + "|---" * 6 + "|")
         for file in args.gradients:
             found = gradients(file, batch=args.batch, device=device)
             replaced = ",".join(f"{a}-{b}" for a, b in checkpoints.read_checkpoint(file)[1]["ranges"])
@@ -434,14 +447,14 @@ def main(argv=None):
             results.append(run_recipe(name, steps=30, samples=8, stages=stages, **common))
     if args.keep:
         write_json(Path(KEPT), results)
-    file = Path("assets/results.json")      # of graft.py, for the shipped weights
+    file = checkpoints.locate("assets/results.json")     # of graft.py, for the shipped weights
     for name, draw, material in (("cost", plot_cost, [r for r in results if "recipe" in r]),
                                  ("stage3", plot_stage3, [r for r in results if "start" in r]),
                                  ("graft", plot_graft, official.read_json(file) if file.exists() else None)):
         if material:
             draw(material, Path(args.plot or args.out) / f"{name}.png")
-    print(f"\n{table(results)}\n\nPair → graft on validation images, % ranked first; * never trained; cost: stages 1+2"
-          f"\nPlots: cost.png, stage3.png and graft.png in {args.plot or args.out}/")
+    print(f"\n{table(results)}\n\nPair → graft on validation images, % ranked first; * never trained; "
+          f"cost: stages 1+2\nPlots: cost.png, stage3.png and graft.png in {args.plot or args.out}/")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ How fast is it, and how much memory does it take? Decoding beside transformers, 
 graft.py, a step with a real vocabulary and the building of a surrogate need.
 
     python -m studies.benchmark             # everything, on the default LLM
-    python -m studies.benchmark --memory    # only the step and the building, on random models: no download, half a minute
+    python -m studies.benchmark --memory    # only the step and the building, on random models: half a minute
 
 Everything is timed in turns within one run, because absolute times on shared machines wander; trust the ratios.
 (kernels/benchmark.py measures the Triton kernels on a GPU.)
@@ -137,8 +137,8 @@ def in_fresh_process(call):
 
 
 def llava_batch(n_visual, vocab, batch, text=100, answer=60):
-    """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens of which
-    the last `answer` are the answer; every row is 8 tokens shorter than the one before, and padded."""
+    """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens,
+    the last `answer` of which are the answer; every row is 8 tokens shorter than the one before, and padded."""
     T = n_visual + text
     tokens = torch.randint(vocab, (batch, T))
     tokens[:, 10:10 + n_visual] = IMAGE

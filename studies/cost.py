@@ -183,7 +183,9 @@ def step_flops(stage, llm_config, vit_config, ranges, images, texts=NOTHING, che
         out["gradients of weights"] += n * 2 * T * (trained * m + layers * low_rank)
         out["LM head"] += n * N_answers * head * (1 + (above > 0) + whole)
         if distill:     # the surrogate from its first translator on, with gradients; the full LLM there, without
-            out["distillation"] += n * ((layers - trunk) * (forward + backward) + (layers - trunk - translators) * again + translators * 2 * m * T
+            behind = layers - trunk
+            out["distillation"] += n * (behind * (forward + backward) + (behind - translators) * again
+                                        + translators * 2 * m * T
                                         + (c.num_hidden_layers - trunk) * forward + 3 * N * head)
     return out
 
@@ -240,7 +242,7 @@ def stage_plan(stage, name, ranks=1, fsdp=False, checkpointing=True, lora=0, dis
 
     name: a preset, or a dict(llm_config=…, vit_config=…, ranges=…). other: what takes the place of the paper's recipe:
     steps, batch, micro_batch, lr, loss_on, images, texts (see PAPER). text_gradients: see `step_flops`.
-    ValueError if micro-batches and ranks do not make up the batch.
+    UserError if micro-batches and ranks do not make up the batch.
     """
     p, r = preset(name), recipe(stage, name) | other
     batch, at_once = r["batch"], r["micro_batch"] * ranks
@@ -418,7 +420,7 @@ def plot_routes(path):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     axes[-1].set_xlim(0, 100)
-    axes[-1].set_xlabel("FLOPs of training, in % of the route that trains the full decoder (estimated, studies/cost.py)")
+    axes[-1].set_xlabel("FLOPs of training, in % of the route that trains the full decoder (estimated)")
     fig.tight_layout(h_pad=1.2)
     checkpoints.write_whole(path, lambda part: fig.savefig(part, format="png", facecolor="white"))
     plt.close(fig)

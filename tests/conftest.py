@@ -1,4 +1,4 @@
-"""Shared fixtures. The Triton kernels run in Triton's interpreter where there is no GPU, so that they are tested everywhere."""
+"""Shared fixtures. Where there is no GPU the Triton kernels run in Triton's interpreter: they are tested everywhere."""
 import os
 
 import torch

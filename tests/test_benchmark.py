@@ -1,4 +1,4 @@
-"""studies/benchmark.py --memory: the two steps that it compares are the same step, and the comparison sees what it should."""
+"""studies/benchmark.py --memory: its two steps are the same step, and the comparison sees what it should."""
 import pytest
 
 from studies import benchmark

@@ -64,7 +64,7 @@ def test_flops_of_a_stage(monkeypatch, epochs, expected):
 
 
 def test_gradients_of_a_perfect_and_a_real_surrogate(stages, tiny_llm, cache, tmp_path, capsys, monkeypatch):
-    """A translator that is the layer which it replaces has cosine 1; the loss is the one that the LLM itself computes."""
+    """A translator that is the layer which it replaces has cosine 1; the loss is what the LLM itself computes."""
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     new = ["translator", "--llm", tiny_llm, "--vit", stages["vit"], "--chats", "8", "--steps", "1", "--batch", "2"]
     train.main([*new, "--replace", "3-3", "--lr", "1e-9", "--out", str(tmp_path), "--dtype", "float32"])
@@ -72,7 +72,8 @@ def test_gradients_of_a_perfect_and_a_real_surrogate(stages, tiny_llm, cache, tm
     assert same["ViT"] > 0.9999 and same["projector"] > 0.9999 and abs(same["pair: loss"] - same["graft: loss"]) < 1e-3
     vlm = VLM.from_pretrained(tiny_llm, tmp_path / "translator.safetensors")
     b = train.Batches(vlm, 8, 8, "answers+special", ablation.VALIDATION_SEED)[0][0][0][0]
-    assert same["graft: loss"] == pytest.approx(vlm.loss(b["tokens"], b["targets"], b["pixels"]).item() / int((b["targets"] >= 0).sum()), rel=1e-4)
+    loss = vlm.loss(b["tokens"], b["targets"], b["pixels"]).item() / int((b["targets"] >= 0).sum())
+    assert same["graft: loss"] == pytest.approx(loss, rel=1e-4)
     real = ablation.gradients(stages["translator"], 2, 4, dtype=torch.float32)
     assert -1 < real["ViT"] < 0.999
     capsys.readouterr()
@@ -90,7 +91,7 @@ def test_results(results):
     assert frozen["flops"][0] == taught["flops"][0] and direct["flops"] == other_seed["flops"]
     for r in results:
         assert r["stage_0"] == frozen["stage_0"] and r["stage_0"]["flops"] > 0
-        systems = ["graft"] if r["recipe"] == "direct" else ["pair", "graft"]
+        systems = ["text", "graft"] if r["recipe"] == "direct" else ["text", "graft", "pair"]
         assert [(row["task"], row["system"]) for row in r["rows"]] == [(t, s) for t in graft.TASKS for s in systems]
         assert all(row["ranked"] in (0, 0.5, 1) for row in r["rows"])
     assert frozen["commands"][0] == taught["commands"][0] and frozen["commands"][1] != taught["commands"][1]
@@ -138,7 +139,7 @@ def test_stage3(stages, tiny_llm, tmp_path):
     assert [(r["start"], r["steps"]) for r in results] == [(s, n) for s in starts for n in (0, 2)]
     assert len(list(tmp_path.iterdir())) == 4, "only the results stay"
     before = ablation.evaluate(stages["encoder"], 1, options)["rows"]
-    assert results[0]["rows"] == [r for r in before if r["system"] == "graft"], "0 steps: the graft as it is"
+    assert results[0]["rows"] == [r for r in before if r["system"] != "pair"], "0 steps: the graft as it is"
     assert ablation.read_results(tmp_path, kept=tmp_path / "none")[0] in results
     ablation.plot_stage3(results, tmp_path / "stage3.png")
     assert Image.open(tmp_path / "stage3.png").size == (1080, 480)
@@ -201,8 +202,8 @@ def test_command_line_without_results(results, tmp_path, monkeypatch, capsys):
 
 
 def test_plot_of_the_graft(tmp_path):
-    rows = [dict(task=t, system=s, ranked=p, low=max(0, p - 0.1), high=min(1, p + 0.1), chance=0.1)
-            for t in graft.TASKS for s, p in (("pair", 0.4), ("graft", 1.0), ("full", 0.9))]
+    rows = [dict(task=t, system=s, ranked=p, said=p / 2, samples=10, chance=0.1)
+            for t in graft.TASKS for s, p in (("text", 0.9), ("direct", 0.0), ("graft", 1.0), ("pair", 0.4))]
     ablation.plot_graft(dict(rows=rows, samples=10), tmp_path / "graft.png")
     image = Image.open(tmp_path / "graft.png").convert("RGB")
     assert image.getpixel((2, 2)) == (255, 255, 255), "white, on dark pages too"

@@ -123,8 +123,8 @@ def test_wilson(right, n, low, high):
 
 
 def test_compare_counts_right(monkeypatch):
-    """Rigged systems: the pair ranks two of every three right and says nothing, the graft ranks the third right and says
-    everything; `direct` is always right and shouts; the text says the right word and a rival."""
+    """Rigged systems: the pair ranks two of every three right and says nothing, the graft ranks the third right and
+    says everything; `direct` is always right and shouts; the text says the right word and a rival."""
     seen = []
 
     def systems(vlm, surrogate, direct, samples):
@@ -150,7 +150,8 @@ def test_compare_counts_right(monkeypatch):
         assert direct["ranked"] == direct["said"] == 1
         assert grafted["ranked"] == third / 7 and grafted["said"] == 1
         assert pair["ranked"] == (7 - third) / 7 and pair["said"] == 0
-        assert all(r["samples"] == 7 and r["chance"] == pytest.approx(1 / options) for r in (text, direct, grafted, pair))
+        for r in (text, direct, grafted, pair):
+            assert r["samples"] == 7 and r["chance"] == pytest.approx(1 / options)
     assert seen == [world.world(task, i, 5, "test") for task in tasks for i in range(7)]
 
 
@@ -176,7 +177,8 @@ def test_table():
             row | dict(task="capital", trained=False, system="graft", ranked=0.2, said=0.05),
             row | dict(task="capital", trained=False, system="pair", ranked=0.1, said=0)]
     said, ranked = (part.split("\n") for part in graft.table(rows).strip().split("\n\n"))
-    assert said[0] == "| said freely, right | graft | pair |" and ranked[0] == "| ranked first among options | graft | pair |"
+    assert said[0] == "| said freely, right | graft | pair |"
+    assert ranked[0] == "| ranked first among options | graft | pair |"
     assert said[2] == "| read | 25.0% (14%–40%) | 50.0% (35%–65%) |"
     assert said[3] == "| capital * | 5.0% (1%–17%) | 0.0% (0%–9%) |"
     assert ranked[4:] == ["| **trained, mean** | 60.0% (45%–74%) | 62.5% (47%–76%) |",
@@ -185,7 +187,8 @@ def test_table():
 
 def test_demo_says_what_pair_and_graft_say(vlm, surrogate, capsys):
     examples = graft.demo(vlm, surrogate)
-    assert [(s.task, s.caption) for s, _ in examples[:2]] == [("capital", "the flag of Japan"), ("capital", "a sign with the word Kenya")]
+    asked = [(s.task, s.caption) for s, _ in examples[:2]]
+    assert asked == [("capital", "the flag of Japan"), ("capital", "a sign with the word Kenya")]
     assert any(s.task in world.TRAINED_TASKS for s, _ in examples)
     sample, said = examples[1]
     for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
@@ -264,7 +267,8 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
     """A checkpoint through the paper's .pth and back: encoder, projector and translator have every weight again."""
     pth, back = str(tmp_path / "ckpt_01_0000003.pth"), str(tmp_path / "encoder.safetensors")
     convert.main([stages["encoder"], pth])
-    convert.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4", "--init", stages["translator"]])
+    convert.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4",
+                  "--init", stages["translator"]])
     llm = Llama.from_pretrained(tiny_llm)
     for a, b in [(VLM.from_pretrained(tiny_llm, file) for file in (stages["encoder"], back)),
                  (load_surrogate(llm, file) for file in (stages["encoder"], back))]:  # fmt: skip
@@ -363,6 +367,7 @@ def test_shipped_weights_read_signs_and_know_capitals(smollm, smollm_tokenizer):
     """The ten lines of the README, and the graft far above chance on images that no training saw."""
     assets = ROOT / "assets"
     vlm = VLM.from_pretrained(smollm, assets / "encoder.safetensors", tokenizer=smollm_tokenizer)
-    assert "French" in vlm.chat(assets / "sign.png", "What language do people speak in the country on the sign?", max_new_tokens=16)
+    question = "What language do people speak in the country on the sign?"
+    assert "French" in vlm.chat(assets / "sign.png", question, max_new_tokens=16)
     rows, _ = graft.compare(vlm, n=16, tasks=["read", "capital"], seed=11, progress=False)
     assert all(row["ranked"] >= 0.6 for row in rows)        # chance is 0.1; over 500 images it was 0.99 and 0.86

@@ -7,6 +7,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from formats.errors import run_cli
 from formats.tokenizer import IMAGE
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig, add_lora
 from studies import cost
@@ -104,7 +105,8 @@ IMAGES, TEXTS = (3, 40, 7), (2, 24, 9)
 
 
 @pytest.mark.parametrize("stage, lora, distill, checkpointing", [
-    ("translator", 0, False, False), ("translator", 0, False, True), ("translator", 0, True, False), ("translator", 0, True, True),
+    ("translator", 0, False, False), ("translator", 0, False, True),
+    ("translator", 0, True, False), ("translator", 0, True, True),
     ("encoder", 0, False, False), ("encoder", 0, False, True), ("encoder", 0, True, False), ("encoder", 0, True, True),
     ("decoder", 0, False, False), ("decoder", 0, False, True), ("decoder", 4, False, False),
     ("adapter", 0, False, True),
@@ -189,3 +191,12 @@ def test_the_surrogate_saves_what_the_paper_says():
 def test_picture(tmp_path):
     cost.plot_routes(tmp_path / "routes.png")
     assert Image.open(tmp_path / "routes.png").size[0] > 800
+
+
+def test_command_line(tmp_path, capsys):
+    cost.main(["llama-3.1-70b", "--out", str(tmp_path / "routes.png")])
+    printed = capsys.readouterr().out
+    assert cost.show_routes("llama-3.1-70b") in printed and "llama-3.2-3b" not in printed.lower()
+    assert (tmp_path / "routes.png").exists()
+    assert run_cli(lambda: cost.main(["llama-2-7b", "--out", str(tmp_path / "no.png")])) == 2
+    assert "llama-2-7b" in capsys.readouterr().err and not (tmp_path / "no.png").exists()

@@ -161,7 +161,8 @@ def test_load_surrogate(tmp_path, llm):
     trained = ("model.layers.2.", "model.layers.4.")
     translator = {f"decoder.{n}": p for n, p in s.named_parameters() if n.startswith(trained)}
     about = dict(stage="translator", ranges=s.ranges)
-    checkpoints.save_checkpoint(tmp_path / "translator.safetensors", translator | {"embd_soi": torch.zeros(1, 32)}, about)
+    both = translator | {"embd_soi": torch.zeros(1, 32)}
+    checkpoints.save_checkpoint(tmp_path / "translator.safetensors", both, about)
     # stage 2 leaves the translator frozen: its file names the one it started from, which may have moved along with it
     about = dict(stage="encoder", ranges=s.ranges, start="elsewhere/translator.safetensors")
     checkpoints.save_checkpoint(tmp_path / "encoder.safetensors", {"embd_soi": torch.zeros(1, 32)}, about)

@@ -309,8 +309,9 @@ def test_released_checkpoint_reads(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_round_trip_through_the_released_layout(tmp_path, capsys, dtype):
-    """Ours -> .pth -> ours, and .pth -> ours -> .pth: the same bits, and a .pth as torch.load gives it to the paper's code."""
-    names = ["adapter.0.weight", "embd_soi", "encoder.vision_model.post_layernorm.bias", "decoder.model.layers.17.mlp.up_proj.weight"]
+    """Ours -> .pth -> ours, and .pth -> ours -> .pth: the same bits; and a .pth as the paper's code loads it."""
+    names = ["adapter.0.weight", "embd_soi", "encoder.vision_model.post_layernorm.bias",
+             "decoder.model.layers.17.mlp.up_proj.weight"]  # fmt: skip
     tensors = {n: torch.randn(3, 5).to(dtype) for n in names}
     ours, pth, back = (str(tmp_path / name) for name in ("a.safetensors", "ckpt.pth", "b.safetensors"))
     checkpoints.save_checkpoint(ours, tensors, dict(stage="translator", steps_done=4393))
@@ -324,7 +325,8 @@ def test_round_trip_through_the_released_layout(tmp_path, capsys, dtype):
     for other in (released["model"], read):
         assert all(torch.equal(other[n], t) and other[n].dtype == dtype for n, t in tensors.items())
     convert.main([back, str(tmp_path / "again.pth")])
-    assert all(torch.equal(t, tensors[n]) for n, t in torch.load(tmp_path / "again.pth", weights_only=True)["model"].items())
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    assert again.keys() == tensors.keys() and all(torch.equal(t, tensors[n]) for n, t in again.items())
     convert.main([back])
     assert 'llm: "meta-llama/Llama-3.1-8B-Instruct"' in capsys.readouterr().out
     refuses(UserError, lambda: convert.main([ours, str(tmp_path / "a.zip")]), "a.zip", ".pth or .safetensors")
@@ -353,6 +355,21 @@ def test_checkpoint_that_does_not_belong(tmp_path):
         assert (weight == 3).all()  # nothing is copied unless all fits
     both = {"a.weight": torch.zeros(1), "vision_model.post_layernorm.bias": torch.zeros(8)}  # every misfit is named
     refuses(UserError, lambda: checkpoints.load_checkpoint(vit, both, "c.pth"), "a.weight", "post_layernorm.bias")
+
+
+def test_place_says_what_becomes_of_a_tensor(folder):
+    """How a sharded model takes its slice: every tensor goes through `place`, beside the parameter that it is for."""
+    whole, names = Llama.from_pretrained(folder), []
+
+    def double(empty, tensor):
+        assert empty.shape == tensor.shape
+        names.append(tuple(tensor.shape))
+        return 2 * tensor
+    twice = Llama.from_pretrained(folder, place=double)
+    ours, theirs = twice.state_dict(), whole.state_dict()
+    assert len(names) == len(theirs) and all(torch.equal(ours[n], 2 * theirs[n]) for n in theirs)
+    checkpoints.load_checkpoint(twice, {n: theirs[n] for n in list(theirs)[:2]}, "c.pth", place=double)
+    assert len(names) == len(theirs) + 2 and all(torch.equal(twice.state_dict()[n], 2 * theirs[n]) for n in theirs)
 
 
 def test_beside(tmp_path, monkeypatch):
@@ -394,7 +411,7 @@ def test_run_cli_keeps_the_traceback_of_a_bug(error):
 def test_run_cli_ends_quietly():
     assert run_cli(lambda: None) is None and run_cli(lambda: 3) == 3
     assert run_cli(lambda: fail(KeyboardInterrupt())) == 130
-    code = "import sys; from formats.errors import MissingFile, UserError, run_cli; sys.exit(run_cli(lambda: print('\\n' * 10**6)))"
+    code = "import sys; from formats.errors import run_cli; sys.exit(run_cli(lambda: print('\\n' * 10**6)))"
     shell = f'"{sys.executable}" -c "{code}" | head -n 1'  # head reads one line and closes the pipe
     done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("\n", "")
