@@ -1,4 +1,4 @@
-"""Several processes (gloo on the CPU) must train as one does: data parallel, sharded, accumulated, resumed by fewer."""
+"""Several processes (gloo on the CPU) must train exactly as one does: data parallel, sharded, accumulated, resumed by fewer."""
 import csv
 import os
 import subprocess
