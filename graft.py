@@ -193,7 +193,7 @@ def show_demo(examples):
 
 
 def plot_demo(examples, columns=3):
-    """A figure of what `demo` returns: image, question, what the pair says, what the graft says (green where it is right)."""
+    """A figure of what `demo` returns: image, question, what the pair says, what the graft says (green where right)."""
     from matplotlib.figure import Figure
     lines = math.ceil(len(examples) / columns)
     fig = Figure(figsize=(3.4 * columns, 4.3 * lines), dpi=100, facecolor="white", layout="constrained")
@@ -271,10 +271,12 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--llm", help="full LLM: folder, .gguf file or hub name (default: the one that the encoder was trained for)")
-    add("--encoder", default="assets/encoder.safetensors", help="checkpoint of the stage encoder (default: %(default)s)")
+    add("--encoder", default="assets/encoder.safetensors",
+        help="checkpoint of the stage encoder (default: %(default)s)")
     add("--direct", default="assets/direct.safetensors",
         help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
-    add("--eval", type=int, default=10, metavar="N", help="held-out images a task for the comparison (default: %(default)s)")
+    add("--eval", type=int, default=10, metavar="N",
+        help="held-out images a task for the comparison (default: %(default)s)")
     add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     add("--seed", type=int, default=EVAL_SEED, help="which held-out images (default: %(default)s)")
     add("--image", help="ask about this picture instead")
@@ -283,7 +285,8 @@ def parse(argv):
     add("--pair", action="store_true", help="ask the encoder-surrogate pair in place of the graft")
     add("--max-new-tokens", type=int, default=128, help="longest answer to --image or --chat (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0: greedy (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this mass (default: %(default)s)")
+    add("--top-p", type=float, default=1.0,
+        help="sample from the likeliest tokens that hold this mass (default: %(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--out", default="runs/graft", help="folder for results.json and demo.png (default: %(default)s)")
@@ -320,7 +323,9 @@ def show(args, vlm, about, command):
     file = checkpoints.locate(args.direct)
     same = file.exists() and checkpoints.open_checkpoint(file)[1].get("llm") == about.get("llm")
     direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer) if same else None
-    layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers" if surrogate else "no surrogate"
+    layers = "no surrogate"
+    if surrogate:
+        layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers"
     print(f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full LLM, zero-shot")
     if surrogate:
         examples = demo(vlm, surrogate, args.seed)
@@ -329,10 +334,12 @@ def show(args, vlm, about, command):
         checkpoints.write_whole(out / "demo.png", lambda part: figure.savefig(part, format="png"))
     rows = compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, direct=direct)
     seconds = round(time.perf_counter() - start, 1)
-    print("\ntext:   the caption in the image's place: what the LLM knows" + ("\ndirect: an encoder trained on the full LLM" if direct else "")
+    print("\ntext:   the caption in the image's place: what the LLM knows"
+          + ("\ndirect: an encoder trained on the full LLM" if direct else "")
           + f"\n\n{table(rows)}\n{args.eval} held-out images a task, with 95 % intervals; * never trained")
-    results = dict(command=command, encoder=args.encoder, about=about, samples=args.eval, seed=args.seed, dtype=args.dtype, device=args.device,
-                   torch=torch.__version__, python=platform.python_version(), seconds=seconds, rows=rows)
+    results = dict(command=command, encoder=args.encoder, about=about, samples=args.eval, seed=args.seed,
+                   dtype=args.dtype, device=args.device, torch=torch.__version__, python=platform.python_version(),
+                   seconds=seconds, rows=rows)
     checkpoints.write_whole(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
     print(f"{seconds} s; see {out}/{'demo.png and ' if surrogate else ''}results.json")
 

@@ -142,16 +142,16 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
-        self.place = None           # sharded over several GPUs (extras/parallel.py): what cuts this process's slice out of a tensor
-        self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again in the backward pass
+        self.place = None           # sharded (extras/parallel.py): what cuts this process's slice out of a tensor
+        self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again backward
 
     @classmethod
     def from_pretrained(cls, path=official.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None):
-        """Load official weights, frozen. `path` is a folder (Hugging Face's or Meta's layout), a .gguf file or a hub name.
+        """Load official weights, frozen. `path`: a folder (Hugging Face's or Meta's layout), .gguf file or hub name.
 
-        layers: a list of the layers to keep (a surrogate), numbered anew; the others are never read. shard: a function that
-        shards the empty model over several GPUs (extras/parallel.py). Raises MissingFile or UserError, each with one line, for
-        files that are missing, damaged or of another model.
+        layers: a list of the layers to keep (a surrogate), numbered anew; the others are never read. shard: a function
+        that shards the empty model over several GPUs (extras/parallel.py). Raises MissingFile or UserError, each with
+        one line, for files that are missing, damaged or of another model.
         """
         path = official.find(path)
         config, tensors = LlamaConfig(**official.llama_config(path)), official.llama_tensors(path)
@@ -462,8 +462,8 @@ class ViT(nn.Module):
 class VLM(nn.Module):
     """An encoder, a projector and a decoder: images become visual tokens in the embedding space of the LLM.
 
-    The names `encoder`, `adapter` (the projector), `embd_soi`, `embd_eoi` and `decoder` are those of the checkpoints that
-    the paper released. Grafting is nothing more than calling this with another decoder.
+    The names `encoder`, `adapter` (the projector), `embd_soi`, `embd_eoi` and `decoder` are those of the checkpoints
+    that the paper released. Grafting is nothing more than calling this with another decoder.
     """
 
     def __init__(self, encoder, decoder, tokenizer=None):
@@ -499,9 +499,10 @@ class VLM(nn.Module):
         return x.masked_scatter(is_image[..., None], visual)                # visual tokens fill the places in order
 
     def loss(self, batch):
-        """Sum of -log p over the targets of a batch (see data.batches.collate); divide it by the targets of the global batch.
+        """Sum of -log p over the targets of a batch (see data.batches.collate); divide it by those of the global batch.
 
-        The same in all stages: what learns is a matter of which parameters require a gradient, and which decoder stands here.
+        The same in all stages: what learns is a matter of which parameters require a gradient, and which decoder stands
+        here.
         """
         x = self.decoder.run(self.embed(batch["tokens"].to(self.decoder.device), batch["pixels"]))     # (B, T, d)
         return self.decoder.loss(x, batch["targets"])
@@ -572,7 +573,8 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
     file = checkpoints.beside(name, checkpoint)
     tensors, about = checkpoints.read_checkpoint(file)
     if about.get("stage") != "vit":
-        raise UserError(f"{file} holds {about.get('stage', 'nothing that was trained here')}, not a ViT: make one with `python -m extras.vit`")
+        raise UserError(f"{file} holds {about.get('stage', 'nothing that was trained here')}, not a ViT: "
+                        "make one with `python -m extras.vit`")
     vit = ViT(ViTConfig(**about["vit_config"]))
     tensors = {n: t for n, t in tensors.items() if n.startswith("encoder.")}
     checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)

@@ -28,14 +28,14 @@ class Recipe:
     """How a stage trains. AdamW has betas (0.9, 0.999) and no weight decay in all of them, as in the paper."""
     steps: int = option(200, "optimizer steps; 0: all records once", 0)
     batch: int = option(16, "samples a step, over all processes", 1)
-    micro_batch: int = option(0, "samples that a process takes through the model at once; 0: its whole share of the batch", 0)
+    micro_batch: int = option(0, "samples that a process takes through the model at once; 0: its share of the batch", 0)
     lr: float = option(2e-4, "peak learning rate", 0, 1)
     warmup: float = option(0.0305, "share of the steps in which the learning rate rises; then a cosine to 0", 0, 1)
     clip: float = option(1.0, "largest norm of the gradient", 0, 1e9)
     loss_on: str = option("answers+special", "which tokens carry loss: answers+special (chat tokens, too) or answers")
     projector: bool = option(True, "stage translator: does the projector learn, too? (not if stage 0 aligned it)")
     max_length: int = option(4096, "longest sequence in tokens; longer ones are cut", 32, 10**6)
-    checkpointing: bool = option(False, "keep only the layers' inputs for the backward pass, and compute the rest again")
+    checkpointing: bool = option(False, "keep only the layers' inputs for the backward pass, compute the rest again")
     dtype: str = option("auto", "auto, float32 or bfloat16; auto: bfloat16 where the chip multiplies it in hardware")
     workers: int = option(0, "processes that prepare the images ahead", 0, 256)
     save_every: int = option(100, "steps between checkpoints", 1)
@@ -50,14 +50,15 @@ def check(recipe):
         value, low, high = getattr(recipe, f.name), f.metadata["low"], f.metadata["high"]
         if f.name in CHOICES and value not in CHOICES[f.name]:
             raise UserError(f"{f.name}={value}: choose one of {', '.join(CHOICES[f.name])}")
-        if f.type in (int, float) and low is not None and not low <= value <= (math.inf if high is None else high) or value == math.inf:
+        top = math.inf if high is None else high
+        if f.type in (int, float) and low is not None and not low <= value <= top or value == math.inf:
             limits = f"between {low:g} and {high:g}" if high is not None else f"at least {low:g}"
             raise UserError(f"{f.name}={value:g}: {f.name} must be {limits}")
     return recipe
 
 
 def override(recipe, settings):
-    """`recipe` with `settings`, a list of "key=value"; UserError for an unknown key, a wrong type or a value out of range."""
+    """`recipe` with `settings`, a list of "key=value"; UserError for an unknown key, wrong type or bad value."""
     fields, new = {f.name: f for f in dataclasses.fields(recipe)}, {}
     for text in settings:
         key, equals, value = text.partition("=")
@@ -66,7 +67,8 @@ def override(recipe, settings):
             raise UserError(f"{what}; there are {', '.join(fields)}")
         kind = fields[key].type
         try:
-            new[key] = {"true": True, "1": True, "false": False, "0": False}[value.lower()] if kind is bool else kind(value)
+            yes_no = {"true": True, "1": True, "false": False, "0": False}
+            new[key] = yes_no[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             names = {int: "a whole number", float: "a number", bool: "true or false"}
             raise UserError(f"{text}: {key} must be {names[kind]}") from None
@@ -75,7 +77,8 @@ def override(recipe, settings):
 
 def help_text(recipe):
     """One line a field: name, value, meaning."""
-    return "\n".join(f"  {f.name + '=' + str(getattr(recipe, f.name)):26}{f.metadata['says']}" for f in dataclasses.fields(recipe))
+    return "\n".join(f"  {f.name + '=' + str(getattr(recipe, f.name)):26}{f.metadata['says']}"
+                     for f in dataclasses.fields(recipe))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,26 +111,32 @@ def paper(micro_batch=8, decoder_micro_batch=4, **translator):
     return dict(
         translator=Recipe(**dict(steps=4393, batch=256, lr=1e-4) | common | translator),
         encoder=Recipe(steps=4880, batch=128, lr=5e-5, **common),
-        decoder=Recipe(steps=1040, batch=128, lr=5e-5, loss_on="answers", **common | dict(micro_batch=decoder_micro_batch)),
+        decoder=Recipe(steps=1040, batch=128, lr=5e-5, loss_on="answers",
+                       **common | dict(micro_batch=decoder_micro_batch)),
     )
 
 
 def llama3(factor, **sizes):
-    return LlamaConfig(vocab_size=128256, head_dim=128, rope_theta=500000.0, max_position_embeddings=131072, num_key_value_heads=8,
+    return LlamaConfig(vocab_size=128256, head_dim=128, rope_theta=500000.0, max_position_embeddings=131072,
+                       num_key_value_heads=8,
                        rope_scaling=dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
                                          original_max_position_embeddings=8192), **sizes)
 
 
 CLIP = dict(vit="openai/clip-vit-large-patch14-336", vit_config=ViTConfig(
-    image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16))
+    image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096,
+    num_hidden_layers=24, num_attention_heads=16))
 TARGETS = {
     "small": Target(DEFAULT_LLM, "assets/vit.safetensors", ((20, 23), (24, 28)), LlamaConfig(), ViTConfig()),
     "llama-3.2-3b": Target("meta-llama/Llama-3.2-3B-Instruct", ranges=((16, 26),), **CLIP, llm_config=llama3(
-        32.0, num_hidden_layers=28, hidden_size=3072, intermediate_size=8192, num_attention_heads=24, tie_word_embeddings=True)),
+        32.0, num_hidden_layers=28, hidden_size=3072, intermediate_size=8192, num_attention_heads=24,
+        tie_word_embeddings=True)),
     "llama-3.1-8b": Target("meta-llama/Llama-3.1-8B-Instruct", ranges=((17, 30),), **CLIP, llm_config=llama3(
-        8.0, num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, tie_word_embeddings=False)),
+        8.0, num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        tie_word_embeddings=False)),
     "llama-3.1-70b": Target("meta-llama/Llama-3.1-70B-Instruct", ranges=((40, 78),), **CLIP, llm_config=llama3(
-        8.0, num_hidden_layers=80, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, tie_word_embeddings=False)),
+        8.0, num_hidden_layers=80, hidden_size=8192, intermediate_size=28672, num_attention_heads=64,
+        tie_word_embeddings=False)),
 }
 RECIPES = {
     "small": SMALL,

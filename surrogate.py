@@ -78,7 +78,7 @@ def read_texts(tokenizer, path="assets/text.txt", length=96):
 
 
 def choose_ranges(llm, tokenizer):
-    """As in the paper: one translator for everything from the turn of the LLM's own trajectory up to the last layer but one."""
+    """As in the paper: one translator for all from the turn of the LLM's own trajectory to the last layer but one."""
     cut = find_transition(prediction_trajectory(llm, read_texts(tokenizer), progress=True))
     return [(cut, llm.config.num_hidden_layers - 2)]
 
@@ -152,13 +152,14 @@ def load_surrogate(llm, checkpoint):
     """The surrogate of `llm` that a checkpoint of train.py was trained with."""
     _, about = checkpoints.open_checkpoint(checkpoint)
     if not about.get("ranges"):
-        raise UserError(f"{checkpoint} (stage {about.get('stage', 'unknown')}) was not trained with a surrogate: it names no replaced layers")
+        raise UserError(f"{checkpoint} (stage {about.get('stage', 'unknown')}) was not trained with a surrogate: "
+                        "it names no replaced layers")
     return load_translators(build_surrogate(llm, about["ranges"]), checkpoint)
 
 
 def load_translators(surrogate, checkpoint):
-    """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 leaves them frozen) names the one that
-    it started from. Returns the surrogate."""
+    """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 leaves them frozen) names the one
+    that it started from. Returns the surrogate."""
     tensors, about = checkpoints.read_checkpoint(checkpoint)
     while not any(n.startswith("decoder.") for n in tensors):
         if not about.get("start"):
@@ -212,7 +213,8 @@ def plot_trajectory(trajectory, cut, ranges=(), title=""):
     ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points",
                 color="#c1121f", va="top")
     for i, (first, last) in enumerate(ranges):
-        ax.axvspan(first - 0.45, last + 0.45, color="#f4a261", alpha=0.25, label="replaced by a translator" if i == 0 else None)
+        ax.axvspan(first - 0.45, last + 0.45, color="#f4a261", alpha=0.25,
+                   label="replaced by a translator" if i == 0 else None)
     ax.grid(alpha=0.3)
     if ranges:
         ax.legend(loc="lower left", frameon=False)
@@ -221,10 +223,14 @@ def plot_trajectory(trajectory, cut, ranges=(), title=""):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llm", default=official.DEFAULT_LLM, help="folder, .gguf file or hub name of a Llama (default: %(default)s)")
-    parser.add_argument("--text", default="assets/text.txt", help="text to read, paragraphs apart by empty lines (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=96, help="tokens of each paragraph to read (default: %(default)s)")
-    parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 20-23,24-28 by two (default: from the turn to the last but one)")
+    parser.add_argument("--llm", default=official.DEFAULT_LLM,
+                        help="folder, .gguf file or hub name of a Llama (default: %(default)s)")
+    parser.add_argument("--text", default="assets/text.txt",
+                        help="text to read, paragraphs apart by empty lines (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=96,
+                        help="tokens of each paragraph to read (default: %(default)s)")
+    parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 20-23,24-28 by two "
+                        "(default: from the turn to the last but one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -3,11 +3,11 @@ Train a vision encoder against the surrogate of an LLM: the paper's three stages
 
     python train.py translator      # 1: train the surrogate's translator
     python train.py encoder         # 2: train projector and upper ViT through the frozen surrogate
-    python graft.py --encoder runs/encoder/encoder.safetensors      # the graft: the same encoder, the full LLM, no training
+    python graft.py --encoder runs/encoder/encoder.safetensors  # the graft: the same encoder, the full LLM, no training
     python train.py decoder         # 3 (optional): go on training the full LLM behind the grafted encoder
 
-Every stage goes on from the one before, and every number of its recipe (recipes.py) can be changed: python train.py encoder
-steps=600 lr=1e-4. Read top to bottom: 1) what learns, 2) the optimizer, 3) the loop, 4) what a stage starts from, 5) the command line.
+Every stage goes on from the one before, and every number of its recipe (recipes.py) can be changed: python train.py
+encoder steps=600 lr=1e-4. Below: 1) what learns, 2) optimizer, 3) loop, 4) what a stage starts from, 5) command line.
 """
 import argparse
 import dataclasses
@@ -34,10 +34,8 @@ from surrogate import build_surrogate, check_ranges, choose_ranges, from_pretrai
 
 
 def trained_parameters(vlm, stage, projector=True):
-    """{name: parameter} that a stage trains: these get gradients, all others are frozen.
-
-    projector=False leaves out everything before the decoder: stage 1, where stage 0 aligned the projector already.
-    """
+    """{name: parameter} that a stage trains: these get gradients, all others are frozen. projector=False leaves out
+    everything before the decoder: stage 1, where stage 0 aligned the projector already."""
     L = vlm.encoder.config.num_hidden_layers
     prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."] if projector else []
     if stage == "translator":
@@ -68,7 +66,7 @@ def lr_at(step, recipe):
 class Optimizer:
     """AdamW on float32 copies of the trained parameters, whatever the dtype in which the model computes.
 
-    bfloat16 has 8 bits: it would lose most updates. Make this first, then cast the model: so the copies begin with all their digits.
+    bfloat16 has 8 bits: it would lose most updates. Make this first, then cast the model: the copies keep all digits.
     """
 
     def __init__(self, parameters, recipe):
@@ -95,7 +93,8 @@ class Optimizer:
         """One step with the gradients gathered since the last. Returns the learning rate used."""
         norm, lr = self.norm(), lr_at(self.step, self.recipe)
         if not norm.isfinite():                             # nothing has been touched yet
-            raise UserError(f"the gradient became {norm.item()} at step {self.step}: try a smaller lr (checkpoints are intact)")
+            raise UserError(f"the gradient became {norm.item()} at step {self.step}: try a smaller lr "
+                            "(checkpoints are intact)")
         for m in self.master.values():
             if m.grad is not None:
                 m.grad *= (self.recipe.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -158,9 +157,9 @@ class Solo:
 def train(vlm, recipe, batches, out, about, resume=False, team=Solo(), export=dict.items):
     """Train what `about["stage"]` trains, through whatever decoder the VLM has. Returns the log: a dict a step.
 
-    batches: see data.batches.Batches. about: what the run is, kept in every checkpoint. Writes into the folder `out`
-    STAGE.safetensors (what was trained), state.safetensors (for resume=True), log.csv and loss.png. export: trained weights ->
-    the (name, tensor) pairs that are saved.
+    batches: see data.batches.Batches. about: what the run is, kept in every checkpoint. Into the folder `out` go
+    STAGE.safetensors (what was trained), state.safetensors (for resume=True), log.csv and loss.png. export: trained
+    weights -> the (name, tensor) pairs that are saved.
     """
     stage, device = about["stage"], vlm.decoder.device
     optimizer = team.Optimizer(trained_parameters(vlm, stage, recipe.projector or stage != "translator"), recipe)
@@ -196,8 +195,8 @@ def default_dtype(device):
 
 
 def starting_point(stage, target, init=None):
-    """The checkpoint that a stage goes on from: the one that is named, else what the stage before left in runs/, else what
-    is shipped. None: a new projector over a CLIP."""
+    """The checkpoint that a stage goes on from: the one that is named, else what the stage before left in runs/, else
+    what is shipped. None: a new projector over a CLIP."""
     if init:
         return None if init == "none" else init
     before = {"translator": "vit", "encoder": "translator", "decoder": "encoder"}[stage]
@@ -208,37 +207,38 @@ def starting_point(stage, target, init=None):
 
 
 def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=None, seed=0, **data):
-    """What a run is, before anything heavy is read: `about`, the metadata of its checkpoints. UserError if it cannot be."""
+    """What a run is, before anything heavy is read: `about`, its checkpoints' metadata. UserError if it cannot be."""
     target, L = TARGETS[name], None
     start = starting_point(stage, target, init)
     was = open_checkpoint(start)[1] if start else {}
     llm = llm or was.get("llm", target.llm)
     if was.get("llm", llm) != llm:
-        raise UserError(f"{start} was trained for {was['llm']}, not for {llm}: give another checkpoint, or none, as --init")
+        raise UserError(f"{start} was trained for {was['llm']}, not for {llm}: "
+                        "give another checkpoint, or none, as --init")
     if was.get("stage") == "decoder" and stage != "decoder":
         raise UserError(f"{start} is of stage decoder, which trained the full LLM: no surrogate belongs to it")
     given = "auto" if replace == "auto" else parse_ranges(replace) if replace is not None else None
-    if stage == "decoder":
-        if replace is not None:
-            raise UserError("--replace: stage decoder trains the full LLM, of which nothing is replaced")
-        ranges = []
-    elif given == []:
-        if stage == "translator":
-            raise UserError("--replace none: without a surrogate there is no translator to train; stage encoder can do without")
+    if stage == "decoder" and replace is not None:
+        raise UserError("--replace: stage decoder trains the full LLM, of which nothing is replaced")
+    if stage == "translator" and given == []:
+        raise UserError("--replace none: without a surrogate there is no translator to train; "
+                        "stage encoder can do without")
+    if stage == "decoder" or given == []:
         ranges = []
     elif was.get("ranges") and (given is None or given == [tuple(r) for r in was["ranges"]]):
         ranges = was["ranges"]                              # go on with the translators of the start
     elif stage == "encoder":
-        raise UserError(f"{start or 'a new projector'} holds no translator for these layers: run `python train.py translator` first"
-                        " and give its checkpoint as --init, or train on the full LLM with --replace none")
+        raise UserError(f"{start or 'a new projector'} holds no translator for these layers: "
+                        "run `python train.py translator` first and give its checkpoint as --init, "
+                        "or train on the full LLM with --replace none")
     else:
         ranges = given or (target.ranges if llm == target.llm else "auto")
     if ranges and ranges != "auto" and (llm == target.llm and target.llm_config or Path(llm).exists()):
         L = target.llm_config.num_hidden_layers if llm == target.llm else llama_config(Path(llm))["num_hidden_layers"]
         ranges = check_ranges(ranges, L)
     vit = vit or was.get("vit") or (start if was.get("stage") == "vit" else target.vit)
-    about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed, recipe=dataclasses.asdict(recipe), **data)
-    return json.loads(json.dumps(about))
+    about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed)
+    return json.loads(json.dumps(about | dict(recipe=dataclasses.asdict(recipe)) | data))
 
 
 def check_resume(out, about):
@@ -247,21 +247,21 @@ def check_resume(out, about):
     if not state.exists():
         raise MissingFile(f"nothing to resume: {state} is not there (see --out)")
     was = open_checkpoint(state)[1].get("about", {})
-    flat = lambda d: {k: v for key, value in d.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
+    flat = lambda d: {k: v for key, value in d.items()
+                      for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
     ours, theirs = flat(about), flat(was)
     ours |= {"ranges": theirs.get("ranges")} if about["ranges"] == "auto" else {}
-    odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items() if k not in ("workers", "save_every") and theirs.get(k) != v]
+    odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items()
+           if k not in ("workers", "save_every") and theirs.get(k) != v]
     if odd:
         raise UserError(f"{state} is of another run: {'; '.join(odd)}")
     return was
 
 
 def build(about, dtype, device, shard=None, llm=None):
-    """The VLM of a run, with the weights that it starts from; its decoder is the surrogate, or without ranges the full LLM.
-
-    A new translator is a copy of the first layer that it stands for. Of the LLM only the layers that are kept are read, unless
-    it is there already (llm): then the surrogate shares them.
-    """
+    """The VLM of a run, with the weights that it starts from; its decoder: the surrogate, without ranges the full LLM.
+    A new translator is a copy of the first layer that it stands for. Of the LLM only the layers that are kept are read,
+    unless it is there already (llm): then the surrogate shares them."""
     path, start, ranges = find(about["llm"]), about["start"], about["ranges"]
     was = open_checkpoint(start)[1] if start else {}
     if ranges == "auto" or not ranges:
@@ -274,13 +274,13 @@ def build(about, dtype, device, shard=None, llm=None):
         load_translators(decoder, start)
     torch.manual_seed(0)                                    # a new projector's first values
     vlm = VLM(base_vit(about["vit"], start or about["vit"]), decoder, Tokenizer.from_pretrained(path))
-    vlm.to(device)                                          # what is before the decoder stays float32 until the optimizer has copied it
+    vlm.to(device)                                          # before the decoder: float32 till the optimizer has copies
     if start:
         tensors, was = read_checkpoint(start)
         while "adapter.0.weight" not in tensors and was.get("start"):
-            below, was = read_checkpoint(beside(was["start"], start))   # stage 1 left the projector as it was: take it from there
+            below, was = read_checkpoint(beside(was["start"], start))   # stage 1 left the projector as it was
             tensors = below | tensors
-        keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors   # else it is the surrogate's
+        keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors   # else surrogate
         load_checkpoint(vlm, {n: t for n, t in tensors.items() if keep or not n.startswith("decoder.")}, start)
     return vlm
 
@@ -291,56 +291,58 @@ def build(about, dtype, device, shard=None, llm=None):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES, help="which stage to run")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
-    parser.add_argument("--recipe", default="small", choices=list(RECIPES), help="LLM, ViT, layers and numbers (default: %(default)s)")
-    parser.add_argument("--llm", help="target LLM: folder, .gguf file or hub name (default: the recipe's)")
-    parser.add_argument("--vit", help="ViT: a checkpoint of extras/vit.py, or a CLIP folder or hub name (default: that of --init)")
-    parser.add_argument("--init", help="checkpoint to go on from; none: a new projector (default: the stage before, in runs/ or assets/)")
-    parser.add_argument("--replace", help="layers that translators replace, e.g. 16-26, or 20-23,24-28 by two; auto: from the prediction's "
-                        "turn on; none: train on the full LLM (default: those of --init, else the recipe's)")
-    parser.add_argument("--data", help="LLaVA-format JSON in place of the drawn world")
-    parser.add_argument("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
-    parser.add_argument("--text", help="stage translator: JSON of text instructions (default: assets/chats.json, which the LLM wrote)")
-    parser.add_argument("--on-bad-record", default="stop", choices=["stop", "skip"], help="name it and stop, or go on (default: %(default)s)")
-    parser.add_argument("--out", help="folder for checkpoint, log and plot (default: runs/STAGE)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add = parser.add_argument
+    add("stage", choices=STAGES, help="which stage to run")
+    add("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
+    add("--recipe", default="small", choices=list(RECIPES), help="LLM, ViT, layers and numbers (default: %(default)s)")
+    add("--llm", help="target LLM: folder, .gguf file or hub name (default: the recipe's)")
+    add("--vit", help="ViT: a checkpoint of extras/vit.py, or a CLIP folder or hub name (default: that of --init)")
+    add("--init", help="checkpoint to go on from; none: new projector (default: the stage before, in runs/ or assets/)")
+    add("--replace", help="layers that translators replace, e.g. 16-26, or 20-23,24-28 by two; auto: from the "
+        "prediction's turn on; none: train on the full LLM (default: those of --init, else the recipe's)")
+    add("--data", help="LLaVA-format JSON in place of the drawn world")
+    add("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
+    add("--text", help="stage translator: JSON of text instructions (default: assets/chats.json, which the LLM wrote)")
+    add("--on-bad-record", default="stop", choices=["stop", "skip"], help="stop at it or go on (default: %(default)s)")
+    add("--out", help="folder for checkpoint, log and plot (default: runs/STAGE)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     stage = next((s for s in STAGES if s in argv), "encoder")
     parser.epilog = f"key=value, with the values of the stage {stage}:\n{help_text(RECIPES['small'][stage])}"
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda weights, vlm: weights.items()):
-    """For extras/parallel.py: the team of processes, what changes the model before it is trained, and weights before they are saved."""
+    """For extras/parallel.py: the team of processes; what changes the model before training; weights before saving."""
     args = parse(sys.argv[1:] if argv is None else argv)
     stage, small, team = args.stage, args.recipe == "small", team or Solo(args.device)
     recipe = override(RECIPES[args.recipe][stage], args.settings)
     if args.text and stage != "translator":
-        raise UserError(f"--text is for stage translator: stage {stage} reads " + ("images alone" if stage == "encoder" else "what --data holds"))
+        reads = "images alone" if stage == "encoder" else "what --data holds"
+        raise UserError(f"--text is for stage translator: stage {stage} reads {reads}")
     if not small and (not args.data or stage == "translator" and not args.text):
-        raise UserError(f"the recipe {args.recipe} learns from photographs: give LLaVA's JSON as --data and its folder as --images"
-                        + (", and a JSON of text instructions as --text" if stage == "translator" else ""))
+        raise UserError(f"the recipe {args.recipe} learns from photographs: give LLaVA's JSON as --data, its folder as "
+                        "--images" + (", and a JSON of text instructions as --text" if stage == "translator" else ""))
     text = args.text or (CHATS if stage == "translator" else None)
     about = plan(stage, recipe, args.recipe, args.llm, args.vit, args.init, args.replace, args.seed,
                  data=args.data, images=args.images if args.data else None, text=text)
     out = args.out or f"runs/{stage}"
-    if args.resume:
-        about = check_resume(out, about)
+    about = check_resume(out, about) if args.resume else about
     samples, n = read_data(stage, about, args.on_bad_record)
     if recipe.steps == 0 or args.data and small and not any(s.startswith("steps=") for s in args.settings):
         recipe = dataclasses.replace(recipe, steps=max(1, (n or 0) // recipe.batch))    # all records once
         about["recipe"]["steps"] = recipe.steps
     if team.rank == 0:
-        print(f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for {about['llm']}"
-              + (f" with the layers {about['ranges']} replaced" if about["ranges"] else ""))
+        print(f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
+              + about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else ""))
     dtype = default_dtype(team.device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     vlm = build(about, dtype, team.device, team.shard)
     prepare(vlm, about)
     if recipe.checkpointing:
         vlm.decoder.checkpointed = range(len(vlm.decoder.model.layers))
-    batches = Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size, team.rank, team.world, team.mixed)
+    batches = Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size,
+                      team.rank, team.world, team.mixed)
     train(vlm, recipe, batches, out, about, args.resume, team, lambda weights: export(weights, vlm))
 
 
