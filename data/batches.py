@@ -149,9 +149,9 @@ class Batches(torch.utils.data.Dataset):
     """
     batches[step] -> the micro-batches that this process reads in that step.
 
-    Each process takes its share of the step's samples, sorts it into those with an image and those without, and cuts it into
-    micro-batches. So each is of one kind: where there is no image nothing before the decoder's trained layers needs a
-    gradient, and autograd skips it without being told. (mixed=True leaves them as they come.)
+    Each process takes its share of the step's samples, sorts it into those with an image and those without, and cuts it
+    into micro-batches. So each is of one kind: where there is no image nothing before the decoder's trained layers
+    needs a gradient, and autograd skips it without being told. (mixed=True leaves them as they come.)
 
     samples[i]: number i of an endless walk. recipe: its batch, micro_batch, loss_on and max_length count here.
     """
@@ -160,8 +160,9 @@ class Batches(torch.utils.data.Dataset):
         share, left = divmod(recipe.batch, world)
         micro = recipe.micro_batch or share
         if left or not share or share % micro:
-            raise UserError(f"a batch of {recipe.batch} cannot be shared out: {micro} samples at a time in {world} process(es) "
-                            f"make {micro * world}, which does not divide {recipe.batch} (see batch and micro_batch)")
+            raise UserError(f"a batch of {recipe.batch} cannot be shared out: {micro} samples at a time in {world} "
+                            f"process(es) make {micro * world}, which does not divide {recipe.batch} "
+                            "(see batch and micro_batch)")
         self.samples, self.batch, self.share, self.micro, self.rank = samples, recipe.batch, share, micro, rank
         self.mixed, self.workers = mixed, recipe.workers
         self.collate = functools.partial(collate, tokenizer=tokenizer, n_visual=n_visual, size=image_size,
@@ -171,7 +172,9 @@ class Batches(torch.utils.data.Dataset):
         first = step * self.batch + self.rank * self.share
         try:
             mine = [self.samples[i] for i in range(first, first + self.share)]
-            kinds = [mine] if self.mixed else [[s for s in mine if s.image is not None], [s for s in mine if s.image is None]]
+            kinds = [mine]
+            if not self.mixed:
+                kinds = [[s for s in mine if s.image is not None], [s for s in mine if s.image is None]]
             return [self.collate(kind[i:i + self.micro]) for kind in kinds for i in range(0, len(kind), self.micro)]
         except (UserError, OSError) as error:  # from a worker process, only what is returned arrives as it is
             return error
