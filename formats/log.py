@@ -15,17 +15,20 @@ class Log:
     """Progress bar, log.csv, loss.png and checkpoints of a run."""
 
     def __init__(self, out, about, optimizer, team=None, resume=False, export=dict.items):
-        self.out, self.about, self.optimizer, self.team, self.export = Path(out), json.loads(json.dumps(about)), optimizer, team, export
+        self.out, self.about = Path(out), json.loads(json.dumps(about))
+        self.optimizer, self.team, self.export = optimizer, team, export
         self.first = team is None or team.rank == 0
         self.rows, self.state = [], self.out / "state.safetensors"
         if resume:
             tensors, was = open_checkpoint(self.state)
             optimizer.load_state(tensors, was["step"])
             with open(self.out / "log.csv") as f:
-                self.rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(f) if int(r["step"]) < optimizer.step]
+                self.rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(f)
+                             if int(r["step"]) < optimizer.step]
         self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
         self.steps = range(optimizer.step, optimizer.recipe.steps)              # those that are left
-        self.bar = tqdm(self.steps, about["stage"], unit="step", total=optimizer.recipe.steps, initial=optimizer.step, disable=not self.first)
+        self.bar = tqdm(self.steps, about["stage"], unit="step", total=optimizer.recipe.steps, initial=optimizer.step,
+                        disable=not self.first)
 
     def add(self, step, **values):
         """Note what a step made, and save when it is time."""
@@ -44,7 +47,7 @@ class Log:
                 writer.writerows(self.rows)
 
         about = self.about | dict(steps_done=self.optimizer.step, seconds=round(time.time() - self.start, 1))
-        gathered = self.team.gathered if self.team else dict                    # of sharded weights, every process has a part
+        gathered = self.team.gathered if self.team else dict                    # sharded: each process has a part
         weights = gathered((n, t.half()) for n, t in self.export(self.optimizer.weights()))
         state = gathered(self.optimizer.state().items())
         if self.first:
