@@ -1,12 +1,13 @@
 """
-Stage 1 with the full LLM as teacher, where the paper's has only the answers: the translator learns what the LLM makes of a sample.
+Stage 1 with the full LLM as teacher, where the paper's has the answers alone: the translator learns what the LLM makes
+of a sample.
 
     python -m extras.distillation                       # in place of `python train.py translator`
     python -m extras.distillation steps=1200 epochs=4   # the shipped one
 
-The LLM's own predictions say far more per sample than the answer's tokens do, and they pull the translator towards what the LLM
-*would do*, not towards solving the task itself. It takes stage 0's aligned projector: then nothing before the translator learns,
-what trunk and LLM make of a sample stays the same, and is computed once and read `epochs` times.
+The LLM's own predictions say far more per sample than the answer's tokens do, and they pull the translator towards what
+the LLM *would do*, not towards solving the task itself. It takes stage 0's aligned projector: then nothing before the
+translator learns, what trunk and LLM make of a sample stays the same, and is computed once and read `epochs` times.
 """
 import argparse
 import dataclasses
@@ -38,27 +39,28 @@ RECIPE = Recipe(**dataclasses.asdict(SMALL["translator"]) | dict(steps=400))
 
 @torch.no_grad()
 def teach(vlm, llm, batch):
-    """What trunk and full LLM make of a batch: a dict of tensors that `distillation_loss` compares the translators with."""
+    """What trunk and full LLM make of a batch: a dict of tensors that `distillation_loss` compares translators with."""
     s, device = vlm.decoder, vlm.decoder.device
-    after = s.ranges[-1][1] + 1                             # the layer behind the last replaced range, counted in the LLM
+    after = s.ranges[-1][1] + 1                             # the LLM's layer behind the last replaced range
     trunk = s.run(vlm.embed(batch["tokens"].to(device), batch["pixels"]), 0, s.trunk)   # (B, T, C): shared with the LLM
-    theirs = llm.run(trunk, s.trunk, after)                                             # (B, T, C): what translators should make
+    theirs = llm.run(trunk, s.trunk, after)                                             # (B, T, C): what to make
     index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(device)           # (N,) positions with a target
-    full = llm.run(theirs, after).flatten(0, 1)[index]                                  # (N, C): what the LLM makes of it
+    full = llm.run(theirs, after).flatten(0, 1)[index]                                  # (N, C): the LLM's last state
     real = (torch.arange(trunk.shape[1]) < batch["lengths"][:, None]).to(device)        # (B, T): not padding
     return dict(trunk=trunk, theirs=theirs, full=full, index=index, real=real)
 
 
 def distillation_loss(surrogate, llm, lesson):
-    """(KL divergence of the LLM's predictions from the surrogate's, summed over targets; distance of the translators' states
-    from the LLM's, summed over positions)."""
+    """(KL divergence of the LLM's predictions from the surrogate's, summed over targets; distance of the translators'
+    states from the LLM's, summed over positions)."""
     last = surrogate.translators[-1] + 1                    # the layer behind the last translator
     theirs = lesson["theirs"]
     ours = surrogate.run(lesson["trunk"], surrogate.trunk, last)                        # (B, T, C)
     # each position in units of its own length: the first token's state is many times as long as the others' ("massive
     # activations", arXiv 2402.17762), and would be all that a common unit sees
     off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (B, T) each
-    logp = surrogate.logits(surrogate.run(ours, last).flatten(0, 1)[lesson["index"]]).float().log_softmax(-1)   # (N, vocab)
+    state = surrogate.run(ours, last).flatten(0, 1)[lesson["index"]]                    # (N, C)
+    logp = surrogate.logits(state).float().log_softmax(-1)                              # (N, vocab)
     with torch.no_grad():
         full_logp = llm.logits(lesson["full"]).float().log_softmax(-1)                  # (N, vocab)
     kl = F.kl_div(logp, full_logp, log_target=True, reduction="sum")
@@ -91,10 +93,14 @@ def main(argv=None):
                                      epilog=f"key=value:\n{help_text(RECIPE)}")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
     parser.add_argument("--llm", help="target LLM: folder, .gguf file or hub name (default: that of --init)")
-    parser.add_argument("--init", help="checkpoint of stage vit or translator (default: runs/vit/vit.safetensors, or the shipped one)")
-    parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two (default: the recipe's)")
-    parser.add_argument("--out", default="runs/translator", help="folder for checkpoint, log and plot (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
+    parser.add_argument("--init", help="checkpoint of stage vit or translator "
+                        "(default: runs/vit/vit.safetensors, or the shipped one)")
+    parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two "
+                        "(default: the recipe's)")
+    parser.add_argument("--out", default="runs/translator",
+                        help="folder for checkpoint, log and plot (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the checkpoint in --out, exactly as if never stopped")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_intermixed_args(argv)
@@ -109,7 +115,8 @@ def main(argv=None):
     dtype = default_dtype(args.device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     llm = Llama.from_pretrained(find(about["llm"]), dtype, args.device)
     vlm = build(about, dtype, args.device, llm=llm)
-    print(f"stage translator, distilled: goes on from {about['start']}, trains for {about['llm']} with the layers {about['ranges']} replaced")
+    print(f"stage translator, distilled: goes on from {about['start']}, trains for {about['llm']} "
+          f"with the layers {about['ranges']} replaced")
     batches = Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size)
     distill(vlm, llm, recipe, batches, args.out, about, args.resume)
 

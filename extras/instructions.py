@@ -4,8 +4,8 @@ The LLM writes the instructions that the encoder learns from: LLaVA's recipe in 
     python -m extras.instructions           # writes assets/instructions.json, and prints what each filter lets through
     python -m extras.instructions --chats   # writes assets/chats.json: the text instructions of stage 1
 
-Every caption of the world x open questions, the caption in the image's place; the LLM answers in text. In training the image
-takes the caption's place, and the encoder learns to bring about the same answer. LLaVA's data were made so (arXiv
+Every caption of the world x open questions, the caption in the image's place; the LLM answers in text. In training the
+image takes the caption's place, and the encoder learns to bring about the same answer. LLaVA's data were made so (arXiv
 2304.08485); for speech, where the LLM stays frozen as it does here: BLSP (2309.00916) and DeSTA2.5 (2507.02768).
 """
 
@@ -146,7 +146,7 @@ def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subje
 
 @torch.no_grad()
 def write_chats(llm, tokenizer, n=256, seed=0, batch=64):
-    """n text instructions in LLaVA's format: the LLM invents a user's question, then answers it (as in Magpie, 2406.08464)."""
+    """n text instructions in LLaVA's format: the LLM invents a user's question and answers it (Magpie, 2406.08464)."""
     generator = torch.Generator(llm.device).manual_seed(seed)
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     start = bos + tokenizer.turn_start + tokenizer.encode("user") + tokenizer.header_end + tokenizer.newline
@@ -155,7 +155,8 @@ def write_chats(llm, tokenizer, n=256, seed=0, batch=64):
         sample = dict(temperature=1.0, top_p=0.9, stop=tokenizer.stop_tokens, generator=generator)
         questions = [tokenizer.decode(q).strip() for q in llm.generate([start] * batch, max_new_tokens=32, **sample)]
         questions = [q for q in questions if q and "<image>" not in q]
-        answers = llm.generate([tokenizer.chat([{"role": "user", "content": q}]) for q in questions], max_new_tokens=48, **sample)
+        prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in questions]
+        answers = llm.generate(prompts, max_new_tokens=48, **sample)
         for question, answer in zip(questions, (tokenizer.decode(a).strip() for a in answers)):
             if answer and len(records) < n:
                 turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
@@ -167,15 +168,21 @@ def write_chats(llm, tokenizer, n=256, seed=0, batch=64):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chats", action="store_true", help="write text instructions for stage 1 in place of those about pictures")
-    parser.add_argument("--llm", default=official.DEFAULT_LLM, help="who writes: folder, .gguf file or hub name (default: %(default)s)")
+    parser.add_argument("--chats", action="store_true",
+                        help="write text instructions for stage 1 in place of those about pictures")
+    parser.add_argument("--llm", default=official.DEFAULT_LLM,
+                        help="who writes: folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--out", help="default: assets/instructions.json, with --chats assets/chats.json")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
     path = official.find(args.llm)
-    llm, tokenizer = Llama.from_pretrained(path, default_dtype(args.device), args.device), Tokenizer.from_pretrained(path)
-    written, report = (write_chats(llm, tokenizer, seed=args.seed), []) if args.chats else write(llm, tokenizer, args.seed)
+    llm = Llama.from_pretrained(path, default_dtype(args.device), args.device)
+    tokenizer = Tokenizer.from_pretrained(path)
+    if args.chats:
+        written, report = write_chats(llm, tokenizer, seed=args.seed), []
+    else:
+        written, report = write(llm, tokenizer, args.seed)
     out = args.out or ("assets/chats.json" if args.chats else "assets/instructions.json")
     lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
     checkpoints.write_whole(out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))

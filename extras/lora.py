@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ALPHA = 32      # the paper's code has rank 8 and alpha 32, by default on q_proj and v_proj alone; here on all seven matrices
+# the paper's code has rank 8 and alpha 32, by default on q_proj and v_proj alone; here on all seven matrices
+ALPHA = 32
 
 
 class LoRALinear(nn.Linear):
@@ -22,7 +23,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(llm, rank):
-    """Give every matrix in the layers of a Llama an update of this rank, in place. It starts at 0: B is 0, A is random."""
+    """Give every matrix in a Llama's layers an update of this rank, in place. It starts at 0: B is 0, A is random."""
     for module in [m for layer in llm.model.layers for m in layer.modules() if type(m) is nn.Linear]:
         A = torch.randn(rank, module.in_features) / math.sqrt(module.in_features)
         module.lora_A = nn.Parameter(A.to(llm.device))                                              # (rank, in)
@@ -33,8 +34,8 @@ def add_lora(llm, rank):
 
 @torch.no_grad()
 def merge(trained, decoder, rank, whole=lambda t: t):
-    """Yield the (name, tensor) pairs that are saved: what was trained before the decoder, and all of the decoder, the updates
-    added to its matrices. whole: gathers a sharded tensor."""
+    """Yield the (name, tensor) pairs that are saved: what was trained before the decoder, and all of the decoder, the
+    updates added to its matrices. whole: gathers a sharded tensor."""
     yield from ((n, t) for n, t in trained.items() if ".lora_" not in n)
     for name, W in decoder.named_parameters():
         if ".lora_" in name:

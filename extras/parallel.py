@@ -2,8 +2,8 @@
 Several GPUs, and low-rank updates: the same stages as train.py's, in the processes that torchrun starts.
 
     torchrun --nproc-per-node 8 -m extras.parallel encoder --recipe llama-3.1-8b --data … --images …     # data parallel
-    torchrun --nproc-per-node 8 -m extras.parallel decoder … --fsdp      # the decoder's layers are sharded over the GPUs (FSDP2)
-    python -m extras.parallel decoder … --lora 8                         # stage 3 trains low-rank updates of the decoder alone
+    torchrun --nproc-per-node 8 -m extras.parallel decoder … --fsdp      # the decoder's layers are sharded (FSDP2)
+    python -m extras.parallel decoder … --lora 8                  # stage 3 trains low-rank updates of the decoder alone
 
 Data parallel needs no wrapper: each process takes its share of the batch and divides its loss by the targets of *all*
 processes, so the gradients only have to be added up. A sharded weight is a DTensor: each process holds a slice of it.
@@ -49,16 +49,17 @@ def whole(t):
 def shard(llm):
     """Shard every layer of a Llama over the processes: a layer is gathered when it runs, and freed after (FSDP2).
 
-    Embeddings, final norm and head stay whole on every GPU: the LM head is used as a matrix (model.Llama.loss), not as a module.
-    Works on the meta device, so that no process ever holds a whole model.
+    Embeddings, final norm and head stay whole on every GPU: the LM head is used as a matrix (model.Llama.loss), not as
+    a module. Works on the meta device, so that no process ever holds a whole model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in llm.model.layers:      # gradients are added up in float32, whatever the dtype of the weights
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     share = getattr(torch.distributed.fsdp, "share_comm_ctx", None)     # torch 2.13 has it
-    if share:           # one stream of gathering and adding up for all layers: else each keeps its gradient until the backward's end
+    if share:   # one stream of gathering and adding up for all layers: else each keeps its gradient to the very end
         share(list(llm.model.layers))
     llm.place = like
     return llm
@@ -118,7 +119,7 @@ class Team:
             atexit.register(dist.destroy_process_group)
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.shard = shard if fsdp else None
-        self.mixed = fsdp               # sharded layers work in step: every process runs the same layers, forward and backward
+        self.mixed = fsdp               # sharded layers work in step: every process runs the same layers, both ways
 
     def sum(self, x):
         dist.all_reduce(x)
@@ -134,7 +135,7 @@ class Team:
 
 
 class InStep(VLM):
-    """A process whose micro-batch has no image sends gradients through the sharded trunk all the same, as the others do."""
+    """A process whose micro-batch has no image sends gradients through the sharded trunk all the same, as others do."""
 
     def embed(self, tokens, pixels=None):
         x = super().embed(tokens, pixels)
@@ -143,10 +144,12 @@ class InStep(VLM):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     epilog="All else as in train.py: see python train.py --help", usage="… extras.parallel STAGE …")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="All else as in train.py: see python train.py --help",
+                                     usage="… extras.parallel STAGE …", allow_abbrev=False)
     parser.add_argument("--fsdp", action="store_true", help="shard the decoder's layers over the processes")
-    parser.add_argument("--lora", type=int, metavar="RANK", help="stage decoder: train low-rank updates in place of the whole decoder")
+    parser.add_argument("--lora", type=int, metavar="RANK",
+                        help="stage decoder: train low-rank updates in place of the whole decoder")
     args, rest = parser.parse_known_args(argv)
     device = train.parse(rest).device
     many = "RANK" in os.environ and "MASTER_ADDR" in os.environ
@@ -165,7 +168,9 @@ def main(argv=None):
             about["lora"] = args.lora
 
     def export(weights, vlm):
-        return merge({n: whole(t) for n, t in weights.items()}, vlm.decoder, args.lora, whole) if args.lora else weights.items()
+        if not args.lora:
+            return weights.items()
+        return merge({n: whole(t) for n, t in weights.items()}, vlm.decoder, args.lora, whole)
 
     train.main(rest, Team(device, args.fsdp) if many else train.Solo(), prepare, export)
 

@@ -4,8 +4,8 @@ Stage 0: pre-train a small ViT on the drawn world, CLIP's way. It stands in for 
     python -m extras.vit                        # runs/vit/vit.safetensors
     python -m extras.vit steps=5000 workers=1   # the shipped one
 
-CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector is the
-ViT's head: visual tokens begin where the LLM keeps the words for what is seen. The LLM itself never runs.
+CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector
+is the ViT's head: visual tokens begin where the LLM keeps the words for what is seen. The LLM itself never runs.
 """
 import argparse
 import collections
@@ -44,7 +44,7 @@ def caption_features(captions, tokenizer, embeddings):
 
 
 def contrastive_loss(image, text, same, logit_scale):
-    """CLIP's loss: image features (B, d) and text features (B, d), both of length 1. same (B, B): captions that are equal."""
+    """CLIP's loss: image features (B, d) and text features (B, d), both of length 1. same (B, B): equal captions."""
     logits = logit_scale.exp() * image @ text.T                                         # (B, B)
     targets = same.float() / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
@@ -67,7 +67,8 @@ class Pictures(torch.utils.data.Dataset):
 
 def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu", dtype=torch.float32, resume=False):
     """Train, and leave a run's files in the folder `out`. start: a checkpoint to go on from. Returns the log."""
-    about = dict(stage="vit", llm=llm_name, start=start, vit_config=vars(ViTConfig()), seed=seed, recipe=dataclasses.asdict(recipe))
+    about = dict(stage="vit", llm=llm_name, start=start, vit_config=vars(ViTConfig()), seed=seed,
+                 recipe=dataclasses.asdict(recipe))
     if resume:
         check_resume(out, about)
     path = find(llm_name)
@@ -75,12 +76,13 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     embeddings = llm.model.embed_tokens.weight
     mean = embeddings.float().mean(0)
     text_norm = (embeddings - mean).norm(dim=-1).mean()
-    captions = [world("describe", i, seed).caption for i in range(4096)]                # every caption of the world, by frequency
+    # every caption of the world, by frequency
+    captions = [world("describe", i, seed).caption for i in range(4096)]
     text_of = caption_features(captions, tokenizer, embeddings)
     torch.manual_seed(seed)
     vlm = VLM(ViT(ViTConfig()), llm, tokenizer)
     with torch.no_grad():
-        vlm.adapter[2].bias.copy_(mean)                                                 # visual tokens begin around the mean of all text
+        vlm.adapter[2].bias.copy_(mean)                     # visual tokens begin around the mean of all text
     if start:
         load_checkpoint(vlm, read_checkpoint(start)[0], start)
     vlm.to(device)
@@ -89,10 +91,10 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     learns = {n: p.requires_grad_(True) for n, p in vlm.named_parameters() if n.startswith(("encoder.", "adapter."))}
     optimizer = Optimizer(learns | {"logit_scale": logit_scale}, recipe)
     vlm.to(dtype)
-    saved = lambda weights: [(n, t) for n, t in weights.items() if n in dict(vlm.named_parameters())]       # not the scale
+    saved = lambda weights: [(n, t) for n, t in weights.items() if n in dict(vlm.named_parameters())]   # not the scale
     log = Log(out, about, optimizer, resume=resume, export=saved)
     for step, (pixels, names) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
-        visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean.to(device)           # (B, 1 + P, d), without soi and eoi
+        visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean.to(device)           # (B, 1 + P, d), no soi, eoi
         text = torch.stack([text_of[name] for name in names]).to(device)                # (B, d)
         same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
         # CLS learns fastest, as in CLIP; the mean teaches every patch to carry what the whole image says
@@ -100,7 +102,8 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
         loss = sum(contrastive_loss(x, text, same, logit_scale) for x in pooled) / 2
         # the contrast sees directions alone: this keeps visual tokens about as long as text's embeddings
         loss = loss + 0.1 * (visual.norm(dim=-1) / text_norm - 1).square().mean()
-        right = same.gather(1, (pooled[1] @ text.T).argmax(1, keepdim=True)).float().mean()     # finds its caption in the batch
+        nearest = (pooled[1] @ text.T).argmax(1, keepdim=True)                          # the caption found in the batch
+        right = same.gather(1, nearest).float().mean()
         loss.backward()
         optimizer.gather()
         log.add(step, loss=loss, right=right, lr=optimizer.update())
@@ -114,7 +117,8 @@ def main(argv=None):
     parser.add_argument("--llm", default=DEFAULT_LLM, help="whose embeddings are the targets (default: %(default)s)")
     parser.add_argument("--init", help="checkpoint to go on from (default: a new ViT)")
     parser.add_argument("--out", default="runs/vit", help="folder for checkpoint, log and plot (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the checkpoint in --out, exactly as if never stopped")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_intermixed_args(argv)
