@@ -69,11 +69,12 @@ def test_distillation_is_zero_for_a_perfect_translator(tiny_llm):
 
 
 def test_later_epochs_read_kept_states(stages, tiny_llm, tmp_path, monkeypatch):
-    """The LLM runs once over a sample, however often it is read; a run that goes on in the middle of an epoch gives the same bits."""
+    """The LLM runs once over a sample, however often it is read; one resumed amid an epoch makes the same bits."""
     taught, teach = [], distillation.teach
     monkeypatch.setattr(distillation, "teach", lambda *args: taught.append(1) or teach(*args))
-    go = lambda out, *more: distillation.main(["--llm", tiny_llm, "--init", stages["vit"], "--replace", "2-4", "--out", str(tmp_path / out),
-                                               "steps=5", "epochs=2", "batch=5", "lr=1e-3", "save_every=2", "dtype=float32", *more])
+    common = ["--llm", tiny_llm, "--init", stages["vit"], "--replace", "2-4",
+              "steps=5", "epochs=2", "batch=5", "lr=1e-3", "save_every=2", "dtype=float32"]
+    go = lambda out, *more: distillation.main([*common, "--out", str(tmp_path / out), *more])
     go("whole")
     assert len(taught) == 6                                         # images and text apart; 3 of 5 steps are fresh
     assert_complete(tmp_path / "whole", "translator", 5, 1e-3)
@@ -97,7 +98,8 @@ def test_later_epochs_read_kept_states(stages, tiny_llm, tmp_path, monkeypatch):
 def test_a_distilled_translator_is_a_start_for_stage_2(stages, tiny_llm, tmp_path):
     common = ["--llm", tiny_llm, "batch=5", "dtype=float32"]
     distillation.main([*common, "steps=1", "--init", stages["vit"], "--replace", "2-4", "--out", str(tmp_path / "t")])
-    train.main(["encoder", *common, "steps=1", "--init", str(tmp_path / "t" / "translator.safetensors"), "--out", str(tmp_path / "e")])
+    train.main(["encoder", *common, "steps=1", "--init", str(tmp_path / "t" / "translator.safetensors"),
+                "--out", str(tmp_path / "e")])
     assert read_checkpoint(tmp_path / "e" / "encoder.safetensors")[1]["ranges"] == [[2, 4]]
 
 
@@ -126,12 +128,14 @@ def test_lora_checkpoint_holds_the_merged_weights(stages, tiny_llm, tmp_path, mo
     """Stage 3 with low-rank updates: the decoder that is saved answers as the trained one does."""
     trained, build = [], train.build
     monkeypatch.setattr(train, "build", lambda *args, **more: trained.append(build(*args, **more)) or trained[-1])
-    parallel.main(["decoder", "--llm", tiny_llm, "--init", stages["encoder"], "steps=4", "batch=4", "lr=1e-2", "dtype=float32",
-                   "--lora", "2", "--out", str(tmp_path)])
-    merged, plain = VLM.from_pretrained(tiny_llm, tmp_path / "decoder.safetensors").decoder, Llama.from_pretrained(tiny_llm)
+    parallel.main(["decoder", "--llm", tiny_llm, "--init", stages["encoder"], "steps=4", "batch=4", "lr=1e-2",
+                   "dtype=float32", "--lora", "2", "--out", str(tmp_path)])
+    merged = VLM.from_pretrained(tiny_llm, tmp_path / "decoder.safetensors").decoder
+    plain = Llama.from_pretrained(tiny_llm)
     x, vlm = torch.randn(2, 5, 32), trained[0]
     assert any(".lora_" in n for n, _ in vlm.decoder.named_parameters())
-    assert (merged(embeds=x) - vlm.decoder(embeds=x)).abs().max() < 2e-3 < 1e-2 < (merged(embeds=x) - plain(embeds=x)).abs().max()
+    ours = merged(embeds=x)
+    assert (ours - vlm.decoder(embeds=x)).abs().max() < 2e-3 < 1e-2 < (ours - plain(embeds=x)).abs().max()
     assert read_checkpoint(tmp_path / "decoder.safetensors")[1]["lora"] == 2
 
 

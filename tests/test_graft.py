@@ -275,7 +275,8 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
         a, b = dict(a.named_parameters()), dict(b.named_parameters())
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     other = Llama.from_pretrained(tiny_llm, layers=[0, 1])
-    with pytest.raises(ValueError, match="does not belong.*layers.2.mlp.down_proj.weight.*layers.2.self_attn.q_proj.weight"):
+    both = "does not belong.*layers.2.mlp.down_proj.weight.*layers.2.self_attn.q_proj.weight"
+    with pytest.raises(ValueError, match=both):
         load_translators(other, back)  # every key that does not fit is named
 
 

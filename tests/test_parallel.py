@@ -1,4 +1,4 @@
-"""Several processes (gloo on the CPU) must train exactly as one does: data parallel, sharded, accumulated, resumed by fewer."""
+"""Several processes (gloo on the CPU) must train as one does: data parallel, sharded, accumulated, resumed by fewer."""
 import csv
 import os
 import subprocess
@@ -17,9 +17,11 @@ ROOT = Path(__file__).parent.parent
 def launch():
     """Run a stage in `processes` processes, through torchrun where they are several."""
     def launch(processes, *argv, script=("-m", "extras.parallel"), expect=0):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        torchrun = torchrun if processes > 1 else []
         run = ["train.py"] if processes == 1 and "--lora" not in argv else script
-        done = subprocess.run([sys.executable, *torchrun, *run, *map(str, argv), "--device", "cpu", "dtype=float32"], cwd=ROOT,
+        command = [sys.executable, *torchrun, *run, *map(str, argv), "--device", "cpu", "dtype=float32"]
+        done = subprocess.run(command, cwd=ROOT,
                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                               text=True, capture_output=True, timeout=300)
         assert done.returncode == expect, done.stderr[-3000:]
@@ -61,7 +63,8 @@ def test_two_processes_equal_one(stages, tiny_llm, launch, tmp_path, stage):
 def test_sharded_equals_one(stages, tiny_llm, launch, tmp_path, stage):
     """FSDP2 with activation checkpointing."""
     start, *options = {"translator": ("vit", "--replace", "2-4", "projector=true")}.get(stage, CASES[stage])
-    common = [stage, "--llm", tiny_llm, "--init", stages[start], "steps=5", "batch=12", "micro_batch=3", *options, "lr=1e-4"]
+    common = [stage, "--llm", tiny_llm, "--init", stages[start], *options,
+              "steps=5", "batch=12", "micro_batch=3", "lr=1e-4"]
     launch(1, *common, "--out", tmp_path / "one")
     launch(2, *common, "--out", tmp_path / "two", "--fsdp", "checkpointing=true")
     assert_same_run(tmp_path / "one", tmp_path / "two", stage)
@@ -69,7 +72,8 @@ def test_sharded_equals_one(stages, tiny_llm, launch, tmp_path, stage):
 
 @pytest.mark.parametrize("fsdp", [[], ["--fsdp"]])
 def test_lora_in_two_processes_equals_one(stages, tiny_llm, launch, tmp_path, fsdp):
-    common = ["decoder", "--llm", tiny_llm, "--init", stages["encoder"], "steps=3", "batch=12", "micro_batch=3", "lr=1e-3", "--lora", "2"]
+    common = ["decoder", "--llm", tiny_llm, "--init", stages["encoder"],
+              "steps=3", "batch=12", "micro_batch=3", "lr=1e-3", "--lora", "2"]
     launch(1, *common, "--out", tmp_path / "one")
     launch(2, *common, "--out", tmp_path / "two", *fsdp)
     assert_same_run(tmp_path / "one", tmp_path / "two", "decoder")
@@ -81,7 +85,8 @@ def test_killed_and_resumed_by_fewer(stages, tiny_llm, launch, tmp_path):
         "import os, train\n"
         "from extras import parallel\n"
         "lr_at = train.lr_at\n"
-        "train.lr_at = lambda step, recipe: os._exit(3) if step == 4 and os.environ['RANK'] == '1' else lr_at(step, recipe)\n"
+        "dies = lambda step: step == 4 and os.environ['RANK'] == '1'\n"
+        "train.lr_at = lambda step, recipe: os._exit(3) if dies(step) else lr_at(step, recipe)\n"
         "parallel.main()\n")
     common = ["translator", "--llm", tiny_llm, "steps=5", "batch=12", "micro_batch=3", "save_every=3", "projector=true",
               "--init", stages["vit"], "--replace", "2-4", "lr=1e-4"]

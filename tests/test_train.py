@@ -157,9 +157,10 @@ def test_settings_of_the_recipe():
     assert (recipe.steps, recipe.lr, recipe.checkpointing, recipe.loss_on) == (7, 1e-3, True, "answers")
     assert recipe.batch == RECIPES["small"]["encoder"].batch
     for text, words in [("stepz=3", ["stepz", "steps", "lr"]), ("steps", ["key=value"]), ("steps=x", ["whole number"]),
-                        ("steps=1.5", ["whole number"]), ("steps=-1", ["at least 0"]), ("batch=0", ["at least 1"]), ("lr=x", ["a number"]),
-                        ("lr=nan", ["between 0 and 1"]), ("lr=inf", ["between 0 and 1"]), ("lr=-1", ["between"]), ("clip=nan", ["clip"]),
-                        ("projector=maybe", ["true or false"]), ("loss_on=all", ["answers+special"]), ("dtype=int8", ["bfloat16"])]:
+                        ("steps=1.5", ["whole number"]), ("steps=-1", ["at least 0"]), ("batch=0", ["at least 1"]),
+                        ("lr=x", ["a number"]), ("lr=nan", ["between 0 and 1"]), ("lr=inf", ["between 0 and 1"]),
+                        ("lr=-1", ["between"]), ("clip=nan", ["clip"]), ("projector=maybe", ["true or false"]),
+                        ("loss_on=all", ["answers+special"]), ("dtype=int8", ["bfloat16"])]:
         with pytest.raises(UserError) as error:
             override(recipe, [text])
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), text
@@ -168,7 +169,8 @@ def test_settings_of_the_recipe():
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage, ranges", [("translator", [(1, 2), (4, 4)]), ("encoder", [(1, 2), (4, 4)]), ("encoder", [])])
+@pytest.mark.parametrize("stage, ranges", [
+    ("translator", [(1, 2), (4, 4)]), ("encoder", [(1, 2), (4, 4)]), ("encoder", [])])
 def test_loss_and_gradients_equal_full_logits(tiny_llm, stage, ranges):
     """Through the surrogate; without ranges, through the full LLM: the direct route."""
     vlm, llm = make_vlm(tiny_llm, ranges)
@@ -222,7 +224,7 @@ def test_bf16_keeps_float32_master_weights():
 
 
 def test_optimizer_is_adamw_with_clipping_and_without_decay():
-    """Against torch's own AdamW; a parameter without a gradient stays, and has no state. Gradients of micro-batches add up."""
+    """Against torch's own AdamW; a parameter without a gradient stays, stateless. Micro-batches' gradients add up."""
     p, idle = torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.nn.Parameter(torch.ones(1))
     twin, recipe = torch.nn.Parameter(p.detach().clone()), Recipe(lr=0.1, steps=10)
     optimizer = train.Optimizer({"p": p, "idle": idle}, recipe)
@@ -264,7 +266,8 @@ def test_every_step_shows_new_images(tiny_llm):
     expected = [world.world(world.MIXTURE[j], size + j, 0) for j in range(size)]
     assert set(world.MIXTURE) == {*world.TRAINED_TASKS, "instruct"}
     assert torch.equal(of(1)["pixels"], torch.stack([preprocess(s.image) for s in expected]))
-    small = torch.cat([of(step, size=1)["pixels"] for step in range(size, 2 * size)])  # however small a batch, all tasks come
+    # however small a batch, all tasks come
+    small = torch.cat([of(step, size=1)["pixels"] for step in range(size, 2 * size)])
     assert torch.equal(small, of(1)["pixels"])
 
 
@@ -408,7 +411,8 @@ def test_llava_with_text_workers_and_bad_records(stages, go, tiny_llm, tmp_path,
     refused(capfd, ["translator", "--llm", tiny_llm, "--out", str(tmp_path / "t"), *common], "gone", "no.png")
     # only opening shows what is wrong with the image; a worker process finds it, and the message names it all the same
     write(records[:1] + bad[1:2])
-    refused(capfd, ["encoder", "--llm", tiny_llm, "--out", str(tmp_path / "e"), "--init", stages["translator"], *options, "workers=1"],
+    refused(capfd, ["encoder", "--llm", tiny_llm, "--out", str(tmp_path / "e"), "--init", stages["translator"],
+                    *options, "workers=1"],
             "record 1", "id 'cut'", bar=True)
     write(records + bad)
     capfd.readouterr()
@@ -426,7 +430,10 @@ def test_llava_with_text_workers_and_bad_records(stages, go, tiny_llm, tmp_path,
 @pytest.mark.parametrize("stage", ["translator", "encoder"])
 def test_activation_checkpointing_changes_nothing(stages, go, tmp_path, stage):
     options = ["steps=2", "batch=5", "dtype=float32"]
-    options += ["--init", stages["translator"]] if stage == "encoder" else ["--init", stages["vit"], "--replace", "2-4", "projector=true"]
+    if stage == "encoder":
+        options += ["--init", stages["translator"]]
+    else:
+        options += ["--init", stages["vit"], "--replace", "2-4", "projector=true"]
     go(stage, tmp_path / "a", *options)
     go(stage, tmp_path / "b", *options, "checkpointing=true")
     assert without_clock(rows_of(tmp_path / "a")) == without_clock(rows_of(tmp_path / "b"))
@@ -441,7 +448,10 @@ def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch, stage):
     """Six steps at once, and six steps killed in the fifth and resumed from the third's checkpoint: the same bits."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     options = ["steps=6", "batch=5", "lr=1e-3", "save_every=3", "dtype=float32"]
-    options += ["--init", stages["vit"], "--replace", "2-4"] if stage == "translator" else ["--init", stages["translator"]]
+    if stage == "translator":
+        options += ["--init", stages["vit"], "--replace", "2-4"]
+    else:
+        options += ["--init", stages["translator"]]
     go(stage, whole, *options)
 
     def killed(step, recipe, schedule=train.lr_at):
@@ -463,7 +473,8 @@ def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch, stage):
         assert without_clock([about_a]) == without_clock([about_b])
     start, name = {"translator": ("translator", "decoder.model.layers.2.mlp.up_proj.weight"),
                    "encoder": ("vit", "adapter.0.weight")}[stage]
-    assert not torch.equal(a[f"master.{name}"].half(), read_checkpoint(stages[start])[0][name])  # and the six steps did something
+    # and the six steps did something
+    assert not torch.equal(a[f"master.{name}"].half(), read_checkpoint(stages[start])[0][name])
 
     go(stage, halves, *options, "--resume")  # a run that is done already stays as it is
     assert_complete(halves, stage, 6, 1e-3)
@@ -555,8 +566,9 @@ def test_bad_input(stages, tiny_llm, tmp_path, capsys):
     no("encoder", "--init", str(tmp_path / "gone.safetensors"), words=["no such checkpoint", "gone.safetensors"])
     foreign = ("--init", f"{tiny_llm}/model.safetensors", "--vit", stages["vit"])
     no("decoder", *foreign, words=["model.safetensors", "does not belong"])
-    no("translator", "--replace", "2-4", "--init", "none", "--vit", stages["encoder"], words=["encoder.safetensors", "not a ViT"])
-    no("translator", "--replace", "2-4", "--init", "none", "--vit", str(tmp_path / "gone.safetensors"), words=["gone.safetensors"])
+    bare = ("translator", "--replace", "2-4", "--init", "none")
+    no(*bare, "--vit", stages["encoder"], words=["encoder.safetensors", "not a ViT"])
+    no(*bare, "--vit", str(tmp_path / "gone.safetensors"), words=["gone.safetensors"])
     assert not (tmp_path / "out").exists()
 
 
@@ -608,6 +620,7 @@ def test_bad_records_are_named(stages, tiny_llm, tmp_path, capsys, llava):
 def test_as_a_user_sees_it(tiny_llm, stages, tmp_path):
     """A fresh Python in another folder: exit status 2, one line, no traceback."""
     options = ["--llm", tiny_llm, "--init", stages["vit"], "--replace", "3-9", "--out", str(tmp_path)]
-    got = subprocess.run([sys.executable, ROOT / "train.py", "translator", *options], cwd=tmp_path, capture_output=True, text=True)
+    got = subprocess.run([sys.executable, ROOT / "train.py", "translator", *options], cwd=tmp_path,
+                         capture_output=True, text=True)
     assert got.returncode == 2 and got.stdout == ""
     assert got.stderr.startswith("error: cannot replace layers 3-9") and got.stderr.count("\n") == 1
