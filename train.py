@@ -21,8 +21,8 @@ import torch
 from data.batches import Batches
 from data.sources import CHATS, read_data
 from formats.checkpoints import beside, load_checkpoint, open_checkpoint, read_checkpoint
-from formats.errors import MissingFile, UserError, run_cli
-from formats.log import Log
+from formats.errors import UserError, run_cli
+from formats.log import Log, check_resume
 from formats.official import find, llama_config
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, base_vit
@@ -125,6 +125,9 @@ class Optimizer:
 
     def load_state(self, tensors, step):
         """tensors: {name: function that reads it}, as `state` named them."""
+        saved = {n.removeprefix("master.") for n in tensors if n.startswith("master.")}
+        if odd := sorted(saved ^ set(self.master)):
+            raise UserError(f"the state to resume is of another run: {odd[0]} is trained in only one of the two")
         self.step = step
         for n, m in self.master.items():
             m.copy_(self.read(n, tensors[f"master.{n}"]()))
@@ -162,7 +165,8 @@ def train(vlm, recipe, batches, out, about, resume=False, team=Solo(), export=di
     weights -> the (name, tensor) pairs that are saved.
     """
     stage, device = about["stage"], vlm.decoder.device
-    optimizer = team.Optimizer(trained_parameters(vlm, stage, recipe.projector or stage != "translator"), recipe)
+    projector = recipe.projector or stage != "translator" or not about.get("start")     # a new one has to learn
+    optimizer = team.Optimizer(trained_parameters(vlm, stage, projector), recipe)
     vlm.to(vlm.decoder.dtype)
     log = Log(out, about, optimizer, team, resume, export)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
@@ -241,23 +245,6 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
     return json.loads(json.dumps(about | dict(recipe=dataclasses.asdict(recipe)) | data))
 
 
-def check_resume(out, about):
-    """UserError if the run in `out` is another one: names all that differs. Returns what its state says about it."""
-    state = Path(out) / "state.safetensors"
-    if not state.exists():
-        raise MissingFile(f"nothing to resume: {state} is not there (see --out)")
-    was = open_checkpoint(state)[1].get("about", {})
-    flat = lambda d: {k: v for key, value in d.items()
-                      for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
-    ours, theirs = flat(about), flat(was)
-    ours |= {"ranges": theirs.get("ranges")} if about["ranges"] == "auto" else {}
-    odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items()
-           if k not in ("workers", "save_every") and theirs.get(k) != v]
-    if odd:
-        raise UserError(f"{state} is of another run: {'; '.join(odd)}")
-    return was
-
-
 def build(about, dtype, device, shard=None, llm=None):
     """The VLM of a run, with the weights that it starts from; its decoder: the surrogate, without ranges the full LLM.
     A new translator is a copy of the first layer that it stands for. Of the LLM only the layers that are kept are read,
@@ -317,7 +304,8 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     """For extras/parallel.py: the team of processes; what changes the model before training; weights before saving."""
     args = parse(sys.argv[1:] if argv is None else argv)
     stage, small, team = args.stage, args.recipe == "small", team or Solo(args.device)
-    recipe = override(RECIPES[args.recipe][stage], args.settings)
+    once = ["steps=0"] if args.data and small else []       # without a number of steps, all records once
+    recipe = override(RECIPES[args.recipe][stage], once + args.settings)
     if args.text and stage != "translator":
         reads = "images alone" if stage == "encoder" else "what --data holds"
         raise UserError(f"--text is for stage translator: stage {stage} reads {reads}")
@@ -330,9 +318,10 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     out = args.out or f"runs/{stage}"
     about = check_resume(out, about) if args.resume else about
     samples, n = read_data(stage, about, args.on_bad_record)
-    if recipe.steps == 0 or args.data and small and not any(s.startswith("steps=") for s in args.settings):
-        recipe = dataclasses.replace(recipe, steps=max(1, (n or 0) // recipe.batch))    # all records once
-        about["recipe"]["steps"] = recipe.steps
+    if recipe.steps == 0:
+        if n is None:
+            raise UserError("steps=0 reads all records once, and drawn images have no end: give a number of steps")
+        recipe = dataclasses.replace(recipe, steps=max(1, n // recipe.batch))
     if team.rank == 0:
         print(f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
               + about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else ""))

@@ -22,11 +22,11 @@ import recipes
 from data.batches import Batches
 from data.sources import CHATS, read_data
 from formats.errors import UserError, run_cli
-from formats.log import Log
+from formats.log import Log, check_resume
 from formats.official import find
 from model import Llama
 from recipes import SMALL, help_text, option, override
-from train import Optimizer, build, check_resume, count_targets, default_dtype, plan, trained_parameters
+from train import Optimizer, build, count_targets, default_dtype, plan, trained_parameters
 
 
 @dataclass(frozen=True)

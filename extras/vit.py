@@ -21,12 +21,12 @@ from data.images import preprocess
 from data.world import world
 from formats.checkpoints import load_checkpoint, read_checkpoint
 from formats.errors import run_cli
-from formats.log import Log
+from formats.log import Log, check_resume
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, ViT, ViTConfig
 from recipes import Recipe, help_text, override
-from train import Optimizer, check_resume, default_dtype
+from train import Optimizer, default_dtype
 
 RECIPE = Recipe(steps=600, batch=128, lr=1e-3, workers=1)
 

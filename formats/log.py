@@ -9,6 +9,24 @@ import torch
 from tqdm import tqdm
 
 from formats.checkpoints import open_checkpoint, save_checkpoint, write_whole
+from formats.errors import MissingFile, UserError
+
+
+def check_resume(out, about):
+    """UserError if the run in `out` is another one: names all that differs. Returns what its state says about it."""
+    state = Path(out) / "state.safetensors"
+    if not state.exists():
+        raise MissingFile(f"nothing to resume: {state} is not there (see --out)")
+    was = open_checkpoint(state)[1].get("about", {})
+    flat = lambda d: {k: v for key, value in d.items()
+                      for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
+    ours, theirs = flat(about), flat(was)
+    ours |= {"ranges": theirs.get("ranges")} if about["ranges"] == "auto" else {}
+    odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items()
+           if k not in ("workers", "save_every") and theirs.get(k) != v]
+    if odd:
+        raise UserError(f"{state} is of another run: {'; '.join(odd)}")
+    return was
 
 
 class Log:

@@ -127,6 +127,16 @@ def test_instructions(monkeypatch, tmp_path):
     assert s.messages[0]["content"].endswith(question[0].lower() + question[1:]) and caption(subject) == s.caption
 
 
+def test_instructions_tell_nothing_that_is_asked_after_grafting():
+    """The shipped file: no capital, language or continent of any country, nor a word about these topics."""
+    names = {w for c in FACTS for task in world.KNOWLEDGE_TASKS for w in world.knowledge(task, c)}
+    topics = {"capital", "capitals", "language", "languages", "continent", "continents", "speak", "spoken", "African",
+              "Asian", "European", "American", "America"}
+    for subject, question, answer in world.instructions():
+        for word in names | topics:
+            assert not world.has_word(f"{question} {answer}", word), (subject, question, answer)
+
+
 def color_of(image, light=(1.0,)):
     """The color that most pixels far from grey are nearest to, seen in any of these lights."""
     pixels = np.asarray(image, np.int32).reshape(-1, 3)
