@@ -1,25 +1,23 @@
 """
-The paper's claims, measured: train by every recipe on the same number of samples, graft, and count the cost.
+What does grafting cost, and what is it worth? Several recipes on the same images, from stage 1 to the scores.
 
-    python -m studies.ablation                                          # table and plots of what is there
-    python -m studies.ablation --list                                   # the recipes, and what each one shows
-    python -m studies.ablation --run paper cut-23 direct --seed 0 1 2   # train, evaluate; nothing is done twice
-    python -m studies.ablation --stage3                                 # from the grafted encoder and from scratch
-    python -m studies.ablation --keep --plot assets                     # collect all in assets/experiments.json
-    python -m studies.ablation --gradients runs/translator/translator.safetensors   # do they point as the full LLM's?
+    python -m studies.ablation                                  # table and plots of the results that are kept in assets/
+    python -m studies.ablation --list                           # the recipes, and what each one shows
+    python -m studies.ablation --run shipped direct --seed 0 1  # train, graft, evaluate; what is done is not done again
+    python -m studies.ablation --run all --steps 200 600 --keep # the results join those in assets/ablation.json
+    python -m studies.ablation --gradients runs/translator/translator.safetensors   # do they point where the full LLM's do?
 
 Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen.
 """
 import argparse
-import contextlib
-import hashlib
-import io
+import dataclasses
+import itertools
 import json
 import math
-import shutil
+import platform
 import statistics
 import sys
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,132 +26,164 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graft
 import train
-from data import world
+from data.batches import Batches
+from data.sources import CHATS, read_data
+from extras import distillation
 from formats import checkpoints, official
 from formats.errors import UserError, run_cli
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama
+from recipes import SMALL, Recipe, check
 from surrogate import load_surrogate
 
-VALIDATION_SEED = 1000              # of split "test"; graft.EVAL_SEED is another stream
-KEPT = checkpoints.ROOT / "assets" / "experiments.json"     # all results, as a list
+VALIDATION_SEED = 1000                                      # of split "test"; graft.EVAL_SEED is another stream
+KEPT = checkpoints.ROOT / "assets" / "ablation.json"        # all results worth keeping, as a list
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The recipes: command lines of train.py. {vit} is stage 0's checkpoint, {before} that of the stage before. Batch and
-# seed are added, and the last stage gets the same number of steps in every recipe.
+# The recipes. They differ in the surrogate; stage 2 is the same in all
 
 
-def route(replace, translator="--steps 300", encoder=""):
-    """Stages 1 and 2 with one surrogate."""
-    return [f"translator --init {{vit}} --replace {replace} {translator}", f"encoder --init {{before}} {encoder}"]
+@dataclass(frozen=True)
+class Route:
+    """A way to a trained encoder: which surrogate stands in for the full LLM, and how its translators are trained."""
+    says: str                               # what it shows, in one line
+    ranges: tuple = ((20, 23), (24, 28))    # layers that one translator each replaces, ends included; (): the full LLM
+    taught: str = "llm"                     # by "answers" (the paper's stage 1), by the full "llm" (extras/distillation.py),
+    #                                         or None, where there is nothing to teach
+    projector: bool = False                 # taught by answers: does the projector learn in stage 1, too?
+    steps: int = 1200                       # of stage 1
+    epochs: int = 4                         # taught by the LLM: how often stage 1 reads the same samples
 
 
-TWO = "20-23,24-28"
+ONE, ANSWERS = ((20, 28),), dict(taught="answers", steps=400, epochs=1)
 RECIPES = {
-    "paper": ("the paper's recipe: the answers heal the translator, then it is frozen; no bound, one learning rate",
-              route("20-28", "--steps 160 --epochs 1 --distill-every 0 --bound 0", "--distill-every 0 --ends-lr 1")),
-    "healed": ("a better-healed translator: taught by the LLM, longer, on kept states; then frozen",
-               route("20-28", encoder="--distill-every 0")),
-    "cut-20": ("on-policy: the LLM goes on teaching the translator while the encoder learns", route("20-28")),
-    "cut-23": ("a later cut: the shipped weights' recipe", route("23-28")),
-    "two": ("two translators", route(TWO)),
-    "no-bound": ("two translators; visual tokens may lie anywhere, from stage 1 on",
-                 route(TWO, "--steps 300 --bound 0")),
-    "k-1": ("two translators; the LLM teaches on every sample of stage 2, not on one of 4",
-            route(TWO, encoder="--distill-every 1")),
-    "k-16": ("two translators; on one of 16", route(TWO, encoder="--distill-every 16")),
-    "frozen": ("two translators; on none: in stage 1 only", route(TWO, encoder="--distill-every 0")),
-    "slow-translator": ("two translators, which in stage 2 learn no faster than the rest",
-                        route(TWO, encoder="--translator-lr 1")),
-    "slow-ends": ("two translators; the start and end vectors learn no faster than the rest",
-                  route(TWO, encoder="--ends-lr 1")),
-    "direct": ("trained directly on the full LLM: the upper bound",
-               ["encoder --init {vit} --replace none"]),
+    "paper": Route("the paper's stage 1: one translator, and with it the projector, learn from the answers", ONE,
+                   projector=True, **ANSWERS),
+    "answers": Route("two translators learn from the answers; the projector stays as stage 0 made it", **ANSWERS),
+    "shipped": Route("two translators, taught by the full LLM: the shipped weights' recipe"),
+    "short": Route("the same, taught on as many samples, but reading each only once", steps=300, epochs=1),
+    "one": Route("one translator in place of the two", ONE),
+    "cut-16": Route("an earlier cut, about where the LLM's prediction turns", ((16, 21), (22, 28))),
+    "cut-18": Route("a cut between these two", ((18, 22), (23, 28))),
+    "cut-23": Route("a late cut: one translator, and nearly the full LLM", ((23, 28),)),
+    "direct": Route("no surrogate: the encoder learns through the full LLM", (), None, steps=0, epochs=0),
 }
 
 
-def commands(stages, seed, steps, batch, out, vit, options=()):
-    """[(arguments for train.main, folder)] of a recipe's stages.
-
-    The folder's name is a digest of all arguments up to here: recipes that begin alike share what they share.
-    """
-    before, digest, result = None, "", []
-    for i, line in enumerate(stages):
-        more = ["--batch", str(batch), "--seed", str(seed), *options]
-        more += ["--steps", str(steps)] if i == len(stages) - 1 else []
-        argv = [word.format(vit=vit, before=before) for word in line.split()] + more
-        digest = hashlib.sha256(" ".join([digest, line, str(vit), *more]).encode()).hexdigest()[:8]
-        folder = Path(out) / f"{argv[0]}-{digest}"
-        before = folder / f"{argv[0]}.safetensors"
-        result.append((argv, folder))
-    return result
+def find_route(name):
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
+    return RECIPES[name]
 
 
-def value(argv, option, default=None):
-    """What an option is set to; as in argparse, the last one counts."""
-    return next((b for a, b in reversed(list(zip(argv, argv[1:]))) if a == option), default)
+def layers(ranges):
+    """((20, 23), (24, 28)) -> "20-23,24-28"."""
+    return ",".join(f"{first}-{last}" for first, last in ranges) or "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a surrogate is worth before stage 2: would the full LLM send the same gradients?
+# From a recipe to its results
 
 
-def gradients(checkpoint, batches=4, batch=16, device="cpu", dtype=None):
-    """A surrogate against the full LLM, by the gradients of the answers' loss on what stage 2 trains of ViT, projector.
+def prepare(about, llm):
+    """What a stage works with: (the VLM that it starts from, its recipe, its batches). about: see train.plan."""
+    kind = distillation.Recipe if "epochs" in about["recipe"] else Recipe
+    recipe, vlm = kind(**about["recipe"]), train.build(about, llm.dtype, llm.device, llm=llm)
+    samples, _ = read_data(about["stage"], about)
+    return vlm, recipe, Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size)
 
-    checkpoint: of stage translator or encoder. Returns {part: cosine between the two gradients}, and the loss per
-    target of both, on `batches` batches of the world. An encoder that follows a surrogate of cosine 0 learns nothing
-    for the LLM.
+
+def run_stage(about, out, llm):
+    """Train a stage in the folder `out`, or go on with it, unless its checkpoint is finished. Returns what that says."""
+    file, state = out / f"{about['stage']}.safetensors", out / "state.safetensors"
+    was = checkpoints.open_checkpoint(file)[1] if file.exists() else about
+    if odd := [f"{k} was {was.get(k)}, is {v}" for k, v in about.items() if was.get(k) != v]:
+        raise UserError(f"{file} is of another run: {'; '.join(odd)}; give another --out, or delete it")
+    if was.get("steps_done") != about["recipe"]["steps"]:
+        vlm, recipe, batches = prepare(about, llm)
+        if isinstance(recipe, distillation.Recipe):
+            distillation.distill(vlm, llm, recipe, batches, out, about, state.exists())
+        else:
+            train.train(vlm, recipe, batches, out, about, state.exists())
+        was = checkpoints.open_checkpoint(file)[1]
+    state.unlink(missing_ok=True)                           # several times as large as the checkpoint
+    return was
+
+
+def flops(work):
+    """(what work() returns, the FLOPs that it takes on the CPU). Attention runs as plain products: fused kernels count none."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as n:
+        result = work()
+    return result, n.get_total_flops()
+
+
+def count_flops(about, llm, steps=3):
+    """Training FLOPs of a stage, out of what `steps` of its steps take. Pictures and texts are data: free. llm: on the CPU."""
+    vlm, recipe, batches = prepare(about, llm)
+    train.trained_parameters(vlm, about["stage"], recipe.projector or about["stage"] != "translator")
+    vlm.to(llm.dtype)
+    once = each = 0                                         # what a sample takes once, and whenever it is read
+    for batch in itertools.chain.from_iterable(batches[i] for i in range(steps)):
+        loss = lambda: vlm.loss(batch)
+        if isinstance(recipe, distillation.Recipe):
+            lesson, n = flops(lambda: distillation.teach(vlm, llm, batch))
+            once += n
+            loss = lambda: sum(distillation.distillation_loss(vlm.decoder, llm, lesson))
+        each += flops(lambda: loss().backward())[1]
+    fresh = math.ceil(recipe.steps / getattr(recipe, "epochs", 1))
+    return round((once * fresh + each * recipe.steps) / steps)
+
+
+def evaluate(checkpoint, llm, samples, batch=8):
+    """Rows of graft.compare on validation images; without "pair" where no surrogate took part."""
+    about = checkpoints.open_checkpoint(checkpoint)[1]
+    vlm = VLM.from_pretrained(llm, checkpoint, tokenizer=Tokenizer.from_pretrained(official.find(about["llm"])))
+    return graft.compare(vlm, load_surrogate(llm, checkpoint) if about["ranges"] else None, samples, batch, seed=VALIDATION_SEED)
+
+
+def translator_recipe(route, **how):
+    """The numbers of stage 1."""
+    how = dataclasses.asdict(SMALL["translator"]) | how | dict(steps=route.steps, projector=route.projector)
+    return distillation.Recipe(**how | dict(epochs=route.epochs)) if route.taught == "llm" else Recipe(**how)
+
+
+def run_recipe(name, seed=0, steps=200, samples=40, out="runs/ablation", vit="assets/vit.safetensors", llm=None,
+               route=None, batch=16, text=CHATS, dtype="auto", device=None):
+    """Train by a recipe, graft and evaluate. Returns the result, which is kept as OUT/NAME-STEPS-seedSEED.json.
+
+    What is done is not done again, and what was interrupted goes on. Stage 1 has a folder of its own: a call with another
+    number of `steps`, which are those of stage 2, begins with the same surrogate. route: a recipe of your own, by this name.
+    samples: validation images a task. llm: path or name (default: that of `vit`). text: what stage 1 reads beside images.
     """
-    name, dtype = checkpoints.read_checkpoint(checkpoint)[1]["llm"], dtype or train.default_dtype(device)
-    vlm, llm, _ = train.build("encoder", name, None, None, str(checkpoint), dtype, device)
-    parameters, surrogate = train.trained_parameters(vlm.to(dtype), "encoder"), vlm.decoder
-    samples = train.Batches(vlm, batch, batch, train.RECIPES["encoder"]["loss_on"], VALIDATION_SEED)
-    parts = {"ViT": "encoder.", "projector": "adapter."}
-    found, result = {}, {}
-    for system, decoder in (("pair", surrogate), ("graft", llm)):
-        vlm.decoder, total, n = decoder, 0.0, 0
-        for step in range(batches):
-            (((b,),), _) = samples[step]                                # one micro-batch, and nothing but images in it
-            loss = vlm.loss(b["tokens"].to(device), b["targets"], b["pixels"])
-            loss.backward()
-            total, n = total + loss.item(), n + int((b["targets"] >= 0).sum())
-        result[f"{system}: loss"] = total / n
-        for part, prefix in parts.items():
-            mine = [p.grad.flatten().float() for n, p in parameters.items() if n.startswith(prefix)]
-            found[system, part] = torch.cat(mine)
-        for p in parameters.values():
-            p.grad = None
-    cosine = lambda part: torch.cosine_similarity(found["pair", part], found["graft", part], 0).item()
-    return {part: cosine(part) for part in parts} | result
+    route, out, device = route or find_route(name), Path(out), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    llm = llm or checkpoints.open_checkpoint(vit)[1].get("llm", official.DEFAULT_LLM)
+    me = json.loads(json.dumps(dict(recipe=name, seed=seed, steps=steps, batch=batch, samples=samples, vit=str(vit), llm=llm,
+                                    text=str(text), dtype=dtype, route=dataclasses.asdict(route))))
+    file = out / f"{name}-{steps}-seed{seed}.json"
+    known = official.read_json(file) if file.exists() else {}
+    if known and all(known.get(k) == v for k, v in me.items()):
+        return known
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a stage costs
-
-
-def measure(argv):
-    """FLOPs of a run of train.main. On the CPU, and attention as plain products: no Triton kernel counts its own."""
-    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
-          contextlib.redirect_stderr(io.StringIO()), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as n):
-        train.main([*argv, "--device", "cpu", "--out", folder])
-    return n.get_total_flops()
-
-
-def count_flops(argv, epochs=1):
-    """Training FLOPs of a stage, out of runs of one and two real steps. epochs: of its samples; the first computes all.
-
-    The text that the LLM writes for stage 1 is data (the paper takes GenQA's): it comes from the cache, uncounted.
-    """
-    steps = int(value(argv, "--steps"))
-    fresh = math.ceil(steps / epochs)
-    once = []
-    if argv[0] == "translator":
-        once = ["--epochs", "1"]
-        measure([*argv, "--steps", "1"])                                # only to have the text in the cache
-    one, two = (measure([*argv, "--steps", s, *once]) for s in "12")
-    again = measure([*argv, "--steps", "2", "--epochs", "2"]) - one if fresh < steps else 0
-    return 2 * one - two + fresh * (two - one) + (steps - fresh) * again
+    precision = train.default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    full = Llama.from_pretrained(official.find(llm), precision, device)
+    counter = full if full.device.type == "cpu" else Llama.from_pretrained(official.find(llm), train.default_dtype("cpu"))
+    common, how = dict(llm=llm, seed=seed, data=None, images=None), dict(batch=batch, dtype=dtype)
+    start, cost, seconds = str(vit), {}, {}
+    for stage in ("translator", "encoder") if route.taught else ("encoder",):
+        folder = out / (f"translator-{name}-seed{seed}" if stage == "translator" else f"encoder-{name}-{steps}-seed{seed}")
+        if stage == "translator":
+            recipe = translator_recipe(route, **how)
+            about = train.plan(stage, check(recipe), init=start, replace=layers(route.ranges), text=str(text), **common)
+        else:
+            recipe = dataclasses.replace(SMALL["encoder"], steps=steps, **how)
+            about = train.plan(stage, check(recipe), init=start, replace=None if route.taught else "none", text=None, **common)
+        print(f"{name}, seed {seed}: stage {stage}, {recipe.steps} steps", flush=True)
+        seconds[stage] = run_stage(about, folder, full)["seconds"]
+        cost[stage] = count_flops(about, counter)
+        start = str(folder / f"{stage}.safetensors")
+    machine = torch.cuda.get_device_name(device) if full.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    versions = dict(torch=torch.__version__, python=platform.python_version(), machine=machine, dtype=str(precision))
+    return write_json(file, me | dict(flops=cost, seconds=seconds, versions=versions, rows=evaluate(start, full, samples)))
 
 
 def write_json(file, content):
@@ -161,301 +191,32 @@ def write_json(file, content):
     return content
 
 
-def remember(file, key, compute):
-    """The value that a JSON file keeps under `key`; computed if it is not there."""
-    known = official.read_json(file) if file.exists() else {}
-    return known[key] if key in known else write_json(file, known | {key: compute()})[key]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Run: from seed to results
+# What a surrogate is worth before stage 2: would the full LLM send the same gradients?
 
 
-def run_stage(argv, folder):
-    """Train a stage, or go on with it, unless its checkpoint is finished. Returns what the checkpoint says about it."""
-    file, state = folder / f"{argv[0]}.safetensors", folder / "state.safetensors"
-    about = checkpoints.read_checkpoint(file)[1] if file.exists() else {}
-    if about.get("steps_done") != int(value(argv, "--steps")):
-        print("python train.py", *argv, flush=True)
-        train.main([*argv, "--out", str(folder), *(["--resume"] if state.exists() else [])])
-        about = checkpoints.read_checkpoint(file)[1]
-    state.unlink(missing_ok=True)                                       # several times as large as the checkpoint
-    return about
+def gradients(checkpoint, batches=4, batch=16, dtype=None, device="cpu"):
+    """A surrogate against the full LLM, by the gradients of the loss on what stage 2 trains of ViT and projector.
 
-
-def evaluate(checkpoint, samples, options=(), batch=8):
-    """Scores on `samples` validation images a task, computed in the dtype of the training; and the machine that did it.
-
-    Of the graft, of the pair where a surrogate took part, and of the LLM that reads the caption in the image's place.
+    checkpoint: of stage translator or encoder. Returns {part: cosine between the two gradients}, and the loss per target of
+    both, on `batches` batches of the world. An encoder that follows a surrogate of cosine 0 learns nothing for the LLM.
     """
-    about = checkpoints.read_checkpoint(checkpoint)[1]
-    device = value(options, "--device", "cuda" if torch.cuda.is_available() else "cpu")
-    path, dtype = official.find(about["llm"]), getattr(torch, about["recipe"]["dtype"].removeprefix("torch."))
-    llm = Llama.from_pretrained(path, dtype, device)
-    vlm = VLM.from_pretrained(llm, checkpoint, tokenizer=Tokenizer.from_pretrained(path))
-    surrogate = load_surrogate(llm, checkpoint) if about["ranges"] else None
-    rows = graft.compare(vlm, surrogate, samples, batch, seed=VALIDATION_SEED)
-    gpu = device.startswith("cuda")
-    machine = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-    return dict(torch=torch.__version__, machine=machine,
-                rows=[{k: r[k] for k in ("task", "system", "ranked", "said")} for r in rows])
-
-
-def finished(file, **same):
-    """The result in a file, if it is there and says the same; else None."""
-    result = official.read_json(file) if file.exists() else {}
-    return result if result and all(result.get(k) == v for k, v in same.items()) else None
-
-
-def run_recipe(name, seed=0, steps=300, batch=16, samples=100, out="runs/experiments", vit="assets/vit.safetensors",
-               stages=None, options=()):
-    """Train by a recipe, or by `stages` of your own, and evaluate. Returns the result, which is kept in the folder
-    `out`: a second call finds it, and one after a break goes on from the last checkpoint.
-
-    samples: validation images a task. options: further arguments for every stage. "flops" and "seconds" have a number
-    for every stage; those of stage 0, which all recipes have in common, stand apart.
-    """
-    if stages is None and name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
-    out, stages = Path(out), stages or RECIPES[name][1]
-    todo = commands(stages, seed, steps, batch, out, vit, options)
-    about = dict(recipe=name, seed=seed, steps=steps, batch=batch, samples=samples,
-                 commands=[" ".join(["python train.py", *argv, "--out", str(folder)]) for argv, folder in todo])
-    file, counted = out / f"{name}-{steps}x{batch}-seed{seed}.json", out / "flops.json"
-    if result := finished(file, **about):
-        return result
-
-    seconds, flops = [], []
-    for i, (argv, folder) in enumerate(todo):
-        print(f"{name}, seed {seed}: stage {i + 1} of {len(todo)}", flush=True)
-        was = run_stage(argv, folder)
-        seconds.append(was["seconds"])
-        argv = [*argv, "--dtype", was["recipe"]["dtype"].removeprefix("torch.")]
-        epochs = was["recipe"].get("epochs", 1)
-        key = f"{' | '.join(stages[:i + 1])} {steps} x {batch} {' '.join(options)}"     # the same for all seeds
-        flops.append(remember(counted, key, lambda: count_flops(argv, epochs)))
-    was = checkpoints.read_checkpoint(vit)[1]
-    argv = ["vit", "--steps", "1", "--batch", str(was["recipe"]["batch"]), *options]
-    step = remember(counted, " ".join(argv), lambda: measure(argv))
-    stage_0 = dict(seconds=was["seconds"], flops=was["recipe"]["steps"] * step)
-    checkpoint = folder / f"{todo[-1][0][0]}.safetensors"
-    return write_json(file, about | dict(seconds=seconds, flops=flops, stage_0=stage_0)
-                      | evaluate(checkpoint, samples, options))
-
-
-STARTS = {"the grafted encoder": "assets/encoder.safetensors", "scratch": "assets/vit.safetensors"}
-
-
-def stage3(starts=STARTS, steps=(0, 25, 50, 100, 200), seed=0, batch=16, samples=100, out="runs/experiments",
-           options=()):
-    """Train the full LLM from each start, for every number of steps, and evaluate. Returns the results, kept in `out`.
-
-    Every number of steps is a run with a whole schedule of its own: what this much data gives. 0: the start as it is.
-    A checkpoint holds the whole LLM and is deleted once evaluated.
-    """
-    results = []
-    for start, checkpoint in starts.items():
-        for n in steps:
-            file = Path(out) / f"stage3-from-{start.split()[-1]}-{n}x{batch}-seed{seed}.json"
-            argv = ["decoder", "--init", str(checkpoint), "--batch", str(batch), "--seed", str(seed), *options,
-                    *(["--steps", str(n)] if n else ["--steps", "1", "--lr", "0"])]
-            about = dict(start=start, seed=seed, steps=n, batch=batch, samples=samples, command=" ".join(argv))
-            result, folder = finished(file, **about), file.with_suffix("")
-            if not result:
-                seconds = run_stage(argv, folder)["seconds"]
-                scores = evaluate(folder / "decoder.safetensors", samples, options)
-                result = write_json(file, about | dict(seconds=seconds) | scores)
-                shutil.rmtree(folder)
-            results.append(result)
-    return results
-
-
-def read_results(out="runs/experiments", kept=KEPT):
-    """All results: those that were kept, and those in `out`, which replace kept ones of the same run."""
-    results = official.read_json(Path(kept)) if Path(kept).exists() else []
-    results += [official.read_json(f) for f in sorted(Path(out).glob("*-seed*.json"))]
-    return list({(r.get("recipe"), r.get("start"), r["seed"], r["steps"], r["batch"]): r for r in results}.values())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Show
-
-
-def by_recipe(results):
-    """{(recipe, steps, batch): results of all seeds}, in the order of RECIPES, then others."""
-    order, groups = {name: i for i, name in enumerate(RECIPES)}, {}
-    for r in sorted((r for r in results if "recipe" in r), key=lambda r: order.get(r["recipe"], len(order))):
-        groups.setdefault((r["recipe"], r["steps"], r["batch"]), []).append(r)
-    return groups
-
-
-def scores(results, system, tasks):
-    """In percent, for each result: how often the right option is the likeliest, mean over tasks."""
-    found = [[100 * r["ranked"] for r in result["rows"] if r["system"] == system and r["task"] in tasks]
-             for result in results]
-    return [statistics.mean(f) for f in found if f]
-
-
-def table(results):
-    """Markdown: the cost of each recipe, and pair → graft of each task, in percent ± a deviation over seeds."""
-    def cell(group, task):
-        both = [scores(group, system, [task]) for system in ("pair", "graft")]
-        return " → ".join(f"{statistics.mean(s):.0f}" + (f" ± {statistics.stdev(s):.0f}" if len(s) > 1 else "")
-                          for s in both if s)
-
-    groups, tasks = by_recipe(results), [t + " *" * (t in world.KNOWLEDGE_TASKS) for t in graft.TASKS]
-    rows = [["recipe", "replaced", "steps × batch", "seeds", "TFLOP", "of direct", "minutes", *tasks]]
-    rows.append(["---"] * len(rows[0]))
-    for (name, steps, batch), group in groups.items():
-        flops, direct = sum(group[0]["flops"]), groups.get(("direct", steps, batch))
-        rows.append([name, value(group[0]["commands"][0].split(), "--replace"), f"{steps} × {batch}", str(len(group)),
-                     f"{flops / 1e12:.3g}", f"{flops / sum(direct[0]['flops']):.0%}" if direct else "–",
-                     f"{statistics.mean(sum(r['seconds']) for r in group) / 60:.1f}",
-                     *(cell(group, t) for t in graft.TASKS)])
-    return "\n".join(f"| {' | '.join(r)} |" for r in rows)
-
-
-SYSTEMS = {"pair": ("#e07a1f", 0.24), "graft": ("#2a6f97", 0.08),      # color, place in its line
-           "direct": ("#6c757d", -0.08), "text": ("#2d6a4f", -0.24)}
-PANELS = {"trained tasks": world.TRAINED_TASKS, "knowledge, never trained": world.KNOWLEDGE_TASKS}
-
-
-def figure(width, height, columns=1):
-    """(pyplot, figure, axes) on white, so that it reads on dark pages too."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, columns, figsize=(width, height), dpi=120, facecolor="white", layout="constrained",
-                             sharey=True, squeeze=False)
-    for ax in axes[0]:
-        ax.grid(alpha=0.3)
-        ax.set_axisbelow(True)
-    return plt, fig, axes[0]
-
-
-def save(plt, fig, path):
-    checkpoints.write_whole(path, lambda part: fig.savefig(part, format="png"))
-    plt.close(fig)
-
-
-def plot_graft(results, path):
-    """Pair → graft for each task, with 95 % intervals: the results.json of graft.py as a picture."""
-    plt, fig, (ax,) = figure(7.5, 4.4)
-    tasks, at = list(dict.fromkeys(r["task"] for r in results["rows"])), {}
-    for r in [r for r in results["rows"] if r["system"] in SYSTEMS]:
-        (color, offset), line = SYSTEMS[r["system"]], -tasks.index(r["task"])
-        low, high = (100 * x for x in graft.wilson(r["ranked"] * r["samples"], r["samples"]))
-        p, chance = 100 * r["ranked"], 100 * r["chance"]
-        at[r["task"], r["system"]] = p, line + offset
-        ax.errorbar(p, line + offset, xerr=[[max(0, p - low)], [max(0, high - p)]], fmt="o", capsize=2, color=color,
-                    label=r["system"] if line == 0 else None)
-        ax.plot([chance] * 2, [line - 0.35, line + 0.35], ":", color="#888888",
-                label="chance" if line == 0 and r["system"] == "graft" else None)
-    for task in tasks:
-        if (task, "pair") in at:
-            ax.annotate("", at[task, "graft"], at[task, "pair"], arrowprops=dict(arrowstyle="-|>", color="#222222"))
-    ax.set_yticks([-i for i in range(len(tasks))], [t + " *" * (t in world.KNOWLEDGE_TASKS) for t in tasks])
-    ax.set(xlim=(0, 103), xlabel="% ranked first, 95 % intervals        * never trained",
-           title=f"{results['samples']} held-out images a task")
-    fig.legend(loc="outside lower center", ncols=4, frameon=False)
-    save(plt, fig, path)
-
-
-def plot_cost(results, path):
-    """The graft's score against training FLOPs: a marker a recipe, a dot a seed (the paper's figure 2)."""
-    plt, fig, axes = figure(10, 4.2, 2)
-    for ax, (title, tasks) in zip(axes, PANELS.items()):
-        for i, ((name, steps, _), group) in enumerate(by_recipe(results).items()):
-            x, ys, color = sum(group[0]["flops"]) / 1e12, scores(group, "graft", tasks), plt.get_cmap("tab20")(i % 20)
-            ax.plot([x] * len(ys), ys, ".", color=color, ms=4)
-            ax.plot(x, statistics.mean(ys), "os^DvP*X<>h"[i % 11], color=color, mec="#222222", mew=0.6, ms=9,
-                    label=f"{name}, {steps} steps")
-        ax.set(title=title, xlabel="training of stages 1 and 2, TFLOP", xlim=(0, None))
-    axes[0].set_ylabel("with the full LLM: % ranked first")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    save(plt, fig, path)
-
-
-def plot_stage3(results, path):
-    """Score against the steps of stage 3 from each start: lines join the means over seeds, a dot is a seed."""
-    plt, fig, axes = figure(9, 4, 2)
-    starts = dict.fromkeys(r["start"] for r in results if "start" in r)
-    for ax, (title, tasks) in zip(axes, PANELS.items()):
-        for start, color in zip(starts, ("#2a6f97", "#e07a1f", "#6c757d")):
-            points = {}
-            for r in sorted((r for r in results if r.get("start") == start), key=lambda r: r["steps"]):
-                points.setdefault(r["steps"], []).extend(scores([r], "graft", tasks))
-            ax.plot([n for n, ys in points.items() for _ in ys], sum(points.values(), []), ".", color=color, ms=4)
-            ax.plot(points.keys(), [statistics.mean(ys) for ys in points.values()], "o-", color=color,
-                    label=f"from {start}")
-        ax.set(title=title, xlabel="steps of stage 3")
-    axes[0].set_ylabel("% ranked first")
-    axes[0].legend(frameon=False)
-    save(plt, fig, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="show the recipes")
-    parser.add_argument("--run", nargs="+", default=[], metavar="RECIPE", help="train and evaluate these, or all")
-    parser.add_argument("--stage3", action="store_true", help="compare stage 3 from both starts")
-    parser.add_argument("--gradients", nargs="+", default=[], metavar="CHECKPOINT",
-                        help="compare their surrogates' gradients with the full LLM's, then stop")
-    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="default: 0")
-    parser.add_argument("--steps", type=int, default=300, help="steps of stage 2 (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="samples a step (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=100, help="validation images a task (default: %(default)s)")
-    parser.add_argument("--device", help="default: cuda where there is one")
-    parser.add_argument("--out", default="runs/experiments", help="checkpoints and results (default: %(default)s)")
-    parser.add_argument("--plot", metavar="FOLDER", help="where the plots go (default: as --out)")
-    parser.add_argument("--keep", action="store_true", help=f"write all results to {KEPT}")
-    args = parser.parse_args(argv)
-    if min(args.steps, args.batch, args.samples) < 1:
-        raise UserError("--steps, --batch and --samples must be at least 1")
-    names = list(RECIPES) if args.run == ["all"] else args.run
-    if unknown := [name for name in names if name not in RECIPES]:
-        raise UserError(f"unknown recipe {unknown[0]!r}: choose from all, {', '.join(RECIPES)}")
-    if args.list:
-        for name, (says, stages) in RECIPES.items():
-            print(f"{name:15} {says}\n" + "".join(f"{'':15} python train.py {line}\n" for line in stages))
-        return
-
-    if args.gradients:
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        print("| checkpoint | replaced | cosine of gradients: ViT | projector | loss: surrogate | full LLM |\n"
-              + "|---" * 6 + "|")
-        for file in args.gradients:
-            found = gradients(file, batch=args.batch, device=device)
-            replaced = ",".join(f"{a}-{b}" for a, b in checkpoints.read_checkpoint(file)[1]["ranges"])
-            print(f"| {file} | {replaced} | " + " | ".join(f"{x:.2f}" for x in found.values()) + " |", flush=True)
-        return
-
-    common = dict(batch=args.batch, out=args.out, options=["--device", args.device] if args.device else [])
-    for seed in args.seed:
-        for name in names:
-            run_recipe(name, seed, args.steps, samples=args.samples, **common)
-        if args.stage3:
-            stage3(seed=seed, samples=args.samples, **common)
-    results = read_results(args.out, KEPT)
-    if not results:
-        print("No results yet, so the smallest comparison, of 30 steps: it shows how this works, not what is true.")
-        for name, stages in (("short", route("23-28", "--steps 20")), ("direct", None)):
-            results.append(run_recipe(name, steps=30, samples=8, stages=stages, **common))
-    if args.keep:
-        write_json(Path(KEPT), results)
-    file = checkpoints.locate("assets/results.json")     # of graft.py, for the shipped weights
-    for name, draw, material in (("cost", plot_cost, [r for r in results if "recipe" in r]),
-                                 ("stage3", plot_stage3, [r for r in results if "start" in r]),
-                                 ("graft", plot_graft, official.read_json(file) if file.exists() else None)):
-        if material:
-            draw(material, Path(args.plot or args.out) / f"{name}.png")
-    print(f"\n{table(results)}\n\nPair → graft on validation images, % ranked first; * never trained; "
-          f"cost: stages 1+2\nPlots: cost.png, stage3.png and graft.png in {args.plot or args.out}/")
-
-
-if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    recipe = dataclasses.replace(SMALL["encoder"], batch=batch)
+    about = train.plan("encoder", recipe, init=str(checkpoint), seed=VALIDATION_SEED, data=None, images=None, text=None)
+    llm = Llama.from_pretrained(official.find(about["llm"]), dtype or train.default_dtype(device), device)
+    vlm, _, samples = prepare(about, llm)
+    parameters, surrogate = train.trained_parameters(vlm.to(llm.dtype), "encoder"), vlm.decoder
+    parts, found, result = {"ViT": "encoder.", "projector": "adapter."}, {}, {}
+    for system, decoder in (("surrogate", surrogate), ("LLM", llm)):
+        vlm.decoder, total, n = decoder, 0.0, 0
+        for step in range(batches):
+            for b in samples[step]:
+                loss = vlm.loss(b)
+                loss.backward()
+                total, n = total + loss.item(), n + train.count_targets([b])
+        result[f"loss of the {system}"] = total / n
+        for part, prefix in parts.items():
+            found[system, part] = torch.cat([p.grad.flatten().float() for m, p in parameters.items() if m.startswith(prefix)])
+        for p in parameters.values():
+            p.grad = None
+    return {part: torch.cosine_similarity(found["surrogate", part], found["LLM", part], 0).item() for part in parts} | result
