@@ -74,7 +74,7 @@ def text_tokens(tokenizer, text, length=96):
 
 
 def check_ranges(ranges, num_layers):
-    """Sorted [(first, last), …], both ends included, or a ValueError that says what is wrong."""
+    """Sorted [(first, last), …], both ends included, or a UserError that says what is wrong."""
     ranges = sorted((int(a), int(b)) for a, b in ranges)
     for first, last in ranges:
         if not 0 < first <= last < num_layers - 1:
