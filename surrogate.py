@@ -88,7 +88,7 @@ def choose_ranges(llm, tokenizer):
 
 
 def check_ranges(ranges, num_layers):
-    """Sorted [(first, last), …], both ends included, or a ValueError that says what is wrong."""
+    """Sorted [(first, last), …], both ends included, or a UserError that says what is wrong."""
     ranges = sorted((int(a), int(b)) for a, b in ranges)
     for first, last in ranges:
         if not 0 < first <= last < num_layers - 1:

@@ -370,5 +370,5 @@ def test_shipped_weights_read_signs_and_know_capitals(smollm, smollm_tokenizer):
     vlm = VLM.from_pretrained(smollm, assets / "encoder.safetensors", tokenizer=smollm_tokenizer)
     question = "What language do people speak in the country on the sign?"
     assert "French" in vlm.chat(assets / "sign.png", question, max_new_tokens=16)
-    rows, _ = graft.compare(vlm, n=16, tasks=["read", "capital"], seed=11, progress=False)
+    rows = graft.compare(vlm, n=16, tasks=["read", "capital"], seed=11, progress=False)
     assert all(row["ranked"] >= 0.6 for row in rows)        # chance is 0.1; over 500 images it was 0.99 and 0.86
