@@ -316,12 +316,12 @@ def converse(args, vlm, image):
     print(f"\n[{timing}]")
 
 
-def show(args, vlm, about, command):
+def show(args, vlm, about, name, command):
     """The demo, then the comparison: printed, and kept as demo.png and results.json."""
     llm, start, out = vlm.decoder, time.perf_counter(), Path(args.out)
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
     file = checkpoints.locate(args.direct)
-    same = file.exists() and checkpoints.open_checkpoint(file)[1].get("llm") == about.get("llm")
+    same = file.is_file() and checkpoints.open_checkpoint(file)[1].get("llm") == name
     direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer) if same else None
     layers = "no surrogate"
     if surrogate:
@@ -337,7 +337,7 @@ def show(args, vlm, about, command):
     print("\ntext:   the caption in the image's place: what the LLM knows"
           + ("\ndirect: an encoder trained on the full LLM" if direct else "")
           + f"\n\n{table(rows)}\n{args.eval} held-out images a task, with 95 % intervals; * never trained")
-    results = dict(command=command, encoder=args.encoder, about=about, samples=args.eval, seed=args.seed,
+    results = dict(command=command, encoder=args.encoder, about=about, llm=name, samples=args.eval, seed=args.seed,
                    dtype=args.dtype, device=args.device, torch=torch.__version__, python=platform.python_version(),
                    seconds=seconds, rows=rows)
     checkpoints.write_whole(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
@@ -355,7 +355,7 @@ def main(argv=None):
     if image is not None or args.chat:
         converse(args, vlm, image)
     else:
-        show(args, vlm, about, " ".join(["python graft.py", *argv]))
+        show(args, vlm, about, name, " ".join(["python graft.py", *argv]))
 
 
 if __name__ == "__main__":
