@@ -30,7 +30,7 @@ def run_cli(main):
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         if isinstance(e, torch.OutOfMemoryError):
-            why += " (out of GPU memory: try a smaller --batch, or --llm of a smaller model)"
+            why += " (out of GPU memory: try a smaller batch or micro_batch, or a smaller --llm)"
     except RuntimeError as e:  # torch has no error class of its own for these two
         known = ("DefaultCPUAllocator", "device type at start of device string", "Invalid device")
         if not any(words in str(e) for words in known):

@@ -3,12 +3,13 @@ How fast is it, and how much memory does it take? Decoding beside transformers, 
 graft.py, a step with a real vocabulary and the building of a surrogate need.
 
     python -m studies.benchmark             # everything, on the default LLM
-    python -m studies.benchmark --memory    # only the step and the building, on random models: half a minute
+    python -m studies.benchmark --memory    # only the step and the building, on random models: no download, quick
 
 Everything is timed in turns within one run, because absolute times on shared machines wander; trust the ratios.
 (kernels/benchmark.py measures the Triton kernels on a GPU.)
 """
 import argparse
+import dataclasses
 import json
 import platform
 import resource
@@ -26,10 +27,13 @@ from tqdm import tqdm
 
 import surrogate
 import train
+from data.batches import Batches
+from data.world import World
 from formats import official
 from formats.errors import UserError, run_cli
 from formats.tokenizer import IMAGE, Tokenizer
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
+from recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,27 +85,28 @@ def decode(device, dtype, tokens=64, rounds=5):
           f"| transformers {them:.1f} tokens/s | {ratio:.2f}x |")
 
 
-def encoder_step(device, dtype, batch=16, rounds=5, distill_every=0, replace=((16, 28),)):
+def encoder_step(device, dtype, batch=16, rounds=5, replace=((16, 28),)):
     """One step of the stage `encoder` with a new translator: the time does not depend on what the weights are."""
     llm = Llama.from_pretrained(dtype=dtype, device=device)
     tokenizer = Tokenizer.from_pretrained(official.find(official.DEFAULT_LLM))
-    vlm = VLM(ViT(ViTConfig()), surrogate.build_surrogate(llm, replace), tokenizer).to(device=device, dtype=dtype)
-    trainer = train.Trainer(train.trained_parameters(vlm, "encoder", distill_every > 0), 5e-5, 100)
-    batches = train.Batches(vlm, batch, batch, train.RECIPES["encoder"]["loss_on"], seed=0)
+    vlm = VLM(ViT(ViTConfig()), surrogate.build_surrogate(llm, replace), tokenizer).to(device)
+    recipe = dataclasses.replace(RECIPES["small"]["encoder"], batch=batch)
+    optimizer = train.Optimizer(train.trained_parameters(vlm, "encoder"), recipe)
+    vlm.to(dtype)
+    batches = Batches(World(), recipe, tokenizer, vlm.n_visual, vlm.encoder.config.image_size)
     times = []
     for step in tqdm(range(rounds + 1), desc="encoder step", unit="step"):
         def one():
-            (((b,),), _) = batches[step]            # one micro-batch, and nothing but images in it
-            n, positions = int((b["targets"] >= 0).sum()), int(b["lengths"].sum())
-            ce, kl, distance = train.surrogate_loss(vlm, b, "encoder", llm if distill_every else None)
-            (ce / n + (kl / n + distance / positions if distill_every else 0)).backward()
-            trainer.update()
+            (b,) = batches[step]            # one micro-batch, and nothing but images in it
+            (vlm.loss(b) / train.count_targets([b])).backward()
+            optimizer.gather()
+            optimizer.update()
             return b["tokens"].shape[1]
         seconds, positions = clock(one, device)
         times.append(seconds)
     layers = vlm.decoder.config.num_hidden_layers
-    print(f"| encoder step, {str(dtype)[6:]}, {layers}-layer surrogate, batch {batch}, ~{positions} positions"
-          f"{', on-policy' if distill_every else ''} | {statistics.median(times[1:]):.2f} s | | |")
+    print(f"| encoder step, {str(dtype)[6:]}, {layers}-layer surrogate, batch {batch}, ~{positions} positions "
+          f"| {statistics.median(times[1:]):.2f} s | | |")
 
 
 def graft_memory():
@@ -137,8 +142,8 @@ def in_fresh_process(call):
 
 
 def llava_batch(n_visual, vocab, batch, text=100, answer=60):
-    """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens,
-    the last `answer` of which are the answer; every row is 8 tokens shorter than the one before, and padded."""
+    """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens of
+    which the last `answer` are the answer; every row is 8 tokens shorter than the one before, and padded."""
     T = n_visual + text
     tokens = torch.randint(vocab, (batch, T))
     tokens[:, 10:10 + n_visual] = IMAGE
@@ -171,7 +176,7 @@ def encoder_step_memory(all_logits=False, vocab=128256, batch=3, width=64):
         loss = F.cross_entropy(logits.flatten(0, 1), b["targets"].flatten(), ignore_index=-100, reduction="sum")
         del logits          # as a function that returns the loss would: only what autograd needs stays
     else:
-        loss = train.surrogate_loss(vlm, b, "encoder")[0]
+        loss = vlm.loss(b)
     n = int((b["targets"] >= 0).sum())
     (loss / n).backward()
     peak = peak_memory() - before
@@ -253,6 +258,8 @@ def main(argv=None):
     parser.add_argument("--memory", action="store_true",
                         help="only the memory of a step and of building a surrogate, on random models on the CPU")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, not {args.rounds}")
     on_gpu = args.device.startswith("cuda") and not args.memory
     chip = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{chip}, torch {torch.__version__}, Python {platform.python_version()}\n\n"
@@ -263,13 +270,9 @@ def main(argv=None):
     compare_surrogate_memory()
     if args.memory:
         return
-    decode(args.device, torch.float32, rounds=args.rounds)
-    if train.default_dtype(args.device) == torch.bfloat16:
-        decode(args.device, torch.bfloat16, rounds=args.rounds)
-    encoder_step(args.device, torch.float32, rounds=args.rounds)
-    dtype = train.default_dtype(args.device)
-    encoder_step(args.device, dtype, rounds=args.rounds)
-    encoder_step(args.device, dtype, rounds=args.rounds, distill_every=1, replace=((20, 28),))
+    for measure in (decode, encoder_step):
+        for dtype in dict.fromkeys([torch.float32, train.default_dtype(args.device)]):      # once, if they are the same
+            measure(args.device, dtype, rounds=args.rounds)
 
 
 if __name__ == "__main__":

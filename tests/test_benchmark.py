@@ -1,6 +1,8 @@
-"""studies/benchmark.py --memory: its two steps are the same step, and the comparison sees what it should."""
+"""studies/benchmark.py: the two steps that --memory compares are the same step; the rows show what they should."""
 import pytest
+import torch
 
+from formats.errors import UserError
 from studies import benchmark
 
 
@@ -37,3 +39,11 @@ def test_memory_option_runs_only_the_memory(monkeypatch):
         monkeypatch.setattr(benchmark, name, lambda *_, name=name, **__: seen.append(name))
     benchmark.main(["--memory"])
     assert seen == ["compare_step_memory", "compare_surrogate_memory"]
+    with pytest.raises(UserError, match="--rounds must be at least 1"):
+        benchmark.main(["--rounds", "0"])
+
+
+def test_a_step_of_the_encoder_is_timed(smollm, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.Llama, "from_pretrained", lambda **_: smollm)
+    benchmark.encoder_step("cpu", torch.float32, batch=2, rounds=1, replace=((2, 28),))
+    assert "4-layer surrogate, batch 2" in capsys.readouterr().out
