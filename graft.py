@@ -122,7 +122,7 @@ def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, dir
     bar = tqdm(total=n * len(tasks), desc="held-out images", unit="image", disable=not progress)
     for task in tasks:
         samples, got = [world.world(task, i, seed, "test") for i in range(n)], {}
-        # images of one kind have options of one number
+        # samples of one task have equally many options, so they can be batched
         for i in range(0, n, batch):
             for name, r in systems(vlm, surrogate, direct, samples[i:i + batch]).items():
                 got.setdefault(name, []).extend(r)
@@ -166,13 +166,14 @@ def demo(vlm, surrogate, seed=EVAL_SEED):
     """What pair and graft say about the six images of DEMO: [(sample, {"pair": text, "graft": text}), …]."""
     samples = [world.sample_of(random.Random(f"demo/{seed}/{i}"), task, subject)
                for i, (task, subject) in enumerate(DEMO)]
-    prompts = [vlm.prompt(s.messages[:-1]) for s in samples]
-    said = {}
-    for name, decoder in (("pair", surrogate), ("graft", vlm.decoder)):
-        embeds, lengths = vlm.embed_prompts(prompts, [s.image for s in samples])
-        tokens = decoder.generate(embeds=embeds, lengths=lengths, stop=vlm.tokenizer.stop_tokens, max_new_tokens=40)
-        said[name] = [" ".join(vlm.tokenizer.decode(t).split()) for t in tokens]
-    return [(s, {name: texts[i] for name, texts in said.items()}) for i, s in enumerate(samples)]
+    prompts, images = [vlm.prompt(s.messages[:-1]) for s in samples], [s.image for s in samples]
+    llm = vlm.decoder
+    vlm.decoder = surrogate             # the pair: what was trained
+    pair = vlm.generate(prompts, images, max_new_tokens=40)
+    vlm.decoder = llm                   # the graft: the same encoder, the full LLM, no training
+    grafted = vlm.generate(prompts, images, max_new_tokens=40)
+    words = lambda tokens: " ".join(vlm.tokenizer.decode(tokens).split())
+    return [(s, {"pair": words(p), "graft": words(g)}) for s, p, g in zip(samples, pair, grafted)]
 
 
 def question_of(sample):
@@ -189,7 +190,7 @@ def show_demo(examples):
             right = "right" if world.is_right(text, sample) else "-"
             print(f"  {name + ':':7s}{right:7s}{textwrap.shorten(text, 100, placeholder=' …')}")
     print("\n* never trained: no image holds the answer, the full LLM knows it. "
-          "Left: what the image shows, which no model is told.")
+          "Before the bar: what the image shows, which no model is told.")
 
 
 def plot_demo(examples, columns=3):
@@ -209,7 +210,7 @@ def plot_demo(examples, columns=3):
             short = textwrap.shorten(text, 130, placeholder=" …")
             shown = textwrap.fill(f"{name} {'✓' if right else '✗'}  {short}", 48)
             words.text(0, 1 - 0.52 * k, shown, transform=words.transAxes, va="top", fontsize=9, parse_math=False,
-                       color="#2d6a4f" if right else "#9d0208")         # an answer with two $ is no formula
+                       color="#2d6a4f" if right else "#9d0208")         # $5 and $6 is no formula
     return fig
 
 
@@ -308,7 +309,7 @@ def converse(args, vlm, image):
         image.save(Path(args.out) / "sign.png")
         print(f"No --image: the conversation is about {args.out}/sign.png")
     if args.pair:
-        vlm.decoder = load_surrogate(vlm.decoder, args.encoder)
+        vlm.decoder = load_surrogate(vlm.decoder, args.encoder)     # the other way: from the graft back to the pair
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     if args.chat:
         return chat(vlm, image, options)

@@ -517,7 +517,7 @@ class VLM(nn.Module):
         tensors, about = checkpoints.read_checkpoint(encoder)
         if not {"adapter.0.weight", "embd_soi"} <= tensors.keys():      # stage vit has the first, but not the second
             raise UserError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: "
-                            "give a checkpoint of train.py's stage translator, encoder or decoder")
+                            "give a checkpoint of train.py's stage encoder or decoder")
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
         vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
         if tokenizer is None:

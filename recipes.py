@@ -51,7 +51,7 @@ def check(recipe):
         if f.name in CHOICES and value not in CHOICES[f.name]:
             raise UserError(f"{f.name}={value}: choose one of {', '.join(CHOICES[f.name])}")
         top = math.inf if high is None else high
-        if f.type in (int, float) and low is not None and not low <= value <= top or value == math.inf:
+        if f.type in (int, float) and (not low <= value <= top or value == math.inf):       # nan fails the first
             limits = f"between {low:g} and {high:g}" if high is not None else f"at least {low:g}"
             raise UserError(f"{f.name}={value:g}: {f.name} must be {limits}")
     return recipe
@@ -87,7 +87,7 @@ def help_text(recipe):
 
 @dataclass(frozen=True)
 class Target:
-    """What the stages work on. `configs` are known before anything is downloaded: studies/cost.py counts with them."""
+    """What the stages work on. The configs are known before any download: studies/cost.py counts with them."""
     llm: str                            # folder, .gguf file or hub name
     vit: str                            # a checkpoint of extras/vit.py, or a CLIP
     ranges: tuple                       # ((first, last), ...): layers that one translator each replaces, ends included
@@ -95,7 +95,15 @@ class Target:
     vit_config: ViTConfig = None
 
 
+@dataclass(frozen=True)
+class Distillation(Recipe):
+    """Of extras/distillation.py."""
+    epochs: int = option(4, "how often the same samples are read; steps / epochs steps of them are fresh", 1, 1000)
+
+
 SMALL = dict(
+    vit=Recipe(steps=600, batch=128, lr=1e-3, workers=1),               # stage 0, extras/vit.py; shipped: 5000 steps
+    distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1; shipped: 800 steps
     translator=Recipe(steps=400, lr=1e-3, projector=False),
     encoder=Recipe(steps=200, lr=2e-4),
     decoder=Recipe(steps=30, lr=5e-5, loss_on="answers"),
@@ -105,14 +113,13 @@ SMALL = dict(
 # The paper
 
 
-def paper(micro_batch=8, decoder_micro_batch=4, **translator):
-    """The paper's three stages on LLaVA-1.5-665K: one epoch, and for stage 3 20 % of it."""
-    common = dict(checkpointing=True, workers=2, micro_batch=micro_batch)
+def paper(steps=4393):
+    """The paper's three stages on LLaVA-1.5-665K: one epoch, and for stage 3 20 % of it. steps: of stage 1."""
+    common = dict(checkpointing=True, workers=2)
     return dict(
-        translator=Recipe(**dict(steps=4393, batch=256, lr=1e-4) | common | translator),
-        encoder=Recipe(steps=4880, batch=128, lr=5e-5, **common),
-        decoder=Recipe(steps=1040, batch=128, lr=5e-5, loss_on="answers",
-                       **common | dict(micro_batch=decoder_micro_batch)),
+        translator=Recipe(steps=steps, batch=256, micro_batch=8, lr=1e-4, **common),
+        encoder=Recipe(steps=4880, batch=128, micro_batch=8, lr=5e-5, **common),
+        decoder=Recipe(steps=1040, batch=128, micro_batch=4, lr=5e-5, loss_on="answers", **common),
     )
 
 

@@ -253,7 +253,7 @@ def main(argv=None):
         print(f"{i:5d} {kl:7.3f}   {role}{'   <- the prediction turns' if i == cut else ''}")
     surrogate = build_surrogate(llm, ranges)
     full, small = count_parameters(llm), count_parameters(surrogate)
-    # embeddings and head serve both: what the paper saves is layers, so count those too
+    # embeddings and head are shared: what is saved is layers, so report these, too
     print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   layers {L} -> {len(kept)}   "
           f"parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
     figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+import surrogate
 from data.batches import Batches
 from data.sources import CHATS, read_data
 from formats.checkpoints import beside, load_checkpoint, open_checkpoint, read_checkpoint
@@ -27,7 +28,6 @@ from formats.official import find, llama_config
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, base_vit
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
-from surrogate import build_surrogate, check_ranges, choose_ranges, from_pretrained, load_translators, parse_ranges
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Which parameters a stage trains (paper, section 4)
@@ -66,7 +66,7 @@ def lr_at(step, recipe):
 class Optimizer:
     """AdamW on float32 copies of the trained parameters, whatever the dtype in which the model computes.
 
-    bfloat16 has 8 bits: it would lose most updates. Make this first, then cast the model: the copies keep all digits.
+    bfloat16 keeps 8 significant bits: most updates would be rounded away. Make this first, then cast the model.
     """
 
     def __init__(self, parameters, recipe):
@@ -143,10 +143,11 @@ class Optimizer:
 
 class Solo:
     """The one process of an ordinary run. extras/parallel.py has the same for many."""
-    rank, world, mixed, shard, Optimizer = 0, 1, False, None, Optimizer
+    Optimizer = Optimizer
 
     def __init__(self, device="cpu"):
-        self.device = device
+        self.device, self.rank, self.world = device, 0, 1   # this process, its number, how many there are
+        self.shard, self.mixed = None, False                # shards a decoder over them; mixes images and text
 
     def sum(self, x):
         """Sum a tensor over all processes."""
@@ -157,16 +158,16 @@ class Solo:
         return dict(tensors)
 
 
-def train(vlm, recipe, batches, out, about, resume=False, team=Solo(), export=dict.items):
+def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict.items):
     """Train what `about["stage"]` trains, through whatever decoder the VLM has. Returns the log: a dict a step.
 
     batches: see data.batches.Batches. about: what the run is, kept in every checkpoint. Into the folder `out` go
     STAGE.safetensors (what was trained), state.safetensors (for resume=True), log.csv and loss.png. export: trained
     weights -> the (name, tensor) pairs that are saved.
     """
-    stage, device = about["stage"], vlm.decoder.device
-    projector = recipe.projector or stage != "translator" or not about.get("start")     # a new one has to learn
-    optimizer = team.Optimizer(trained_parameters(vlm, stage, projector), recipe)
+    stage, device, team = about["stage"], vlm.decoder.device, team or Solo(vlm.decoder.device)
+    learns = trained_parameters(vlm, stage, recipe.projector or stage != "translator")
+    optimizer = team.Optimizer(learns, recipe)
     vlm.to(vlm.decoder.dtype)
     log = Log(out, about, optimizer, team, resume, export)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
@@ -182,8 +183,6 @@ def train(vlm, recipe, batches, out, about, resume=False, team=Solo(), export=di
 
 
 def count_targets(micro_batches):
-    if isinstance(micro_batches, Exception):                # a worker process met a bad record
-        raise micro_batches
     return max(1, sum(int((b["targets"] >= 0).sum()) for b in micro_batches))
 
 
@@ -212,7 +211,7 @@ def starting_point(stage, target, init=None):
 
 def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=None, seed=0, **data):
     """What a run is, before anything heavy is read: `about`, its checkpoints' metadata. UserError if it cannot be."""
-    target, L = TARGETS[name], None
+    target = TARGETS[name]
     start = starting_point(stage, target, init)
     was = open_checkpoint(start)[1] if start else {}
     llm = llm or was.get("llm", target.llm)
@@ -221,7 +220,7 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
                         "give another checkpoint, or none, as --init")
     if was.get("stage") == "decoder" and stage != "decoder":
         raise UserError(f"{start} is of stage decoder, which trained the full LLM: no surrogate belongs to it")
-    given = "auto" if replace == "auto" else parse_ranges(replace) if replace is not None else None
+    given = "auto" if replace == "auto" else surrogate.parse_ranges(replace) if replace is not None else None
     if stage == "decoder" and replace is not None:
         raise UserError("--replace: stage decoder trains the full LLM, of which nothing is replaced")
     if stage == "translator" and given == []:
@@ -235,11 +234,12 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
         raise UserError(f"{start or 'a new projector'} holds no translator for these layers: "
                         "run `python train.py translator` first and give its checkpoint as --init, "
                         "or train on the full LLM with --replace none")
-    else:
-        ranges = given or (target.ranges if llm == target.llm else "auto")
-    if ranges and ranges != "auto" and (llm == target.llm and target.llm_config or Path(llm).exists()):
-        L = target.llm_config.num_hidden_layers if llm == target.llm else llama_config(Path(llm))["num_hidden_layers"]
-        ranges = check_ranges(ranges, L)
+    else:       # the recipe's cut is for its own LLM, wherever that lies; another one gets that of its own trajectory
+        theirs = llama_config(Path(llm))["num_hidden_layers"] if Path(llm).exists() else None
+        same = llm == target.llm or theirs == target.llm_config.num_hidden_layers
+        ranges = given or (target.ranges if same else "auto")
+        if ranges != "auto" and (same or theirs):
+            ranges = surrogate.check_ranges(ranges, target.llm_config.num_hidden_layers if same else theirs)
     vit = vit or was.get("vit") or (start if was.get("stage") == "vit" else target.vit)
     about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed)
     return json.loads(json.dumps(about | dict(recipe=dataclasses.asdict(recipe)) | data))
@@ -254,20 +254,28 @@ def build(about, dtype, device, shard=None, llm=None):
     if ranges == "auto" or not ranges:
         llm = llm or Llama.from_pretrained(path, dtype, device, shard=shard)
     if ranges == "auto":
-        about["ranges"] = ranges = choose_ranges(llm, Tokenizer.from_pretrained(path))
-    make = lambda ranges: build_surrogate(llm, ranges) if llm else from_pretrained(path, ranges, dtype, device, shard)
-    decoder = make(ranges) if ranges else llm
+        about["ranges"] = ranges = surrogate.choose_ranges(llm, Tokenizer.from_pretrained(path))
+    if not ranges:
+        decoder = llm
+    elif llm:
+        decoder = surrogate.build_surrogate(llm, ranges)
+    else:
+        decoder = surrogate.from_pretrained(path, ranges, dtype, device, shard)
     if ranges and ranges == was.get("ranges"):
-        load_translators(decoder, start)
-    torch.manual_seed(0)                                    # a new projector's first values
+        surrogate.load_translators(decoder, start)
+    # a new projector, and the start and end vectors, which no file of stage 0 or of a translator holds: the same again
+    # whenever a stage starts without them, since translators were trained beside them
+    torch.manual_seed(0)
     vlm = VLM(base_vit(about["vit"], start or about["vit"]), decoder, Tokenizer.from_pretrained(path))
     vlm.to(device)                                          # before the decoder: float32 till the optimizer has copies
     if start:
         tensors, was = read_checkpoint(start)
         while "adapter.0.weight" not in tensors and was.get("start"):
-            below, was = read_checkpoint(beside(was["start"], start))   # stage 1 left the projector as it was
+            # a translator that was trained alone: the projector is that of the stage before
+            below, was = read_checkpoint(beside(was["start"], start))
             tensors = below | tensors
-        keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors   # else surrogate
+        # stage 3 goes on with a whole decoder; the translators of other files have been loaded above
+        keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors
         load_checkpoint(vlm, {n: t for n, t in tensors.items() if keep or not n.startswith("decoder.")}, start)
     return vlm
 
@@ -280,23 +288,24 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("stage", choices=STAGES, help="which stage to run")
-    add("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
+    add("settings", nargs="*", metavar="key=value", help="changes a setting of the recipe, see below")
     add("--recipe", default="small", choices=list(RECIPES), help="LLM, ViT, layers and numbers (default: %(default)s)")
     add("--llm", help="target LLM: folder, .gguf file or hub name (default: the recipe's)")
     add("--vit", help="ViT: a checkpoint of extras/vit.py, or a CLIP folder or hub name (default: that of --init)")
     add("--init", help="checkpoint to go on from; none: new projector (default: the stage before, in runs/ or assets/)")
-    add("--replace", help="layers that translators replace, e.g. 16-26, or 20-23,24-28 by two; auto: from the "
-        "prediction's turn on; none: train on the full LLM (default: those of --init, else the recipe's)")
+    add("--replace", help="layers that translators replace, e.g. 16-26, or 20-23,24-28 by two translators; auto: from "
+        "the prediction's turn on; none: train on the full LLM (default: those of --init, else the recipe's for its own "
+        "LLM, auto for any other)")
     add("--data", help="LLaVA-format JSON in place of the drawn world")
     add("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
     add("--text", help="stage translator: JSON of text instructions (default: assets/chats.json, which the LLM wrote)")
     add("--on-bad-record", default="stop", choices=["stop", "skip"], help="stop at it or go on (default: %(default)s)")
     add("--out", help="folder for checkpoint, log and plot (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--seed", type=int, default=0, help="of the order and contents of the samples (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    stage = next((s for s in STAGES if s in argv), "encoder")
-    parser.epilog = f"key=value, with the values of the stage {stage}:\n{help_text(RECIPES['small'][stage])}"
+    stage, name = (next((s for s in names if s in argv), names[0]) for names in (STAGES, list(RECIPES)))
+    parser.epilog = f"key=value, with the values of {name}, stage {stage}:\n{help_text(RECIPES[name][stage])}"
     return parser.parse_intermixed_args(argv)
 
 
@@ -306,6 +315,8 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     stage, small, team = args.stage, args.recipe == "small", team or Solo(args.device)
     once = ["steps=0"] if args.data and small else []       # without a number of steps, all records once
     recipe = override(RECIPES[args.recipe][stage], once + args.settings)
+    if stage == "translator" and not starting_point(stage, TARGETS[args.recipe], args.init):
+        recipe = dataclasses.replace(recipe, projector=True)    # a new one has to learn
     if args.text and stage != "translator":
         reads = "images alone" if stage == "encoder" else "what --data holds"
         raise UserError(f"--text is for stage translator: stage {stage} reads {reads}")

@@ -43,10 +43,10 @@ class Sample:
     messages: list[dict]  # [{"role": "user" | "assistant", "content": str}, ...]
     task: str = ""
     answer: str = ""  # the last assistant turn
-    options: list[str] = ()  # candidate answers for ranking; holds `answer` exactly once
+    options: list[str] = ()  # candidate answers for ranking, `answer` among them; [] where there are none
     caption: str = ""  # for contrastive pre-training
-    right: list = ()  # said freely: groups of words, of each of which one has to be there
-    rivals: list = ()  # ... and words of which none may be
+    right: list = ()  # in a free answer, one word of every group must occur ...
+    rivals: list = ()  # ... and none of these may
 
 
 # ---- Order: everything is a function of the place in an endless walk, so that a resumed run sees the same -----------
@@ -153,7 +153,7 @@ class Batches(torch.utils.data.Dataset):
     into micro-batches. So each is of one kind: where there is no image nothing before the decoder's trained layers
     needs a gradient, and autograd skips it without being told. (mixed=True leaves them as they come.)
 
-    samples[i]: number i of an endless walk. recipe: its batch, micro_batch, loss_on and max_length count here.
+    samples[i]: number i of an endless walk. recipe: its batch, micro_batch, loss_on and max_length are used.
     """
 
     def __init__(self, samples, recipe, tokenizer, n_visual, image_size, rank=0, world=1, mixed=False):
@@ -170,18 +170,31 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         first = step * self.batch + self.rank * self.share
-        try:
-            mine = [self.samples[i] for i in range(first, first + self.share)]
-            kinds = [mine]
-            if not self.mixed:
-                kinds = [[s for s in mine if s.image is not None], [s for s in mine if s.image is None]]
-            return [self.collate(kind[i:i + self.micro]) for kind in kinds for i in range(0, len(kind), self.micro)]
-        except (UserError, OSError) as error:  # from a worker process, only what is returned arrives as it is
-            return error
+        mine = [self.samples[i] for i in range(first, first + self.share)]
+        kinds = [[s for s in mine if s.image is not None], [s for s in mine if s.image is None]]
+        kinds = [mine] if self.mixed else kinds
+        return [self.collate(kind[i : i + self.micro]) for kind in kinds for i in range(0, len(kind), self.micro)]
 
     def loader(self, steps, workers=0):
         """Iterate over these steps; `workers` processes prepare them ahead."""
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
+        options = dict(batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
+        for read in torch.utils.data.DataLoader(Returned(self), **options):
+            if isinstance(read, Exception):
+                raise read
+            yield read
+
+
+class Returned:
+    """A dataset whose errors are returned: so they come out of a worker process as they are, and not as a traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i):
+        try:
+            return self.dataset[i]
+        except (UserError, OSError) as error:
+            return error
 
 
 def as_is(x):

@@ -1,4 +1,9 @@
-"""From a run's description to the walk through its samples: images of the drawn world or of a LLaVA JSON, and text."""
+"""
+What a run reads. A new source of samples goes in here.
+
+A source is anything with source[k] -> data.batches.Sample for k = 0, 1, 2, ... without end; Shuffled makes one of a
+finite list. "<image>" marks the image's place in the first turn (data.batches.wrap puts it there).
+"""
 
 from data.batches import Mixed, Shuffled
 from data.llava import load_llava
@@ -18,7 +23,7 @@ def read_data(stage, about, on_bad="stop"):
     records = load_llava(about["data"], about["images"], seed, on_bad) if about["data"] else None
     if records is not None and not records.pictured:
         raise UserError(f"{about['data']} has no record with an image")
-    images, texts = World(seed) if records is None else Shuffled(records, records.pictured, seed), None
+    images = World(seed) if records is None else Shuffled(records, records.pictured, seed)
     if text:
         written = load_llava(locate(text), None, seed, on_bad)
         if not written.texts:
@@ -26,7 +31,10 @@ def read_data(stage, about, on_bad="stop"):
         texts = Shuffled(written, written.texts, seed)
     elif stage == "decoder" and records is not None and records.texts:
         texts = Shuffled(records, records.texts, seed)      # stages 1 and 2 leave out LLaVA's own text, as in the paper
-    # all of both in one epoch; 3 to 2 (the paper's ratio, about) where there are endless images, or few texts
-    mix = (3, 2) if records is None or text == CHATS else (len(images), len(texts or ()))
-    n = None if records is None else len(images) * sum(mix) // mix[0] if texts else len(images)
-    return Mixed(images, texts, *mix) if texts else images, n
+    else:
+        return images, None if records is None else len(images)
+    if records is None:                                     # endless images
+        return Mixed(images, texts, 3, 2), None
+    if text == CHATS:                                       # few texts, read again and again
+        return Mixed(images, texts, 3, 2), len(images) * 5 // 3
+    return Mixed(images, texts, len(images), len(texts)), len(images) + len(texts)      # each once

@@ -1,40 +1,31 @@
 """
-Stage 1 with the full LLM as teacher, where the paper's has the answers alone: the translator learns what the LLM makes
-of a sample.
+Stage 1 with the full LLM as teacher, where the paper's learns from the answers alone.
 
     python -m extras.distillation                       # in place of `python train.py translator`
-    python -m extras.distillation steps=1200 epochs=4   # the shipped one
+    python -m extras.distillation steps=800             # the shipped one
 
 The LLM's own predictions say far more per sample than the answer's tokens do, and they pull the translator towards what
-the LLM *would do*, not towards solving the task itself. It takes stage 0's aligned projector: then nothing before the
-translator learns, what trunk and LLM make of a sample stays the same, and is computed once and read `epochs` times.
+the LLM *would do*, not towards solving the task itself. It takes stage 0's aligned projector, so nothing before the
+translator learns, and what trunk and LLM make of a sample stays the same: it is computed once, kept in memory (3 MB for
+16 samples of the small world) and read `epochs` times.
 """
 import argparse
-import dataclasses
 import math
 import sys
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-import recipes
 from data.batches import Batches
 from data.sources import CHATS, read_data
 from formats.errors import UserError, run_cli
 from formats.log import Log, check_resume
 from formats.official import find
 from model import Llama
-from recipes import SMALL, help_text, option, override
+from recipes import SMALL, help_text, override
 from train import Optimizer, build, count_targets, default_dtype, plan, trained_parameters
 
-
-@dataclass(frozen=True)
-class Recipe(recipes.Recipe):
-    epochs: int = option(4, "how often the same samples are read; steps / epochs steps of them are fresh", 1, 1000)
-
-
-RECIPE = Recipe(**dataclasses.asdict(SMALL["translator"]) | dict(steps=400))
+RECIPE = SMALL["distillation"]
 
 
 @torch.no_grad()
@@ -71,19 +62,20 @@ def distill(vlm, llm, recipe, batches, out, about, resume=False):
     """Train the translators of `vlm.decoder`, a surrogate of `llm`, and nothing else. Returns the log."""
     optimizer = Optimizer(trained_parameters(vlm, "translator", projector=False), recipe)
     vlm.to(vlm.decoder.dtype)
-    log, fresh, lessons = Log(out, about, optimizer, resume=resume), math.ceil(recipe.steps / recipe.epochs), {}
+    log, fresh = Log(out, about, optimizer, resume=resume), math.ceil(recipe.steps / recipe.epochs)
+    kept = {}                                               # {fresh step: (targets, positions, a lesson a micro-batch)}
     for step in log.bar:
-        if step % fresh not in lessons:
+        if step % fresh not in kept:
             micro_batches = batches[step % fresh]
-            n = count_targets(micro_batches), sum(int(b["lengths"].sum()) for b in micro_batches)
-            lessons[step % fresh] = n, [teach(vlm, llm, b) for b in micro_batches]
-        n, lesson = lessons[step % fresh]
+            positions = sum(int(b["lengths"].sum()) for b in micro_batches)
+            kept[step % fresh] = count_targets(micro_batches), positions, [teach(vlm, llm, b) for b in micro_batches]
+        targets, positions, lessons = kept[step % fresh]
         sums = torch.zeros(2, device=vlm.decoder.device)
-        for state in lesson:
-            parts = torch.stack([x / k for x, k in zip(distillation_loss(vlm.decoder, llm, state), n)])
-            parts.sum().backward()
+        for lesson in lessons:
+            kl, distance = distillation_loss(vlm.decoder, llm, lesson)
+            (kl / targets + distance / positions).backward()
             optimizer.gather()
-            sums += parts.detach()
+            sums += torch.stack([kl / targets, distance / positions]).detach()
         log.add(step, loss=sums.sum(), kl=sums[0], distance=sums[1], lr=optimizer.update())
     return log.close()
 
@@ -95,7 +87,7 @@ def main(argv=None):
     parser.add_argument("--llm", help="target LLM: folder, .gguf file or hub name (default: that of --init)")
     parser.add_argument("--init", help="checkpoint of stage vit or translator "
                         "(default: runs/vit/vit.safetensors, or the shipped one)")
-    parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two "
+    parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two translators "
                         "(default: the recipe's)")
     parser.add_argument("--out", default="runs/translator",
                         help="folder for checkpoint, log and plot (default: %(default)s)")

@@ -172,7 +172,7 @@ def main(argv=None):
             return weights.items()
         return merge({n: whole(t) for n, t in weights.items()}, vlm.decoder, args.lora, whole)
 
-    train.main(rest, Team(device, args.fsdp) if many else train.Solo(), prepare, export)
+    train.main(rest, Team(device, args.fsdp) if many else train.Solo(device), prepare, export)
 
 
 if __name__ == "__main__":

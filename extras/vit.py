@@ -25,10 +25,10 @@ from formats.log import Log, check_resume
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, ViT, ViTConfig
-from recipes import Recipe, help_text, override
+from recipes import SMALL, help_text, override
 from train import Optimizer, default_dtype
 
-RECIPE = Recipe(steps=600, batch=128, lr=1e-3, workers=1)
+RECIPE = SMALL["vit"]
 
 
 def caption_features(captions, tokenizer, embeddings):
