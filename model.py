@@ -425,11 +425,11 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         C, eps = config.hidden_size, config.layer_norm_eps
-        layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
         self.vision_model = nn.ModuleDict(dict(
             embeddings=ViTEmbeddings(config),
             pre_layrnorm=nn.LayerNorm(C, eps=eps),
-            encoder=nn.ModuleDict(dict(layers=layers)),
+            encoder=nn.ModuleDict(dict(layers=nn.ModuleList(
+                ViTLayer(config) for _ in range(config.num_hidden_layers)))),
             post_layernorm=nn.LayerNorm(C, eps=eps),
         ))
 

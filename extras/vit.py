@@ -91,10 +91,11 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     learns = {n: p.requires_grad_(True) for n, p in vlm.named_parameters() if n.startswith(("encoder.", "adapter."))}
     optimizer = Optimizer(learns | {"logit_scale": logit_scale}, recipe)
     vlm.to(dtype)
+    mean = mean.to(device, dtype).float()                                               # rounded as the bias is
     saved = lambda weights: [(n, t) for n, t in weights.items() if n in dict(vlm.named_parameters())]   # not the scale
     log = Log(out, about, optimizer, resume=resume, export=saved)
     for step, (pixels, names) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
-        visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean.to(device)           # (B, 1 + P, d), no soi, eoi
+        visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean         # (B, 1 + P, d), no soi, eoi
         text = torch.stack([text_of[name] for name in names]).to(device)                # (B, d)
         same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
         # CLS learns fastest, as in CLIP; the mean teaches every patch to carry what the whole image says
