@@ -276,7 +276,8 @@ def build(about, dtype, device, shard=None, llm=None):
             tensors = below | tensors
         # stage 3 goes on with a whole decoder; the translators of other files have been loaded above
         keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors
-        load_checkpoint(vlm, {n: t for n, t in tensors.items() if keep or not n.startswith("decoder.")}, start)
+        tensors = {n: t for n, t in tensors.items() if keep or not n.startswith("decoder.")}
+        load_checkpoint(vlm, tensors, start, decoder.place)
     return vlm
 
 

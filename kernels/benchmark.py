@@ -311,7 +311,7 @@ def encoder_step(llm, vit, batch, length, targets, device="cuda", dtype=torch.bf
     tokens, pixels = tokens.to(device), pixels.to(device, dtype)  # targets stay on the host: model.Llama.loss says why
 
     def step():
-        loss = vlm.loss(tokens, wanted, pixels) / (batch * targets)
+        loss = vlm.loss(dict(tokens=tokens, targets=wanted, pixels=pixels)) / (batch * targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

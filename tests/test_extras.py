@@ -135,7 +135,8 @@ def test_lora_checkpoint_holds_the_merged_weights(stages, tiny_llm, tmp_path, mo
     x, vlm = torch.randn(2, 5, 32), trained[0]
     assert any(".lora_" in n for n, _ in vlm.decoder.named_parameters())
     ours = merged(embeds=x)
-    assert (ours - vlm.decoder(embeds=x)).abs().max() < 2e-3 < 1e-2 < (ours - plain(embeds=x)).abs().max()
+    off, learned = ((ours - other(embeds=x)).abs().max() for other in (vlm.decoder, plain))
+    assert off < 0.05 * learned and learned > 0.1           # what is saved is rounded to float16
     assert read_checkpoint(tmp_path / "decoder.safetensors")[1]["lora"] == 2
 
 

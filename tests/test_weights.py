@@ -366,7 +366,7 @@ def test_place_says_what_becomes_of_a_tensor(folder):
         assert empty.shape == tensor.shape
         names.append(tuple(tensor.shape))
         return 2 * tensor
-    twice = Llama.from_pretrained(folder, place=double)
+    twice = Llama.from_pretrained(folder, shard=lambda empty: setattr(empty, "place", double))
     ours, theirs = twice.state_dict(), whole.state_dict()
     assert len(names) == len(theirs) and all(torch.equal(ours[n], 2 * theirs[n]) for n in theirs)
     checkpoints.load_checkpoint(twice, {n: theirs[n] for n in list(theirs)[:2]}, "c.pth", place=double)
@@ -388,7 +388,7 @@ def fail(error):
 
 @pytest.mark.parametrize("error, words", [
     (UserError("first\nsecond"), "error: first\n"), (MissingFile("no x"), "error: no x\n"),
-    (UserError(), "error: UserError\n"), (torch.OutOfMemoryError("CUDA"), "--batch"),
+    (UserError(), "error: UserError\n"), (torch.OutOfMemoryError("CUDA"), "smaller batch"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
     (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory: 'a.txt'"),
     (PermissionError(13, "Permission denied", "a.txt"), "Permission denied: 'a.txt'"),
