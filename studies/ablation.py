@@ -230,16 +230,16 @@ PAPER = dict(figsize=(7.5, 5), dpi=120, facecolor="white", layout="constrained")
 
 
 def name_points(ax, points):
-    """Write the names of the points {name: (x, y)} beside them, each at the nearest place where it covers nothing."""
+    """Write the names of points {name: (x, y, spread of y)} beside them, as near as they cover nothing."""
     renderer = FigureCanvasAgg(ax.figure).get_renderer()
     ax.figure.draw_without_rendering()
     ax.figure.set_layout_engine("none")                     # from here on nothing moves
-    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in map(ax.transData.transform, points.values())]
-    sides = ((1, 0, "left"), (-1, 0, "right"), (0, 1, "center"), (0, -1, "center"))
-    for name, point in points.items():
+    taken = [Bbox(ax.transData.transform([(x, y - s), (x, y + s)]) + [[-9], [9]]) for x, y, s in points.values()]
+    sides = [(dx, dy, ha) for dy in (0, 1, -1) for dx, ha in ((1, "left"), (-1, "right"), (0, "center"))]
+    for name, (*point, _) in points.items():
         text = ax.annotate(name, point, (0, 0), textcoords="offset points", va="center", fontsize=9)
-        for far, (dx, dy, side) in ((far, side) for far in range(10, 200, 5) for side in sides):
-            text.set(position=(far * dx, far * dy), ha=side)
+        for far, (dx, dy, ha) in ((far, side) for far in range(10, 200, 4) for side in sides):
+            text.set(position=(far * dx, far * dy), ha=ha)
             box = text.get_window_extent(renderer)
             if ax.bbox.contains(*box.min) and ax.bbox.contains(*box.max) and not any(map(box.overlaps, taken)):
                 break
@@ -256,11 +256,11 @@ def plot_cost(results):
         best, own = (scores(g, "graft", "said", False) for g in (groups.get(("direct", steps), []), group))
         if any(best):                                       # else there is nothing to compare with
             x, ys = 100 * cost[name, steps] / cost["direct", steps], [100 * y / mean(best) for y in own]
-            points[f"{name}, {steps} steps" if several else name], k = (x, mean(ys)), names.index(name)
-            ax.errorbar(x, mean(ys), stdev(ys) if len(ys) > 1 else None, fmt=SHAPES[k % len(SHAPES)], ms=8, capsize=3,
-                        color=COLORS[k % len(COLORS)])
-    front = [(x, y) for x, y in sorted(points.values()) if all(b < y for a, b in points.values() if a < x)]
-    ax.plot([x for x, _ in front], [y for _, y in front], "--", color="#999999", lw=1, zorder=0)
+            point, k = (x, mean(ys), stdev(ys) if len(ys) > 1 else 0), names.index(name)
+            points[f"{name}, {steps} steps" if several else name] = point
+            ax.errorbar(*point, fmt=SHAPES[k % len(SHAPES)], color=COLORS[k % len(COLORS)], ms=8, capsize=3)
+    front = [p for p in sorted(points.values()) if all(q[1] < p[1] for q in points.values() if q[0] < p[0])]
+    ax.plot([p[0] for p in front], [p[1] for p in front], "--", color="#999999", lw=1, zorder=0)
     ax.set_title("dashed: nothing is cheaper and better" if points else "no result of direct to compare with")
     ax.margins(0.15)
     name_points(ax, points)
