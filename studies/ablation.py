@@ -11,7 +11,6 @@ Scores are of validation images, by which recipes may be chosen; the images of `
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -122,7 +121,7 @@ def count_flops(about, llm, steps=3):
             once += n
             loss = lambda: sum(distillation.distillation_loss(vlm.decoder, llm, lesson))
         each += flops(lambda: loss().backward())[1]
-    fresh = math.ceil(recipe.steps / getattr(recipe, "epochs", 1))
+    fresh = -(-recipe.steps // getattr(recipe, "epochs", 1))                # rounded up
     return round((once * fresh + each * recipe.steps) / steps)
 
 
@@ -218,7 +217,8 @@ def table(results):
     groups, cost = by_recipe(results)
     for (name, steps), group in groups.items():
         own, direct = cost[name, steps], cost.get(("direct", steps))
-        text += (f"\n| {name} | {group[0]['route']['ranges']} | {steps} | {len(group)} | {own / 1e12:.3g} | "
+        tera = " + ".join(f"{mean(r['flops'][stage] for r in group) / 1e12:.3g}" for stage in group[0]["flops"])
+        text += (f"\n| {name} | {group[0]['route']['ranges']} | {steps} | {len(group)} | {tera} | "
                  + (f"{own / direct:.0%}" if direct else "–")
                  + f" | {pair_graft(group, 'ranked', True)} | {pair_graft(group, 'said', False)} |")
     return text
@@ -316,7 +316,7 @@ def main(argv=None):
     if args.keep:
         lines = ",\n".join(map(json.dumps, results))
         checkpoints.write_whole(file, lambda part: part.write_text(f"[\n{lines}\n]\n"))
-    print(f"\n{table(results)}\n\nIn %, ± standard deviation over seeds. steps: of stage 2. TFLOP: stages 1 and 2."
+    print(f"\n{table(results)}\n\nIn %, ± standard deviation over seeds. steps: of stage 2. TFLOP: stages 1 + 2."
           "\nMore rows: --run NAME ..., see --list; --keep puts them into assets/ablation.json.")
     shipped, folder, figures = ASSETS / "results.json", ASSETS if args.keep else args.out, dict(cost=plot_cost(results))
     if shipped.exists():
