@@ -198,8 +198,7 @@ def default_dtype(device):
 
 
 def starting_point(stage, target, init=None):
-    """The checkpoint that a stage goes on from: the one that is named, else what the stage before left in runs/, else
-    what is shipped. None: a new projector over a CLIP."""
+    """What a stage goes on from: what is named, else runs/ of the stage before, else the shipped; None: CLIP alone."""
     if init:
         return None if init == "none" else init
     before = {"translator": "vit", "encoder": "translator", "decoder": "encoder"}[stage]

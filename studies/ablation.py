@@ -30,7 +30,7 @@ from extras import distillation
 from formats import checkpoints, official
 from formats.errors import UserError, run_cli
 from model import VLM, Llama
-from recipes import SMALL, Recipe, check
+from recipes import SMALL, Distillation, Recipe, check
 from surrogate import load_surrogate
 
 VALIDATION_SEED = 1000                      # of split "test"; graft.EVAL_SEED is another stream
@@ -72,14 +72,14 @@ def plan_stage(stage, route, start, steps, batch, dtype, text, **common):
     if stage == "translator":
         how |= dict(steps=route.steps, projector=route.projector)
         if route.taught == "llm":
-            how, kind = how | dict(epochs=route.epochs), distillation.Recipe
+            how, kind = how | dict(epochs=route.epochs), Distillation
     data = dict(data=None, images=None, text=text if stage == "translator" else None)
     return train.plan(stage, check(kind(**how)), init=start, replace=route.ranges, **common, **data)
 
 
 def prepare(about, llm):
     """What a planned stage works with: (the VLM that it starts from, its recipe, its batches)."""
-    kind = distillation.Recipe if "epochs" in about["recipe"] else Recipe
+    kind = Distillation if "epochs" in about["recipe"] else Recipe
     recipe, vlm = kind(**about["recipe"]), train.build(about, llm.dtype, llm.device, llm=llm)
     samples, _ = read_data(about["stage"], about)
     return vlm, recipe, Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size)
@@ -93,7 +93,7 @@ def run_stage(about, out, llm):
         raise UserError(f"{file} is of another run: {'; '.join(odd)}; delete it, or choose another --out")
     if was.get("steps_done") != about["recipe"]["steps"]:
         vlm, recipe, batches = prepare(about, llm)
-        if isinstance(recipe, distillation.Recipe):
+        if isinstance(recipe, Distillation):
             distillation.distill(vlm, llm, recipe, batches, out, about, state.exists())
         else:
             train.train(vlm, recipe, batches, out, about, state.exists())
@@ -116,7 +116,7 @@ def count_flops(about, llm, steps=3):
     once = each = 0                                         # what a sample takes once, and whenever it is read
     for batch in (b for i in range(steps) for b in batches[i]):
         loss = lambda: vlm.loss(batch)
-        if isinstance(recipe, distillation.Recipe):
+        if isinstance(recipe, Distillation):
             lesson, n = flops(lambda: distillation.teach(vlm, llm, batch))
             once += n
             loss = lambda: sum(distillation.distillation_loss(vlm.decoder, llm, lesson))
