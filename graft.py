@@ -158,7 +158,7 @@ def table(rows):
 
 
 # Six held-out images: four whose answer no image holds and no training showed, two of what was trained.
-DEMO = [("capital", ("flag", "Japan")), ("capital", ("sign", "Kenya")), ("language", ("flag", "Italy")),
+DEMO = [("capital", ("flag", "Japan")), ("language", ("flag", "Germany")), ("language", ("flag", "Spain")),
         ("continent", ("sign", "Egypt")), ("flag", ("flag", "Sweden")), ("describe", ("shape", *min(world.HELD_OUT)))]
 
 
