@@ -158,7 +158,7 @@ def table(rows):
 
 
 # Six held-out images: four whose answer no image holds and no training showed, two of what was trained.
-DEMO = [("capital", ("flag", "Japan")), ("language", ("flag", "Germany")), ("language", ("flag", "Spain")),
+DEMO = [("capital", ("flag", "Japan")), ("language", ("flag", "Germany")), ("language", ("flag", "France")),
         ("continent", ("sign", "Egypt")), ("flag", ("flag", "Sweden")), ("describe", ("shape", *min(world.HELD_OUT)))]
 
 
@@ -204,7 +204,7 @@ def plot_demo(examples, columns=3):
     for i, (sample, said) in enumerate(examples):
         picture, words = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
         picture.imshow(sample.image, interpolation="nearest")
-        picture.set_title(textwrap.fill(question_of(sample), 40), fontsize=10, fontweight="bold")
+        picture.set_title(textwrap.fill(question_of(sample), 32), fontsize=10, fontweight="bold")
         for k, (name, text) in enumerate(said.items()):
             right = world.is_right(text, sample)
             short = textwrap.shorten(text, 130, placeholder=" …")

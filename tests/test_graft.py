@@ -382,6 +382,6 @@ def test_the_graft_knows_what_the_pair_does_not(smollm, smollm_tokenizer):
     """Claim 1 on a few images that nothing was chosen on: never trained, said freely."""
     file = ROOT / "assets" / "encoder.safetensors"
     vlm = VLM.from_pretrained(smollm, file, tokenizer=smollm_tokenizer)
-    rows = graft.compare(vlm, load_surrogate(smollm, file), n=8, tasks=world.KNOWLEDGE_TASKS, seed=11, progress=False)
-    said = {name: sum(r["said"] for r in rows if r["system"] == name) / 3 for name in ("text", "graft", "pair")}
-    assert said["graft"] >= said["pair"] + 0.2, said       # over 500 images a task: see assets/results.json
+    rows = graft.compare(vlm, load_surrogate(smollm, file), n=12, tasks=world.KNOWLEDGE_TASKS, seed=11, progress=False)
+    said = {name: sum(12 * r["said"] for r in rows if r["system"] == name) for name in ("text", "graft", "pair")}
+    assert said["graft"] >= said["pair"] + 3, said         # of 36; over 300 images 22 % and 0.3 % (assets/results.json)
