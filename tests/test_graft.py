@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import types
@@ -195,6 +196,7 @@ def test_demo_says_what_pair_and_graft_say(vlm, surrogate, capsys):
     for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
         ids = system.generate([system.prompt(sample.messages[:1])], [sample.image], max_new_tokens=40)[0]
         assert said[name] == " ".join(vlm.tokenizer.decode(ids).split())
+    sample = world.sample_of(random.Random(0), "capital", ("sign", "Kenya"))
     graft.show_demo([(sample, {"pair": "I see a sign.", "graft": "The capital of Kenya is Nairobi."})])
     printed = capsys.readouterr().out
     assert "a sign with the word Kenya | * What" in printed or "a sign with the word Kenya | * Name" in printed
