@@ -276,7 +276,7 @@ def parse(argv):
         help="checkpoint of the stage encoder (default: %(default)s)")
     add("--direct", default="assets/direct.safetensors",
         help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
-    add("--eval", type=int, default=10, metavar="N",
+    add("--eval", type=int, default=5, metavar="N",
         help="held-out images a task for the comparison (default: %(default)s)")
     add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     add("--seed", type=int, default=EVAL_SEED, help="which held-out images (default: %(default)s)")
