@@ -17,7 +17,8 @@ import kernels
 from model import Llama, LlamaConfig, ViT, ViTConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
+# float32: a CPU's BLAS may sum 9,001 products to 1.2e-6 (seen on AVX512, two threads)
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 DTYPES = list(TOLERANCE)
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy's, where a GPU is silent
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
