@@ -2,7 +2,7 @@
 Stage 0: pre-train a small ViT on the drawn world, CLIP's way. It stands in for CLIP, with which the paper starts.
 
     python -m extras.vit                        # runs/vit/vit.safetensors
-    python -m extras.vit steps=5000 workers=1   # the shipped one
+    python -m extras.vit steps=5000             # the shipped one
 
 CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector
 is the ViT's head: visual tokens begin where the LLM keeps the words for what is seen. The LLM itself never runs.

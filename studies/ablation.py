@@ -47,7 +47,7 @@ class Route:
     ranges: str = "20-23,24-28"             # layers that one translator each replaces; none: the full LLM itself
     taught: str | None = "llm"              # by "answers", as in the paper, or by the full "llm" (extras/distillation)
     projector: bool = False                 # taught by answers: does the projector learn in stage 1, too?
-    steps: int = 1200                       # of stage 1
+    steps: int = 800                        # of stage 1
     epochs: int = 4                         # taught by the LLM: how often stage 1 reads the same samples
 
 
@@ -55,7 +55,7 @@ RECIPES = {
     "paper": Route("one translator learns from the answers, and so does the projector", "20-28", "answers", True, 400),
     "answers": Route("two translators learn from the answers, behind stage 0's projector", taught="answers", steps=400),
     "shipped": Route("two translators, taught by the full LLM: the shipped weights"),
-    "short": Route("the same, on as many samples, each read only once", steps=300, epochs=1),
+    "short": Route("the same, on as many samples, each read only once", steps=200, epochs=1),
     "one": Route("one translator in place of the two", "20-28"),
     "cut-16": Route("an earlier cut, about where the LLM's prediction turns", "16-21,22-28"),
     "cut-18": Route("a cut between these two", "18-22,23-28"),
