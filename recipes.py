@@ -102,7 +102,7 @@ class Distillation(Recipe):
 
 
 SMALL = dict(
-    vit=Recipe(steps=600, batch=128, lr=1e-3, workers=1),               # stage 0, extras/vit.py; shipped: 5000 steps
+    vit=Recipe(steps=600, batch=128, lr=1e-3, workers=1),               # stage 0, extras/vit.py; shipped: 4000 steps
     distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1; shipped: 800 steps
     translator=Recipe(steps=400, lr=1e-3, projector=False),
     encoder=Recipe(steps=200, lr=2e-4),                                 # stage 2; shipped: 300 steps

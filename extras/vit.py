@@ -2,10 +2,11 @@
 Stage 0: pre-train a small ViT on the drawn world, CLIP's way. It stands in for CLIP, with which the paper starts.
 
     python -m extras.vit                        # runs/vit/vit.safetensors
-    python -m extras.vit steps=5000             # the shipped one
+    python -m extras.vit steps=4000             # the shipped one
 
-CLIP trains a text tower beside the ViT. Here the LLM's own token embeddings, frozen, take its place, and the projector
-is the ViT's head: visual tokens begin where the LLM keeps the words for what is seen. The LLM itself never runs.
+CLIP trains a text tower beside the ViT, and compares one vector an image with one a caption. Here the LLM's own token
+embeddings, frozen, take the tower's place, and every visual token is compared with every word of the caption (FILIP,
+arXiv 2111.07783). So visual tokens begin near the LLM's words for what is seen. The LLM itself never runs.
 """
 import argparse
 import collections
@@ -15,6 +16,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data.batches import as_is
 from data.images import preprocess
@@ -32,33 +34,45 @@ RECIPE = SMALL["vit"]
 
 
 def caption_features(captions, tokenizer, embeddings):
-    """{caption: unit vector (d,)}: the mean of its tokens' embeddings in the LLM, so that no LLM pass is needed.
+    """{caption: (unit vectors (L, d), weights (L,))}: its L different tokens' embeddings in the LLM; weights sum to 1.
 
     Tokens are weighted by log(captions / captions that hold it): what all captions say tells no image from another.
     """
     tokens = {c: sorted(set(tokenizer.encode(" " + c))) for c in captions}
     frequency = collections.Counter(t for c in captions for t in tokens[c])
     rarity = {t: math.log(len(captions) / n) for t, n in frequency.items()}
-    centred = embeddings - embeddings.mean(0)
-    return {c: F.normalize(sum(rarity[t] * centred[t] for t in tokens[c]), dim=0) for c in tokens}
+    centred = F.normalize(embeddings.float() - embeddings.float().mean(0), dim=-1)
+    weights = {c: torch.tensor([rarity[t] for t in ts]) for c, ts in tokens.items()}
+    return {c: (centred[ts], weights[c] / weights[c].sum()) for c, ts in tokens.items()}
 
 
-def contrastive_loss(image, text, same, logit_scale):
-    """CLIP's loss: image features (B, d) and text features (B, d), both of length 1. same (B, B): equal captions."""
-    logits = logit_scale.exp() * image @ text.T                                         # (B, B)
+def late_interaction(visual, text, weights):
+    """How well images fit captions, (B, C): each token of a caption looks for the visual token that fits it best, and
+    each visual token for the caption's token that fits it best (FILIP, arXiv 2111.07783, section 3.1).
+
+    visual (B, P, d), text (C, L, d): unit vectors. weights (C, L): how much a token counts; 0: padding.
+    """
+    cosine = torch.einsum("bpd,cld->bcpl", visual, text)                                # (B, C, P, L)
+    found = (cosine.amax(2) * weights).sum(-1)                                          # (B, C): caption in the image
+    told = cosine.masked_fill((weights == 0)[:, None], -1).amax(3).mean(2)              # (B, C): image in the caption
+    return (found + told) / 2
+
+
+def contrastive_loss(scores, same):
+    """CLIP's loss. scores (B, B): of image i and caption j, scaled. same (B, B): equal captions."""
     targets = same.float() / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    return (F.cross_entropy(scores, targets) + F.cross_entropy(scores.T, targets)) / 2
 
 
 class Pictures(torch.utils.data.Dataset):
-    """pictures[step] -> (pixels (B, 3, S, S), captions) of a step: shapes, signs and flags alike."""
+    """pictures[step] -> (pixels (B, 3, S, S), captions) of a step: half signs, which are hardest, shapes and flags."""
 
     def __init__(self, batch, seed):
         self.batch, self.seed = batch, seed
 
     def __getitem__(self, step):
-        first, tasks = step * self.batch, ["shape", "read", "flag"]
-        samples = [world(tasks[j % 3], first + j, self.seed) for j in range(self.batch)]
+        first, tasks = step * self.batch, ["read", "shape", "read", "flag"]
+        samples = [world(tasks[j % 4], first + j, self.seed) for j in range(self.batch)]
         return torch.stack([preprocess(s.image) for s in samples]), [s.caption for s in samples]
 
     def loader(self, steps, workers=0):
@@ -96,15 +110,13 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     log = Log(out, about, optimizer, resume=resume, export=saved)
     for step, (pixels, names) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
         visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean         # (B, 1 + P, d), no soi, eoi
-        text = torch.stack([text_of[name] for name in names]).to(device)                # (B, d)
+        text, weights = (pad_sequence(x, batch_first=True).to(device) for x in zip(*(text_of[n] for n in names)))
         same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
-        # CLS learns fastest, as in CLIP; the mean teaches every patch to carry what the whole image says
-        pooled = [F.normalize(x, dim=-1) for x in (visual[:, 0], visual.mean(1))]       # (B, d) each
-        loss = sum(contrastive_loss(x, text, same, logit_scale) for x in pooled) / 2
+        scores = late_interaction(F.normalize(visual, dim=-1), text, weights)           # (B, B)
+        loss = contrastive_loss(logit_scale.exp() * scores, same)
         # the contrast sees directions alone: this keeps visual tokens about as long as text's embeddings
         loss = loss + 0.1 * (visual.norm(dim=-1) / text_norm - 1).square().mean()
-        nearest = (pooled[1] @ text.T).argmax(1, keepdim=True)                          # the caption found in the batch
-        right = same.gather(1, nearest).float().mean()
+        right = same.gather(1, scores.argmax(1, keepdim=True)).float().mean()
         loss.backward()
         optimizer.gather()
         log.add(step, loss=loss, right=right, lr=optimizer.update())

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_train import assert_close, assert_complete, grads, make_vlm, mixed_batch, relative, rows_of, without_clock
 
 import train
@@ -25,6 +26,20 @@ def test_stage_0(stages, tiny_llm):
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------
+
+
+def test_late_interaction_of_captions_of_different_lengths():
+    from extras.vit import late_interaction
+    torch.manual_seed(0)
+    visual = F.normalize(torch.randn(3, 5, 8), dim=-1)
+    texts = [F.normalize(torch.randn(n, 8), dim=-1) for n in (4, 1)]
+    weights = [torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0])]
+    scores = late_interaction(visual, *(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (texts, weights)))
+    for i, image in enumerate(visual):
+        for j, (text, weight) in enumerate(zip(texts, weights)):
+            found = sum(w * max(t @ v for v in image) for t, w in zip(text, weight))
+            told = sum(max(t @ v for t in text) for v in image) / len(image)
+            torch.testing.assert_close(scores[i, j], (found + told) / 2)
 
 
 def oracle(vlm, llm, batch):
