@@ -101,8 +101,14 @@ class Distillation(Recipe):
     epochs: int = option(4, "how often the same samples are read; steps / epochs steps of them are fresh", 1, 1000)
 
 
+@dataclass(frozen=True)
+class Contrast(Recipe):
+    """Of extras/vit.py."""
+    near: float = option(0.0, "weight of the visual tokens' squared distance from the words of the caption", 0, 1e3)
+
+
 SMALL = dict(
-    vit=Recipe(steps=600, batch=128, lr=1e-3, workers=1),               # stage 0, extras/vit.py; shipped: 4000 steps
+    vit=Contrast(steps=600, batch=128, lr=1e-3, workers=1),               # stage 0, extras/vit.py; shipped: 4000 steps
     distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1; shipped: 800 steps
     translator=Recipe(steps=400, lr=1e-3, projector=False),
     encoder=Recipe(steps=200, lr=2e-4),                                 # stage 2; shipped: 300 steps

@@ -2,7 +2,11 @@
 Stage 0: pre-train a small ViT on the drawn world, CLIP's way. It stands in for CLIP, with which the paper starts.
 
     python -m extras.vit                        # runs/vit/vit.safetensors
-    python -m extras.vit steps=4000             # the shipped one
+
+The shipped one first learns to tell images apart, then to come near the words (`near`):
+
+    python -m extras.vit steps=4000 --out runs/contrast
+    python -m extras.vit steps=700 lr=5e-4 near=1 --init runs/contrast/vit.safetensors
 
 CLIP trains a text tower beside the ViT, and compares one vector an image with one a caption. Here the LLM's own token
 embeddings, frozen, take the tower's place, and every visual token is compared with every word of the caption (FILIP,
@@ -56,6 +60,12 @@ def late_interaction(visual, text, weights):
     found = (cosine.amax(2) * weights).sum(-1)                                          # (B, C): caption in the image
     told = cosine.masked_fill((weights == 0)[:, None], -1).amax(3).mean(2)              # (B, C): image in the caption
     return (found + told) / 2
+
+
+def nearest_words(visual, text, weights):
+    """The word of its own caption that each visual token fits best, rare ones first: (B, P, d) of text (B, L, d)."""
+    fit = (visual @ text.mT) * weights[:, None]                                         # (B, P, L)
+    return torch.gather(text, 1, fit.argmax(2, keepdim=True).expand(-1, -1, text.shape[-1]))
 
 
 def contrastive_loss(scores, same):
@@ -116,6 +126,9 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
         loss = contrastive_loss(logit_scale.exp() * scores, same)
         # the contrast sees directions alone: this keeps visual tokens about as long as text's embeddings
         loss = loss + 0.1 * (visual.norm(dim=-1) / text_norm - 1).square().mean()
+        if recipe.near:     # contrast is content with words that can be told apart, the LLM wants the words themselves
+            words = nearest_words(visual, text, weights)                                # (B, 1 + P, d), unit vectors
+            loss = loss + recipe.near * (visual / text_norm - words).square().sum(-1).mean()
         right = same.gather(1, scores.argmax(1, keepdim=True)).float().mean()
         loss.backward()
         optimizer.gather()
