@@ -179,7 +179,10 @@ class Tokenizer:
         """messages -> (ids of chat(generate=False), kinds): which tokens carry loss, per token.
 
         2: answers, i.e. an assistant's text and end of turn. 1: other chat tokens, with loss in stages 1 and 2 only.
-        0: never."""
+        0: never. Of an assistant's turn, "answers" leave out the header. That is three tokens in the paper's code for
+        Llama 3, <|start_header_id|> assistant <|end_header_id|>: the newline behind them is part of the answer. ChatML
+        has no token that ends a header: there the newline does it."""
+        newline = 2 if self.header_end else 1
         ids, kinds = [] if self.bos is None else [self.bos], [] if self.bos is None else [0]
         for message in messages:
             role, text = map(message.get, ("role", "content")) if isinstance(message, dict) else (None, None)
@@ -188,7 +191,7 @@ class Tokenizer:
                                 f"not {message!r:.80}")
             answer = role == "assistant"
             for part, kind in ((self.turn_start, 1), (self.encode(role), 0), (self.header_end, 1),
-                               (self.newline, 1 if answer else 0),
+                               (self.newline, newline if answer else 0),
                                (self.encode_text(text) if answer else self.encode(text), 2 if answer else 0),
                                (self.turn_end, 2 if answer else 1), (self.after_turn, 0)):
                 ids += part
