@@ -28,6 +28,7 @@ def main(argv=None):
     parser.add_argument("--replace", help=about_ + "the layers that the surrogate replaces, e.g. 16-26")
     parser.add_argument("--init", dest="start", help=about_ + "stage encoder: the checkpoint that holds the translator")
     args = parser.parse_args(argv)
+    parse_ranges(args.replace or "none")
     if args.out is not None:
         check_out_file(args.out)
     tensors, about = read_checkpoint(args.checkpoint)

@@ -26,7 +26,7 @@ def check_resume(out, about):
     flat = lambda d: {k: v for key, value in d.items()
                       for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
     ours, theirs = flat(about), flat(was)
-    ours |= {"ranges": theirs.get("ranges")} if about["ranges"] == "auto" else {}
+    ours |= {"ranges": theirs.get("ranges")} if about.get("ranges") == "auto" else {}
     odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items()
            if k not in ("workers", "save_every") and theirs.get(k) != v]
     if odd:
@@ -43,6 +43,8 @@ class Log:
         self.first = team is None or team.rank == 0
         self.rows, self.state = [], self.out / "state.safetensors"
         if resume:
+            for part in self.out.glob(".*.part") if self.first else ():     # what a killed run was writing
+                part.unlink()
             tensors, was = open_checkpoint(self.state)
             try:
                 optimizer.load_state(tensors, was["step"])

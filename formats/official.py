@@ -117,6 +117,7 @@ def open_torch(path):
         return {str(n): (lambda t=t: t) for n, t in state.items() if torch.is_tensor(t) and t.layout == torch.strided}
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        why = "it holds more than tensors" if "Weights only" in why else why
         raise UserError(f"{path} is truncated or not a PyTorch weight file ({why}): download it again") from None
 
 
