@@ -46,7 +46,7 @@ def read_json(path, kind=dict, limit=MAX_BYTES):
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:  # no JSON, endless digits, endless nesting
-        raise UserError(f"{path} is not valid JSON ({e}): download or write it again") from None
+        raise UserError(f"{path}: not valid JSON ({e}); download or write it again") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}, not {value!r:.40}")
     return value
@@ -78,13 +78,20 @@ def check_out(folder):
     """UserError if no file can be written into a folder, which may not be there yet. Leaves nothing behind."""
     there = Path(folder)
     try:
-        there.exists()  # says if a name is too long
-        while not os.path.lexists(there):
+        while not found(there):
             there = there.parent
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as e:
         raise UserError(f"cannot write into the folder {folder} ({there}: {e.strerror}): give another --out") from None
+
+
+def found(path):
+    """Is something there? Other than Path.exists, an OSError where that cannot be told: no permission, a loop ..."""
+    try:
+        return bool(os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def check_out_file(path):
