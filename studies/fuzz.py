@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data.images import preprocess
 from data.llava import load_llava
+from formats import official
 from formats.checkpoints import save_checkpoint
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import read_text
@@ -121,22 +122,23 @@ def read_encoder(folder):
 
 
 def read_gguf(folder):
+    official.read_gguf.cache_clear()
     Llama.from_pretrained(folder / "llm.gguf")
     Tokenizer.from_pretrained(folder / "llm.gguf")
 
 
-def header(data):
-    """How many of a safetensors file's bytes are its header."""
-    return 8 + struct.unpack("<Q", data[:8])[0]
+def damage_header(data, rng):
+    """A safetensors file that is damaged in its header, or anywhere."""
+    return damage(data, rng, rng.choice([8 + struct.unpack("<Q", data[:8])[0], None]))
 
 
 # {kind: (file, how it is damaged, how it is read)}
 KINDS = {
     "config": ("llm/config.json", lambda data, rng: damage_text(data.decode(), rng), read_llm),
     "tokenizer": ("llm/tokenizer.json", lambda data, rng: damage_text(data.decode(), rng), read_tokenizer),
-    "weights": ("llm/model.safetensors", lambda data, rng: damage(data, rng, header(data)), read_llm),
-    "vit": ("vit.safetensors", lambda data, rng: damage(data, rng, header(data)), read_vit),
-    "encoder": ("encoder.safetensors", lambda data, rng: damage(data, rng, header(data)), read_encoder),
+    "weights": ("llm/model.safetensors", damage_header, read_llm),
+    "vit": ("vit.safetensors", damage_header, read_vit),
+    "encoder": ("encoder.safetensors", damage_header, read_encoder),
     "gguf": ("llm.gguf", lambda data, rng: damage(data, rng, 8000), read_gguf),
     "records": ("data.json", lambda data, rng: damage_text(data.decode(), rng), read_records),
     "text": ("text.txt", damage, lambda folder: read_text(folder / "text.txt")),
@@ -157,8 +159,8 @@ def make_good(folder):
                     dict(stage="vit", llm=str(folder / "llm"), vit_config=vars(sizes), start=None, seed=0))  # fmt: skip
     translator = {n: t for n, t in weights.items() if n.startswith("decoder.model.layers.2.")}
     rest = {n: t for n, t in weights.items() if not n.startswith("decoder.")}
-    save_checkpoint(folder / "encoder.safetensors", rest | translator,
-                    dict(stage="encoder", llm=str(folder / "llm"), vit=start, start=start, ranges=[[2, 4]]))  # fmt: skip
+    about = dict(stage="encoder", llm=str(folder / "llm"), vit=start, start=start, ranges=[[2, 4]])
+    save_checkpoint(folder / "encoder.safetensors", rest | translator, about)
     save_gguf(folder / "llm.gguf", llm)
     image = Image.effect_noise((90, 70), 60).convert("RGB")
     for kind in ("png", "jpg", "gif", "webp", "bmp", "tiff"):
@@ -209,6 +211,7 @@ def save_gguf(path, llm):
 def run_case(folder, kind, case, good):
     """Read a damaged file: "good", "refused", or what is wrong with how it ended."""
     file, how, read = KINDS[kind]
+    (folder / file).unlink()        # not written over: it may still be mapped into memory
     (folder / file).write_bytes(how(good, random.Random(f"{kind}/{case}")))
     began, words = time.time(), io.StringIO()
     stderr, sys.stderr = sys.stderr, words  # what is skipped says so
@@ -225,6 +228,7 @@ def run_case(folder, kind, case, good):
     finally:
         signal.alarm(0)
         sys.stderr = stderr
+        (folder / file).unlink()
         (folder / file).write_bytes(good)
     return end if time.time() - began < SECONDS else f"took {time.time() - began:.1f} s\n{end}"
 
