@@ -8,6 +8,7 @@ Errors a user can make, and how a command line tells of them: one line, exit sta
 """
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -88,6 +89,8 @@ def run_cli(main):
         why = (str(e) or type(e).__name__).splitlines()[0]
         if isinstance(e, torch.OutOfMemoryError):
             why += " (out of GPU memory: try a smaller batch or micro_batch, or a smaller --llm)"
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            why += " (make room, or write to another place)"
     except RuntimeError as e:  # torch has no error class of its own for these
         known = ("DefaultCPUAllocator", "DataLoader worker", "No space left on device")
         if not any(words in str(e) for words in known):
