@@ -8,7 +8,6 @@ Zero-shot grafting: plug an encoder that was trained against the surrogate into 
 pair:  encoder + surrogate, what was trained.
 graft: the same encoder + the full LLM, which never saw a visual token before.
 """
-import argparse
 import json
 import math
 import platform
@@ -25,7 +24,8 @@ from data import world
 from data.batches import wrap
 from data.images import open_image
 from formats import checkpoints, official
-from formats.errors import UserError, run_cli
+from formats.errors import MAX_SEED, Parser, number, run_cli
+from formats.files import check_out
 from formats.tokenizer import Tokenizer
 from model import VLM, KVCache, Llama, collect
 from surrogate import fork, load_surrogate
@@ -269,35 +269,31 @@ def chat(vlm, image, options):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--llm", help="full LLM: folder, .gguf file or hub name (default: the one that the encoder was trained for)")
     add("--encoder", default="assets/encoder.safetensors",
         help="checkpoint of the stage encoder (default: %(default)s)")
     add("--direct", default="assets/direct.safetensors",
         help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
-    add("--eval", type=int, default=5, metavar="N",
+    add("--eval", type=number(int, 1, 10**6), default=5, metavar="N",
         help="held-out images a task for the comparison (default: %(default)s)")
-    add("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
-    add("--seed", type=int, default=EVAL_SEED, help="which held-out images (default: %(default)s)")
+    add("--batch", type=number(int, 1, 4096), default=8, help="images at a time (default: %(default)s)")
+    add("--seed", type=number(int, 0, MAX_SEED), default=EVAL_SEED, help="which held-out images (default: %(default)s)")
     add("--image", help="ask about this picture instead")
     add("--question", default="Describe the image.", help="what to ask about --image (default: %(default)s)")
     add("--chat", action="store_true", help="converse about --image (without one: about a held-out sign)")
     add("--pair", action="store_true", help="ask the encoder-surrogate pair in place of the graft")
-    add("--max-new-tokens", type=int, default=128, help="longest answer to --image or --chat (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="0: greedy (default: %(default)s)")
-    add("--top-p", type=float, default=1.0,
+    add("--max-new-tokens", type=number(int, 1, 10**6), default=128,
+        help="longest answer to --image or --chat (default: %(default)s)")
+    add("--temperature", type=number(float, 0, 100), default=0.0, help="0: greedy (default: %(default)s)")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0,
         help="sample from the likeliest tokens that hold this mass (default: %(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_device()
     add("--out", default="runs/graft", help="folder for results.json and demo.png (default: %(default)s)")
     args = parser.parse_args(argv)
-    if min(args.eval, args.batch, args.max_new_tokens) < 1:
-        raise UserError("--eval, --batch and --max-new-tokens must be at least 1")
-    if not 0 <= args.temperature <= 100:        # so written that nan fails, too
-        raise UserError(f"--temperature must be between 0 (greedy) and 100, not {args.temperature}")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
+    check_out(args.out)
     return args
 
 
@@ -348,7 +344,7 @@ def show(args, vlm, about, name, command):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    image = open_image(args.image) if args.image else None
+    image = None if args.image is None else open_image(args.image)
     _, about = checkpoints.open_checkpoint(args.encoder)
     name = args.llm or about.get("llm", official.DEFAULT_LLM)
     llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device)

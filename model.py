@@ -153,6 +153,7 @@ class Llama(nn.Module):
         that shards the empty model over several GPUs (extras/parallel.py). Raises MissingFile or UserError, each with
         one line, for files that are missing, damaged or of another model.
         """
+        kernels.check_choice()
         path = official.find(path)
         config, tensors = LlamaConfig(**official.llama_config(path)), official.llama_tensors(path)
         if layers is not None:
@@ -291,7 +292,7 @@ def collect(stream, stop=()):
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     """Choose a token per row: logits (B, vocab) -> (B,)."""
-    if temperature == 0:
+    if temperature < 1e-5:                      # 0, or so small that logits / temperature would overflow
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)
     if top_p >= 1:
@@ -575,7 +576,12 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
     if about.get("stage") != "vit":
         raise UserError(f"{file} holds {about.get('stage', 'nothing that was trained here')}, not a ViT: "
                         "make one with `python -m extras.vit`")
-    vit = ViT(ViTConfig(**about["vit_config"]))
+    config = ViTConfig(**official.vit_sizes(about.get("vit_config"), file))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in ViT(config).parameters())
+    if size != sum(t.numel() for n, t in tensors.items() if n.startswith("encoder.")):
+        raise UserError(f"{file} holds another ViT than its metadata says: it is damaged; give another checkpoint")
+    vit = ViT(config)
     tensors = {n: t for n, t in tensors.items() if n.startswith("encoder.")}
     checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)
     return vit.to(device, dtype).requires_grad_(False).eval()

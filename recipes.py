@@ -26,19 +26,20 @@ def option(default, says, low=None, high=None):
 @dataclass(frozen=True)
 class Recipe:
     """How a stage trains. AdamW has betas (0.9, 0.999) and no weight decay in all of them, as in the paper."""
-    steps: int = option(200, "optimizer steps; 0: all records once", 0)
-    batch: int = option(16, "samples a step, over all processes", 1)
-    micro_batch: int = option(0, "samples that a process takes through the model at once; 0: its share of the batch", 0)
+    steps: int = option(200, "optimizer steps; 0: all records once", 0, 10**9)
+    batch: int = option(16, "samples a step, over all processes", 1, 2**16)
+    micro_batch: int = option(0, "samples that a process takes through the model at once; 0: its share of the batch",
+                              0, 2**16)
     lr: float = option(2e-4, "peak learning rate", 0, 1)
     warmup: float = option(0.0305, "share of the steps in which the learning rate rises; then a cosine to 0", 0, 1)
-    clip: float = option(1.0, "largest norm of the gradient", 0, 1e9)
+    clip: float = option(1.0, "largest norm of the gradient", 1e-6, 1e9)
     loss_on: str = option("answers+special", "which tokens carry loss: answers+special (chat tokens, too) or answers")
     projector: bool = option(True, "stage translator: does the projector learn, too? (not if stage 0 aligned it)")
     max_length: int = option(4096, "longest sequence in tokens; longer ones are cut", 32, 10**6)
     checkpointing: bool = option(False, "keep only the layers' inputs for the backward pass, compute the rest again")
     dtype: str = option("auto", "auto, float32 or bfloat16; auto: bfloat16 where the chip multiplies it in hardware")
     workers: int = option(0, "processes that prepare the images ahead", 0, 256)
-    save_every: int = option(100, "steps between checkpoints", 1)
+    save_every: int = option(100, "steps between checkpoints", 1, 10**9)
 
 
 CHOICES = {"loss_on": ("answers+special", "answers"), "dtype": ("auto", "float32", "bfloat16")}

@@ -8,7 +8,6 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
    falling.
 2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last.
 """
-import argparse
 import copy
 import dataclasses
 import re
@@ -18,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from formats import checkpoints, official
-from formats.errors import MissingFile, UserError, run_cli
+from formats.errors import Parser, UserError, number, run_cli
+from formats.files import check_out_file, read_text
 from formats.tokenizer import Tokenizer
 from model import Llama
 
@@ -71,10 +71,7 @@ def text_tokens(tokenizer, text, length=96):
 
 def read_texts(tokenizer, path="assets/text.txt", length=96):
     """The texts over which the trajectory is measured: (B, length) tokens."""
-    path = checkpoints.locate(path)
-    if not path.exists():
-        raise MissingFile(f"no such text file: {path}")
-    return text_tokens(tokenizer, path.read_text(encoding="utf-8"), length)
+    return text_tokens(tokenizer, read_text(checkpoints.locate(path)), length)
 
 
 def choose_ranges(llm, tokenizer):
@@ -160,14 +157,13 @@ def load_surrogate(llm, checkpoint):
 def load_translators(surrogate, checkpoint):
     """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 leaves them frozen) names the one
     that it started from. Returns the surrogate."""
-    tensors, about = checkpoints.read_checkpoint(checkpoint)
-    while not any(n.startswith("decoder.") for n in tensors):
-        if not about.get("start"):
-            raise UserError(f"{checkpoint} holds no translator, and names no checkpoint that does")
-        checkpoint = checkpoints.beside(about["start"], checkpoint)
-        tensors, about = checkpoints.read_checkpoint(checkpoint)
+    for file, tensors, _ in checkpoints.ancestry(checkpoint):
+        if any(n.startswith("decoder.") for n in tensors):
+            break
+    else:
+        raise UserError(f"{checkpoint} holds no translator, and names no checkpoint that does")
     translators = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
-    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, checkpoint, surrogate.place)
+    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, file, surrogate.place)
     return surrogate
 
 
@@ -222,24 +218,26 @@ def plot_trajectory(trajectory, cut, ranges=(), title=""):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--llm", default=official.DEFAULT_LLM,
                         help="folder, .gguf file or hub name of a Llama (default: %(default)s)")
     parser.add_argument("--text", default="assets/text.txt",
                         help="text to read, paragraphs apart by empty lines (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=96,
+    parser.add_argument("--length", type=number(int, 2, 10**5), default=96,
                         help="tokens of each paragraph to read (default: %(default)s)")
     parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 20-23,24-28 by two "
                         "(default: from the turn to the last but one)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_device()
     parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
     args = parser.parse_args(argv)
+    check_out_file(args.out)
+    given = parse_ranges(args.replace) if args.replace else None
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     path = official.find(args.llm)
     tokens = read_texts(Tokenizer.from_pretrained(path), args.text, args.length)
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
-    ranges = check_ranges(parse_ranges(args.replace), L) if args.replace else None
+    ranges = None if given is None else check_ranges(given, L)
 
     trajectory = prediction_trajectory(llm, tokens, progress=True)
     cut = find_transition(trajectory)

@@ -9,7 +9,6 @@ Train a vision encoder against the surrogate of an LLM: the paper's three stages
 Every stage goes on from the one before, and every number of its recipe (recipes.py) can be changed: python train.py
 encoder steps=600 lr=1e-4. Below: 1) what learns, 2) optimizer, 3) loop, 4) what a stage starts from, 5) command line.
 """
-import argparse
 import dataclasses
 import json
 import math
@@ -21,8 +20,9 @@ import torch
 import surrogate
 from data.batches import Batches
 from data.sources import CHATS, read_data
-from formats.checkpoints import beside, load_checkpoint, open_checkpoint, read_checkpoint
-from formats.errors import UserError, run_cli
+from formats.checkpoints import ancestry, load_checkpoint, open_checkpoint
+from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
+from formats.files import check_out
 from formats.log import Log, check_resume
 from formats.official import find, llama_config
 from formats.tokenizer import Tokenizer
@@ -268,11 +268,11 @@ def build(about, dtype, device, shard=None, llm=None):
     vlm = VLM(base_vit(about["vit"], start or about["vit"]), decoder, Tokenizer.from_pretrained(path))
     vlm.to(device)                                          # before the decoder: float32 till the optimizer has copies
     if start:
-        tensors, was = read_checkpoint(start)
-        while "adapter.0.weight" not in tensors and was.get("start"):
-            # a translator that was trained alone: the projector is that of the stage before
-            below, was = read_checkpoint(beside(was["start"], start))
+        tensors = {}
+        for _, below, _ in ancestry(start):         # of a translator trained alone, the projector is the stage before's
             tensors = below | tensors
+            if "adapter.0.weight" in tensors:
+                break
         # stage 3 goes on with a whole decoder; the translators of other files have been loaded above
         keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors
         tensors = {n: t for n, t in tensors.items() if keep or not n.startswith("decoder.")}
@@ -285,7 +285,7 @@ def build(about, dtype, device, shard=None, llm=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("stage", choices=STAGES, help="which stage to run")
     add("settings", nargs="*", metavar="key=value", help="changes a setting of the recipe, see below")
@@ -302,8 +302,9 @@ def parse(argv):
     add("--on-bad-record", default="stop", choices=["stop", "skip"], help="stop at it or go on (default: %(default)s)")
     add("--out", help="folder for checkpoint, log and plot (default: runs/STAGE)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
-    add("--seed", type=int, default=0, help="of the order and contents of the samples (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--seed", type=number(int, 0, MAX_SEED), default=0,
+        help="of the order and contents of the samples (default: %(default)s)")
+    parser.add_device()
     stage, name = (next((s for s in names if s in argv), names[0]) for names in (STAGES, list(RECIPES)))
     parser.epilog = f"key=value, with the values of {name}, stage {stage}:\n{help_text(RECIPES[name][stage])}"
     return parser.parse_intermixed_args(argv)
@@ -327,6 +328,7 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     about = plan(stage, recipe, args.recipe, args.llm, args.vit, args.init, args.replace, args.seed,
                  data=args.data, images=args.images if args.data else None, text=text)
     out = args.out or f"runs/{stage}"
+    check_out(out)
     about = check_resume(out, about) if args.resume else about
     samples, n = read_data(stage, about, args.on_bad_record)
     if recipe.steps == 0:

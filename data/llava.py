@@ -6,7 +6,6 @@ LLaVA's JSON, as LLaVA-1.5-665K is distributed; every record is checked.
     records = load_llava("data.json", "images")     # a list of samples; on_bad="skip" goes on past bad records
 """
 
-import json
 import os
 import random
 import sys
@@ -15,6 +14,10 @@ from itertools import chain
 from data.batches import Sample, wrap
 from data.images import open_image
 from formats.errors import MissingFile, UserError
+from formats.files import read_json
+
+MAX_BYTES, MAX_RECORDS = 4 * 10**9, 10**7  # LLaVA-1.5-665K has 10**9 bytes and 665 thousand records
+MAX_TURNS, MAX_CHARS = 1000, 10**6  # of one record
 
 
 class LlavaRecords:
@@ -31,15 +34,10 @@ class LlavaRecords:
             raise UserError(f"unknown on_bad {on_bad!r}: choose 'stop' or 'skip'")
         self.path, self.image_folder = str(json_path), str(image_folder or ".")
         self.seed, self.on_bad, self.errors = seed, on_bad, {}  # errors: place in the file -> what is wrong there
-        if not os.path.isfile(json_path):
-            raise MissingFile(f"{json_path}: no such file")
-        try:
-            with open(json_path, encoding="utf-8") as f:
-                records = json.load(f)
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, endless digits or nesting
-            raise UserError(f"{json_path}: not valid JSON ({error})") from None
-        if not isinstance(records, list) or not records:
-            raise UserError(f"{json_path}: expected a non-empty JSON list of records (LLaVA's format)")
+        records = read_json(json_path, list, MAX_BYTES)
+        if not 0 < len(records) <= MAX_RECORDS:
+            raise UserError(f"{json_path}: expected a list of 1 to {MAX_RECORDS:,} records (LLaVA's format), "
+                            f"not {len(records):,}")  # fmt: skip
         if not os.path.isdir(self.image_folder) and any(isinstance(r, dict) and r.get("image") for r in records):
             raise MissingFile(f"{self.image_folder}: no such image folder")  # else "skip" would skip every image
         self.records, self.places, self.pictured, self.texts = [], [], [], []
@@ -78,6 +76,8 @@ class LlavaRecords:
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns:
             raise UserError(f'{name}: needs "conversations", a non-empty list')
+        if len(turns) > MAX_TURNS:
+            raise UserError(f"{name}: {len(turns):,} turns, more than {MAX_TURNS:,}; split it into several records")
         messages, marks = [], []
         for t, turn in enumerate(turns):
             speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
@@ -85,6 +85,8 @@ class LlavaRecords:
                 raise UserError(f'{name}: turn {t} needs "from": "human" or "gpt", and a text "value"')
             if speaker != ("human", "gpt")[t % 2]:
                 raise UserError(f"{name}: turn {t} is from {speaker!r}; human and gpt must alternate, human first")
+            if len(text) > MAX_CHARS:
+                raise UserError(f"{name}: turn {t} has {len(text):,} characters, more than {MAX_CHARS:,}; shorten it")
             marks.append(text.count("<image>"))
             text = text.replace("<image>", "").strip()  # LLaVA puts it at the start or the end, with a newline
             if not text:

@@ -9,7 +9,6 @@ the LLM *would do*, not towards solving the task itself. It takes stage 0's alig
 translator learns, and what trunk and LLM make of a sample stays the same: it is computed once, kept in memory (3 MB for
 16 samples of the small world) and read `epochs` times.
 """
-import argparse
 import math
 import sys
 
@@ -18,7 +17,8 @@ import torch.nn.functional as F
 
 from data.batches import Batches
 from data.sources import CHATS, read_data
-from formats.errors import UserError, run_cli
+from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
+from formats.files import check_out
 from formats.log import Log, check_resume
 from formats.official import find
 from model import Llama
@@ -81,8 +81,7 @@ def distill(vlm, llm, recipe, batches, out, about, resume=False):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"key=value:\n{help_text(RECIPE)}")
+    parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
     parser.add_argument("--llm", help="target LLM: folder, .gguf file or hub name (default: that of --init)")
     parser.add_argument("--init", help="checkpoint of stage vit or translator "
@@ -93,10 +92,11 @@ def main(argv=None):
                         help="folder for checkpoint, log and plot (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the checkpoint in --out, exactly as if never stopped")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help="default: %(default)s")
+    parser.add_device()
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
+    check_out(args.out)
     about = plan("translator", recipe, llm=args.llm, init=args.init, replace=args.replace, seed=args.seed,
                  data=None, images=None, text=CHATS)
     if not about["start"]:

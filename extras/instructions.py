@@ -9,9 +9,9 @@ image takes the caption's place, and the encoder learns to bring about the same 
 2304.08485); for speech, where the LLM stays frozen as it does here: BLSP (2309.00916) and DeSTA2.5 (2507.02768).
 """
 
-import argparse
 import collections
 import json
+import math
 import random
 import re
 import sys
@@ -23,7 +23,8 @@ from data.batches import wrap
 from data.drawing import COLORS, FLAGS, SHAPES
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
 from formats import checkpoints, official
-from formats.errors import run_cli
+from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
+from formats.files import check_out_file
 from formats.tokenizer import Tokenizer
 from model import Llama
 from train import default_dtype
@@ -151,7 +152,9 @@ def write_chats(llm, tokenizer, n=256, seed=0, batch=64):
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     start = bos + tokenizer.turn_start + tokenizer.encode("user") + tokenizer.header_end + tokenizer.newline
     records, bar = [], tqdm(total=n, desc="the LLM writes chats", unit="chat")
-    while len(records) < n:
+    for _ in range(10 * math.ceil(n / batch)):
+        if len(records) == n:
+            break
         sample = dict(temperature=1.0, top_p=0.9, stop=tokenizer.stop_tokens, generator=generator)
         questions = [tokenizer.decode(q).strip() for q in llm.generate([start] * batch, max_new_tokens=32, **sample)]
         questions = [q for q in questions if q and "<image>" not in q]
@@ -163,19 +166,23 @@ def write_chats(llm, tokenizer, n=256, seed=0, batch=64):
                 records.append({"id": len(records), "conversations": turns})
                 bar.update()
     bar.close()
+    if len(records) < n:
+        raise UserError(f"the LLM wrote only {len(records)} of {n} chats, the rest is empty: try another --llm")
     return records
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--chats", action="store_true",
                         help="write text instructions for stage 1 in place of those about pictures")
     parser.add_argument("--llm", default=official.DEFAULT_LLM,
                         help="who writes: folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--out", help="default: assets/instructions.json, with --chats assets/chats.json")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help="default: %(default)s")
+    parser.add_device()
     args = parser.parse_args(argv)
+    out = args.out or ("assets/chats.json" if args.chats else "assets/instructions.json")
+    check_out_file(out)
     path = official.find(args.llm)
     llm = Llama.from_pretrained(path, default_dtype(args.device), args.device)
     tokenizer = Tokenizer.from_pretrained(path)
@@ -183,7 +190,6 @@ def main(argv=None):
         written, report = write_chats(llm, tokenizer, seed=args.seed), []
     else:
         written, report = write(llm, tokenizer, args.seed)
-    out = args.out or ("assets/chats.json" if args.chats else "assets/instructions.json")
     lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
     checkpoints.write_whole(out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
     if report:

@@ -8,7 +8,6 @@ Several GPUs, and low-rank updates: the same stages as train.py's, in the proces
 Data parallel needs no wrapper: each process takes its share of the batch and divides its loss by the targets of *all*
 processes, so the gradients only have to be added up. A sharded weight is a DTensor: each process holds a slice of it.
 """
-import argparse
 import atexit
 import os
 import sys
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train
 from extras.lora import add_lora, merge
-from formats.errors import UserError, run_cli
+from formats.errors import Parser, UserError, number, run_cli
 from model import VLM
 
 
@@ -115,7 +114,11 @@ class Team:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            try:
+                dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            except (ValueError, RuntimeError) as e:     # RANK or WORLD_SIZE, say, missing or no number
+                why = str(e).splitlines()[0]
+                raise UserError(f"the processes do not find each other ({why}): start them with torchrun") from None
             atexit.register(dist.destroy_process_group)
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.shard = shard if fsdp else None
@@ -144,19 +147,16 @@ class InStep(VLM):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="All else as in train.py: see python train.py --help",
-                                     usage="… extras.parallel STAGE …", allow_abbrev=False)
+    parser = Parser(__doc__, epilog="All else as in train.py: see python train.py --help",
+                    usage="… extras.parallel STAGE …", allow_abbrev=False)
     parser.add_argument("--fsdp", action="store_true", help="shard the decoder's layers over the processes")
-    parser.add_argument("--lora", type=int, metavar="RANK",
+    parser.add_argument("--lora", type=number(int, 1, 1024), metavar="RANK",
                         help="stage decoder: train low-rank updates in place of the whole decoder")
     args, rest = parser.parse_known_args(argv)
     device = train.parse(rest).device
     many = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if args.fsdp and not many:
         raise UserError("--fsdp needs several processes: start with `torchrun --nproc-per-node N -m extras.parallel …`")
-    if args.lora is not None and not 1 <= args.lora <= 1024:
-        raise UserError(f"--lora must be between 1 and 1024, not {args.lora}")
     if args.lora and "decoder" not in rest:
         raise UserError("--lora trains the decoder: it is an option of the stage decoder alone")
 

@@ -12,7 +12,6 @@ CLIP trains a text tower beside the ViT, and compares one vector an image with o
 embeddings, frozen, take the tower's place, and every visual token is compared with every word of the caption (FILIP,
 arXiv 2111.07783). So visual tokens begin near the LLM's words for what is seen. The LLM itself never runs.
 """
-import argparse
 import collections
 import dataclasses
 import math
@@ -26,7 +25,8 @@ from data.batches import as_is
 from data.images import preprocess
 from data.world import world
 from formats.checkpoints import load_checkpoint, read_checkpoint
-from formats.errors import run_cli
+from formats.errors import MAX_SEED, Parser, number, run_cli
+from formats.files import check_out
 from formats.log import Log, check_resume
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import Tokenizer
@@ -137,18 +137,18 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"key=value:\n{help_text(RECIPE)}")
+    parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
     parser.add_argument("--llm", default=DEFAULT_LLM, help="whose embeddings are the targets (default: %(default)s)")
     parser.add_argument("--init", help="checkpoint to go on from (default: a new ViT)")
     parser.add_argument("--out", default="runs/vit", help="folder for checkpoint, log and plot (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the checkpoint in --out, exactly as if never stopped")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help="default: %(default)s")
+    parser.add_device()
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
+    check_out(args.out)
     dtype = default_dtype(args.device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     train_vit(recipe, args.out, args.llm, args.init, args.seed, args.device, dtype, args.resume)
 

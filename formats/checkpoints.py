@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from formats.errors import MissingFile, UserError
-from formats.official import open_safetensors, open_torch
+from formats.official import check_finite, open_safetensors, open_torch
 
 ROOT = Path(__file__).parent.parent     # of the project: assets/ is there
 
@@ -70,9 +70,24 @@ def open_checkpoint(path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     try:
-        return tensors, {k: json.loads(v) for k, v in metadata.items() if k != "format"}
-    except ValueError:          # what a file that `save_checkpoint` did not write says about itself
+        return tensors, check_about({k: json.loads(v) for k, v in metadata.items() if k != "format"}, path)
+    except UserError:
+        raise
+    except (ValueError, RecursionError):    # what a file that `save_checkpoint` did not write says about itself
         return tensors, {}
+
+
+def check_about(about, path):
+    """What a checkpoint says about itself, if its values are of the kinds that `save_checkpoint` was given."""
+    kinds = dict(stage=str, llm=str, vit=str, start=(str, type(None)), ranges=list, vit_config=dict, recipe=dict,
+                 about=dict, step=int, steps_done=int)
+    whole = lambda pair: isinstance(pair, list) and [type(x) for x in pair] == [int, int]
+    for name, kind in kinds.items():
+        value = about.get(name)
+        if name in about and not (isinstance(value, kind) and (name != "ranges" or all(map(whole, value)))):
+            raise UserError(f"{path} says of itself {name} = {value!r:.60}: it is damaged, or not of this project's "
+                            "train.py")
+    return about
 
 
 def read_checkpoint(path):
@@ -94,6 +109,18 @@ def beside(name, checkpoint):
     raise MissingFile(f"{checkpoint} needs {name}, which is neither there nor beside it")
 
 
+def ancestry(path):
+    """Yield (path, tensors, about) of a checkpoint, then of the one that it started from, and so on."""
+    seen = set()
+    while path:
+        tensors, about = read_checkpoint(path)
+        yield path, tensors, about
+        seen.add(locate(path).resolve())
+        path = about.get("start") and beside(about["start"], path)
+        if path and locate(path).resolve() in seen:
+            raise UserError(f"{path} started from itself, says its metadata: it is damaged; give another checkpoint")
+
+
 def load_checkpoint(module, tensors, path, place=None):
     """
     Copy named tensors into `module`; every name and shape must fit, else one line names all that do not.
@@ -105,6 +132,8 @@ def load_checkpoint(module, tensors, path, place=None):
             wrong.append(f"{name}, which the model does not have")
         elif tensor.shape != wanted[name].shape:
             wrong.append(f"{name} as {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
+        else:
+            check_finite(tensor.float(), name, path)
     if wrong:
         raise UserError(f"{path} does not belong to this model: it holds {'; '.join(wrong)}")
     with torch.no_grad():
@@ -115,4 +144,11 @@ def load_checkpoint(module, tensors, path, place=None):
 def save_released(path, tensors, step):
     """Save named tensors as the paper's released checkpoints are: a torch.save dictionary. The names are the same."""
     saved = dict(epoch=1, global_step=step, model=tensors, optimizer=None, scheduler=None)
-    write_whole(path, lambda part: torch.save(saved, part))
+
+    def write(part):
+        try:
+            torch.save(saved, part)
+        except RuntimeError as e:   # its way to say that the disk is full
+            raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
+
+    write_whole(path, write)

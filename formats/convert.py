@@ -5,19 +5,19 @@ Checkpoints: what one says about itself, and from our layout to that of the pape
     python -m formats.convert runs/encoder/encoder.safetensors encoder.pth      # as the paper's code reads it
     python -m formats.convert ckpt_01_0004880.pth encoder.safetensors --llm meta-llama/Llama-3.1-8B-Instruct    # back
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from formats.checkpoints import read_checkpoint, save_checkpoint, save_released
-from formats.errors import UserError, run_cli
+from formats.errors import Parser, UserError, run_cli
+from formats.files import check_out_file
 from formats.official import DEFAULT_LLM
 from surrogate import check_ranges, parse_ranges
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="a .safetensors of train.py, or a .pth that the paper released")
     parser.add_argument("out", nargs="?",
                         help="write it here, as .pth (the paper's layout) or .safetensors; nothing: describe it")
@@ -28,6 +28,9 @@ def main(argv=None):
     parser.add_argument("--replace", help=about_ + "the layers that the surrogate replaces, e.g. 16-26")
     parser.add_argument("--init", dest="start", help=about_ + "stage encoder: the checkpoint that holds the translator")
     args = parser.parse_args(argv)
+    parse_ranges(args.replace or "none")
+    if args.out is not None:
+        check_out_file(args.out)
     tensors, about = read_checkpoint(args.checkpoint)
     if args.out is None:
         print(*(f"{k}: {json.dumps(v)}" for k, v in sorted(about.items())), sep="\n")     # no order in the file

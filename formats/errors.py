@@ -1,9 +1,21 @@
-"""Errors that a user can make, and how a command line tells of them: one line, exit status 2, no traceback."""
+"""
+Errors a user can make, and how a command line tells of them: one line, exit status 2, no traceback.
 
+    parser = Parser(__doc__)                                        # argparse, whose own errors are one line, too
+    parser.add_argument("--seed", type=number(int, 0, MAX_SEED))    # every number has a range, checked first
+    parser.add_device()                                             # --device, one that this machine has
+    sys.exit(run_cli(main))
+"""
+
+import argparse
+import errno
+import math
 import os
 import sys
 
 import torch
+
+MAX_SEED = 10**9
 
 
 class UserError(ValueError):
@@ -14,29 +26,87 @@ class MissingFile(UserError, FileNotFoundError):
     """A file, folder or model that is not there."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with a file's docstring as its help; what it refuses is a UserError like any other."""
+
+    def __init__(self, doc, **options):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def add_device(self):
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.add_argument("--device", type=available_device, default=default, help="default: %(default)s")
+
+    def error(self, message):
+        raise UserError(f"{message} (--help shows what there is)")
+
+
+def number(kind, low, high):
+    """The type of an option that takes a whole number (int) or any (float) in a range, ends included."""
+
+    def read(text):
+        try:
+            x = kind(text)
+        except ValueError:
+            x = math.nan
+        if not low <= x <= high:  # so written that nan fails, too
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} between {low:,} and {high:,}, not {text:.40}")
+        return x
+
+    return read
+
+
+def available_device(name):
+    """The type of --device: the name of a device that this machine has."""
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if name not in there:
+        raise argparse.ArgumentTypeError(f"{name:.40} is not on this machine: choose {' or '.join(there)}")
+    return name
+
+
 def run_cli(main):
     """
     Run a script's main; returns the exit status. What a user can mend (UserError, a full disk or another OSError, too
-    little memory, an unknown device) becomes one line on stderr. Any other ValueError or RuntimeError is a bug, perhaps
-    of a student who edits tensor code: it keeps its traceback.
+    little memory) becomes one line on stderr. Any other ValueError or RuntimeError is a bug, perhaps of a student who
+    edits tensor code: it keeps its traceback.
     """
+    for stream in (sys.stdin, sys.stdout):  # what a terminal cannot show, or sends in another encoding, stops nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         status = main()
-        sys.stdout.flush()  # here, so that a closed pipe shows now and not while Python shuts down
+        if sys.stdout:  # None where it is closed (>&-)
+            sys.stdout.flush()  # here, so that a closed pipe shows now and not while Python shuts down
         return status
     except BrokenPipeError:  # `python graft.py | head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 1
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         if isinstance(e, torch.OutOfMemoryError):
             why += " (out of GPU memory: try a smaller batch or micro_batch, or a smaller --llm)"
-    except RuntimeError as e:  # torch has no error class of its own for these two
-        known = ("DefaultCPUAllocator", "device type at start of device string", "Invalid device")
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            why += " (make room, or write to another place)"
+    except RuntimeError as e:  # torch has no error class of its own for these
+        known = ("DefaultCPUAllocator", "DataLoader worker", "No space left on device")
         if not any(words in str(e) for words in known):
             raise
         why = str(e).splitlines()[0]
     except KeyboardInterrupt:
         return 130
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:  # it was stdout that is full or closed: Python would complain a second time
+        discard(sys.stdout)
     print(f"error: {why}", file=sys.stderr)
     return 2
+
+
+def discard(stream):
+    """Send to nowhere what is left in a stream that cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from formats.checkpoints import open_checkpoint, save_checkpoint, write_whole
 from formats.errors import MissingFile, UserError
+from formats.files import read_text
 
 
 def check_resume(out, about):
@@ -17,11 +19,14 @@ def check_resume(out, about):
     state = Path(out) / "state.safetensors"
     if not state.exists():
         raise MissingFile(f"nothing to resume: {state} is not there (see --out)")
-    was = open_checkpoint(state)[1].get("about", {})
+    said = open_checkpoint(state)[1]
+    if "step" not in said or "about" not in said:
+        raise UserError(f"{state} does not say of which run it is: it is damaged; start anew in another --out")
+    was = said["about"]
     flat = lambda d: {k: v for key, value in d.items()
                       for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
     ours, theirs = flat(about), flat(was)
-    ours |= {"ranges": theirs.get("ranges")} if about["ranges"] == "auto" else {}
+    ours |= {"ranges": theirs.get("ranges")} if about.get("ranges") == "auto" else {}
     odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items()
            if k not in ("workers", "save_every") and theirs.get(k) != v]
     if odd:
@@ -38,11 +43,15 @@ class Log:
         self.first = team is None or team.rank == 0
         self.rows, self.state = [], self.out / "state.safetensors"
         if resume:
+            for part in self.out.glob(".*.part") if self.first else ():     # what a killed run was writing
+                part.unlink()
             tensors, was = open_checkpoint(self.state)
-            optimizer.load_state(tensors, was["step"])
-            with open(self.out / "log.csv") as f:
-                self.rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(f)
-                             if int(r["step"]) < optimizer.step]
+            try:
+                optimizer.load_state(tensors, was["step"])
+            except RuntimeError as e:       # a tensor of another shape
+                raise UserError(f"{self.state} does not fit this run ({str(e).splitlines()[0]}): it is damaged; "
+                                "start anew in another --out") from None
+            self.rows = read_log(self.out / "log.csv", optimizer.step)
         self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
         self.steps = range(optimizer.step, optimizer.recipe.steps)              # those that are left
         self.bar = tqdm(self.steps, about["stage"], unit="step", total=optimizer.recipe.steps, initial=optimizer.step,
@@ -81,6 +90,19 @@ class Log:
             print(f"{len(self.rows)} steps, loss {self.rows[0]['loss']} -> {self.rows[-1]['loss']}, "
                   f"{self.rows[-1]['seconds']:.0f} s; see {self.out}/")
         return self.rows
+
+
+def read_log(path, steps):
+    """The rows of a log.csv up to the step with which its run goes on."""
+    lines = read_text(path, limit=10**9).splitlines()
+    try:
+        rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(lines) if int(r["step"]) < steps]
+        whole = [int(r["step"]) for r in rows] == list(range(steps)) and all(float(r["loss"]) < math.inf for r in rows)
+    except (ValueError, KeyError, TypeError, csv.Error):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} does not hold the steps 0-{steps - 1}: it is damaged; start anew in another --out")
+    return rows
 
 
 def plot_loss(rows, title=""):

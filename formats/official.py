@@ -11,8 +11,8 @@ No file can run code: safetensors and GGUF hold none, and `torch.load(weights_on
 """
 import functools
 import hashlib
-import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from formats.errors import MissingFile, UserError
+from formats.files import check_file, read_json, values
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Names -> files
@@ -91,28 +92,32 @@ def find(path):
 # 2. Official formats -> {Hugging Face's name: a function that reads that tensor}
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}): download it again") from None
-
-
 def open_safetensors(path):
-    try:        # opened anew for each tensor: the pages of those already copied elsewhere are then given back
+    check_file(path)
+
+    def read(name):
+        try:    # opened anew for each tensor: the pages of those already copied elsewhere are then given back
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as e:
+            raise UserError(f"{path}: {name} could not be read ({e}): download it again") from None
+
+    try:
         with safe_open(path, framework="pt") as file:
-            return {name: (lambda name=name: safe_open(path, framework="pt").get_tensor(name)) for name in file.keys()}
+            return {name: functools.partial(read, name) for name in file.keys()}
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is truncated or not a safetensors file ({e}): download it again") from None
 
 
 def open_torch(path):
+    check_file(path)
     try:        # mmap (needs the zip of torch >= 1.6): a page is read when a tensor is used, so 70B cost no memory
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         state = state.get("model", state)   # the paper's released checkpoints wrap it with epoch and global_step
-        return {name: (lambda t=t: t) for name, t in state.items() if torch.is_tensor(t)}
+        return {str(n): (lambda t=t: t) for n, t in state.items() if torch.is_tensor(t) and t.layout == torch.strided}
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        why = "it holds more than tensors" if "Weights only" in why else why
         raise UserError(f"{path} is truncated or not a PyTorch weight file ({why}): download it again") from None
 
 
@@ -121,7 +126,11 @@ def open_hf(folder):
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        named = read_json(index).get("weight_map")
+        names = list(named.values()) if isinstance(named, dict) else [None]
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) for name in names):
+            raise UserError(f"{index}: its weight_map must name files of weights in the same folder: download it again")
+        files = [folder / name for name in sorted(set(names))]
     if not files:
         raise MissingFile(f"{folder} holds no weights: expected *.safetensors, pytorch_model.bin or consolidated.*.pth")
     tensors = {}
@@ -157,10 +166,11 @@ GGUF_LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layern
 
 def hf_name(name, names, layer_names):
     """A tensor's name in Meta's or GGUF's spelling -> Hugging Face's."""
-    if not name.startswith(("layers.", "blk.")):
+    # layers.7.attention.wq.weight, blk.7.attn_q.weight
+    match = re.fullmatch(r"(?:layers|blk)\.(\d+)\.(.+)\.(\w+)", name)
+    if not match:
         return names.get(name, name)                                # an unknown name stays: `load` will report it
-    _, n, rest = name.split(".", 2)                                 # layers.7.attention.wq.weight, blk.7.attn_q.weight
-    part, _, kind = rest.rpartition(".")
+    n, part, kind = match.groups()
     return f"model.layers.{n}.{layer_names.get(part, part)}.{kind}"
 
 
@@ -177,7 +187,7 @@ def open_meta(folder):
             w = torch.cat(parts, dim=0 if parts[0].shape[1] == config["hidden_size"] else 1)
         else:                                                       # wo and w2 are split along their input
             w = torch.cat(parts, dim=1 if name.endswith(("wo.weight", "w2.weight")) else 0)
-        kind = hf_name(name, META_NAMES, META_LAYER).split(".")[-2]
+        kind = ("." + hf_name(name, META_NAMES, META_LAYER)).split(".")[-2]
         return deinterleave(w, heads[kind]) if kind in heads else w
 
     names = [n for n in shards[0] if n != "rope.freqs"]
@@ -195,7 +205,7 @@ def open_gguf(path):
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise UserError(f"{path}: {tensor.name} has type {kind}, which the gguf package cannot read") from None
-        kind = name.split(".")[-2]
+        kind = ("." + name).split(".")[-2]
         return deinterleave(w, heads[kind]) if kind in heads else w
 
     tensors = {hf_name(t.name, GGUF_NAMES, GGUF_LAYER): t for t in reader.tensors if t.name != "rope_freqs.weight"}
@@ -205,8 +215,20 @@ def open_gguf(path):
 @functools.lru_cache(maxsize=1)     # a second or two for the header, which config, weights and tokenizer share
 def read_gguf(path):
     import gguf
+
+    class Reader(gguf.GGUFReader):
+        """The package trusts the lengths in a header: one that is damaged would keep it busy for ever."""
+        reads = 0
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            got, self.reads = super()._get(offset, dtype, count, override_order), self.reads + 1
+            if len(got) < count or self.reads > 4_000_000:          # Llama 3's tokenizer takes a million
+                raise ValueError("a length in its header leads past its end")
+            return got
+
+    check_file(path)
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         kind = reader.fields["general.architecture"].contents()
     except Exception as e:
         raise UserError(f"{path} is truncated or not a GGUF file ({e}): download it again") from None
@@ -216,28 +238,40 @@ def read_gguf(path):
 
 
 def llama_config(path):
-    """Fields of model.LlamaConfig as a dict, out of a GGUF header, params.json or config.json."""
+    """Fields of model.LlamaConfig as a dict, out of a GGUF header, params.json or config.json, each checked."""
     read = gguf_llama_config if path.suffix == ".gguf" else meta_llama_config if meta_files(path) else hf_llama_config
     try:
-        return read(path)
-    except KeyError as e:
-        raise UserError(f"the configuration in {path} lacks {e}: is it a whole Llama?") from None
+        c = read(path)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        why = f"{type(e).__name__}: {e}"
+        raise UserError(f"the configuration of {path} is damaged ({why}): download it again") from None
+    heads, kv, D = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+    if heads % kv or D % 2 or heads * D > 10**6:
+        raise UserError(f"the configuration of {path} says {heads} attention heads of {D} channels for {kv} key/value "
+                        "heads: channels must be even, and the first number a multiple of the last")
+    return c
 
 
 def gguf_llama_config(path):
     reader = read_gguf(path)
-    c = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()
-         if name.startswith("llama.")}
+    take = values({name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()
+                   if name.startswith("llama.")}, path)
     tensors = {t.name: t for t in reader.tensors}
-    heads, scaling = c["attention.head_count"], tensors.get("rope_freqs.weight")
-    return dict(vocab_size=int(tensors["token_embd.weight"].shape[1]), hidden_size=c["embedding_length"],
-                intermediate_size=c["feed_forward_length"], num_hidden_layers=c["block_count"],
-                num_attention_heads=heads, num_key_value_heads=c.get("attention.head_count_kv", heads),
-                head_dim=c.get("attention.key_length", c["embedding_length"] // heads),
-                rms_norm_eps=c["attention.layer_norm_rms_epsilon"], rope_theta=c.get("rope.freq_base", 10000.0),
-                # llama.cpp stores Llama 3.1's scaling as one divisor per frequency
-                rope_scaling=None if scaling is None else {"divisors": scaling.data.tolist()},
-                tie_word_embeddings="output.weight" not in tensors, max_position_embeddings=c["context_length"])
+    width, heads = take("embedding_length"), take("attention.head_count")
+    scaling, head_dim = tensors.get("rope_freqs.weight"), take("attention.key_length", max(1, width // heads))
+    # llama.cpp stores Llama 3.1's scaling as one divisor per frequency
+    divisors = None if scaling is None else scaling.data.tolist()
+    if divisors is not None and not (len(divisors) == head_dim // 2 and all(0 < d < 1e15 for d in divisors)):
+        raise UserError(f"{path}: rope_freqs.weight must be {head_dim // 2} positive numbers: download it again")
+    return dict(vocab_size=int(tensors["token_embd.weight"].shape[1]), hidden_size=width,
+                intermediate_size=take("feed_forward_length"), num_hidden_layers=take("block_count", high=1000),
+                num_attention_heads=heads, num_key_value_heads=take("attention.head_count_kv", heads),
+                head_dim=head_dim, rms_norm_eps=take("attention.layer_norm_rms_epsilon", kind=float),
+                rope_theta=take("rope.freq_base", 10000.0, float),
+                rope_scaling=None if divisors is None else {"divisors": divisors},
+                tie_word_embeddings="output.weight" not in tensors, max_position_embeddings=take("context_length"))
 
 
 def meta_files(path):
@@ -246,20 +280,21 @@ def meta_files(path):
 
 
 def meta_llama_config(path):
-    p, shards = read_json(path / "params.json"), [open_torch(f) for f in meta_files(path)]
-    heads, scaled = p["n_heads"], p.get("use_scaled_rope", False)
+    take = values(read_json(path / "params.json"), path / "params.json")
+    width, heads, scaled = take("dim"), take("n_heads"), take("use_scaled_rope", False, bool)
+    shards = [open_torch(f) for f in meta_files(path)]
     # Meta's 3.2 models have tied embeddings, but their file holds the head too: the same numbers twice. params.json
     # says only that RoPE is scaled: by 32 in the 3.2 models, by 8 in 3.1's and 3.3's.
     head, embedding = shards[0].get("output.weight"), shards[0]["tok_embeddings.weight"]
     tied = head is None or torch.equal(head()[:8], embedding()[:8])
     scaling = dict(rope_type="llama3", factor=32.0 if tied else 8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=8192)
-    return dict(vocab_size=p["vocab_size"], hidden_size=p["dim"], num_hidden_layers=p["n_layers"],
+    return dict(vocab_size=take("vocab_size"), hidden_size=width, num_hidden_layers=take("n_layers", high=1000),
                 # params.json gives the MLP's width only by a formula: the files know it
                 intermediate_size=sum(s["layers.0.feed_forward.w1.weight"]().shape[0] for s in shards),
-                num_attention_heads=heads, num_key_value_heads=p.get("n_kv_heads") or heads,
-                head_dim=p["dim"] // heads, rms_norm_eps=p["norm_eps"],
-                rope_theta=p.get("rope_theta", 10000.0), rope_scaling=scaling if scaled else None,
+                num_attention_heads=heads, num_key_value_heads=take("n_kv_heads", heads),
+                head_dim=max(1, width // heads), rms_norm_eps=take("norm_eps", kind=float),
+                rope_theta=take("rope_theta", 10000.0, float), rope_scaling=scaling if scaled else None,
                 tie_word_embeddings=tied, max_position_embeddings=131072 if scaled else 8192)
 
 
@@ -267,19 +302,31 @@ def hf_llama_config(path):
     c = hf_config(path)
     if c.get("model_type") != "llama":
         raise UserError(f"{path} holds a {c.get('model_type')} model: only the llama architecture is implemented here")
-    # transformers 5 writes rope_parameters, the official files have rope_theta and rope_scaling
-    rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}), "rope_theta": c.get("rope_theta", 10000.0)}
+    take = values(c, path / "config.json")
+    width, heads = take("hidden_size"), take("num_attention_heads")
+    return dict(vocab_size=take("vocab_size"), hidden_size=width, intermediate_size=take("intermediate_size"),
+                num_hidden_layers=take("num_hidden_layers", high=1000), num_attention_heads=heads,
+                num_key_value_heads=take("num_key_value_heads", heads),
+                head_dim=take("head_dim", max(1, width // heads)), rms_norm_eps=take("rms_norm_eps", 1e-6, float),
+                **hf_rope(c, path / "config.json"), tie_word_embeddings=take("tie_word_embeddings", False, bool),
+                max_position_embeddings=take("max_position_embeddings", 2048))
+
+
+def hf_rope(c, where):
+    """The two fields about RoPE. transformers 5 writes rope_parameters, the official files rope_theta, rope_scaling."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    take = values(rope, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise UserError(f"{path}: RoPE scaling of type {kind} is not implemented here (only llama3's)")
-    heads = c["num_attention_heads"]
-    return dict(vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
-                num_hidden_layers=c["num_hidden_layers"], num_attention_heads=heads,
-                num_key_value_heads=c.get("num_key_value_heads") or heads,
-                head_dim=c.get("head_dim") or c["hidden_size"] // heads, rms_norm_eps=c.get("rms_norm_eps", 1e-6),
-                rope_theta=rope["rope_theta"], rope_scaling=rope if kind == "llama3" else None,
-                tie_word_embeddings=c.get("tie_word_embeddings", False),
-                max_position_embeddings=c.get("max_position_embeddings", 2048))
+        raise UserError(f"{where}: RoPE scaling of type {kind} is not implemented here (only llama3's)")
+    theta = take("rope_theta", values(c, where)("rope_theta", 10000.0, float), float)
+    if kind == "default":
+        return dict(rope_theta=theta, rope_scaling=None)
+    scaling = {name: take(name, kind=float) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+    scaling["original_max_position_embeddings"] = take("original_max_position_embeddings")
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(f"the configuration in {where} has a low_freq_factor that is not below high_freq_factor")
+    return dict(rope_theta=theta, rope_scaling=dict(rope_type="llama3", **scaling))
 
 
 def hf_config(path):
@@ -298,6 +345,7 @@ def vit_config(path):
     """Fields of model.ViTConfig as a dict, out of the config.json of a CLIP model or of its vision tower alone."""
     c = hf_config(path)
     c = c.get("vision_config") or c
+    values(c, path / "config.json")
     if c.get("model_type") not in ("clip", "clip_vision_model"):
         raise UserError(f"{path} holds a {c.get('model_type')} model: only CLIP's vision tower is implemented here")
     if c.get("hidden_act", "quick_gelu") != "quick_gelu":
@@ -305,7 +353,20 @@ def vit_config(path):
                         "only OpenAI CLIP's quick_gelu is implemented here")
     defaults = dict(image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                     num_attention_heads=12, layer_norm_eps=1e-5)        # what a CLIP config.json leaves out
-    return {k: c.get(k, v) for k, v in defaults.items()}
+    return vit_sizes(defaults | {k: v for k, v in c.items() if v is not None}, path / "config.json")
+
+
+def vit_sizes(c, where):
+    """Fields of model.ViTConfig as a dict, each a sensible value."""
+    take = values(c, where)
+    sizes = dict(image_size=take("image_size", high=10**4), patch_size=take("patch_size", high=10**4),
+                 hidden_size=take("hidden_size", high=10**5), intermediate_size=take("intermediate_size", high=10**5),
+                 num_hidden_layers=take("num_hidden_layers", high=1000),
+                 num_attention_heads=take("num_attention_heads"), layer_norm_eps=take("layer_norm_eps", kind=float))
+    if sizes["hidden_size"] % sizes["num_attention_heads"] or sizes["patch_size"] > sizes["image_size"]:
+        raise UserError(f"the configuration in {where} does not fit together: hidden_size must be a multiple of "
+                        f"num_attention_heads, patch_size at most image_size; they are {sizes}")
+    return sizes
 
 
 def vit_tensors(path):
@@ -322,11 +383,11 @@ def pick_layers(tensors, layers, num_layers):
     """Only these of a Llama's layers, numbered anew: the others are never read. What is in no layer stays."""
     out = {}
     for name, read in tensors.items():
-        if name.startswith("model.layers."):
-            _, _, i, rest = name.split(".", 3)
-            if int(i) in layers:
-                name = f"model.layers.{layers.index(int(i))}.{rest}"
-            elif int(i) < num_layers:
+        if match := re.fullmatch(r"model\.layers\.(\d{1,9})\.(.+)", name):
+            i, rest = int(match[1]), match[2]
+            if i in layers:
+                name = f"model.layers.{layers.index(i)}.{rest}"
+            elif i < num_layers:
                 continue
         out[name] = read
     return out
@@ -352,10 +413,19 @@ def load(model, tensors, dtype, device, path, place=None):
     for name, empty in wanted.items():
         try:
             tensor = tensors[name]()
-        except (SafetensorError, OSError, RuntimeError) as e:
+        except UserError:
+            raise
+        except (OSError, RuntimeError, ValueError, LookupError) as e:
             raise UserError(f"{path}: {name} could not be read ({e}): download it again") from None
         if tensor.shape != empty.shape:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the config says {tuple(empty.shape)}")
         tensor = tensor.to(device=device, dtype=dtype)
+        check_finite(tensor, name, path)
         state[name] = place(empty, tensor) if place else tensor
     model.load_state_dict(state, assign=True)
+
+
+def check_finite(tensor, name, path):
+    """UserError if a weight holds nan or inf: every answer and every gradient would be nan."""
+    if tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+        raise UserError(f"{path}: {name} holds numbers that are not finite: download or train it again")

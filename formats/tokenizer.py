@@ -5,13 +5,12 @@ the order in which training learnt the merges. Ids were given out in that order,
 """
 import base64
 import codecs
-import json
 import re
 from pathlib import Path
 
 import tiktoken
 
-from formats import official
+from formats import files, official
 from formats.errors import MissingFile, UserError
 
 IMAGE = -200  # LLaVA's number for an image among the ids, where the visual tokens go; in text it is written "<image>"
@@ -47,7 +46,7 @@ def bpe_ranks(vocab, merges):
 
 def read_meta(path):
     """Meta's tokenizer.model: a line "base64 id" per token; the special tokens follow by convention."""
-    lines = [line.split() for line in path.read_bytes().splitlines() if line]
+    lines = [line.split() for line in files.read_text(path).splitlines() if line]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if sorted(ranks.values()) != list(range(128_000)):
         raise UserError(f"Llama 3 has 128000 tokens, this file {len(ranks)}")
@@ -56,14 +55,15 @@ def read_meta(path):
 
 def read_json(path):
     """Hugging Face's tokenizer.json. It also says how to cut text; only the two ways that we know are taken."""
-    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec = files.read_json(path)
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
     ranks = bpe_ranks(vocab, spec["model"]["merges"])
     first, last = spec["pre_tokenizer"]["pretokenizers"]
     steps = first["type"], last["type"], last["add_prefix_space"], last.get("use_regex", True), spec.get("normalizer")
-    if steps == ("Split", "ByteLevel", False, False, None) and first["behavior"] == "Isolated":
-        return ranks, special, first["pattern"]["Regex"]
+    if steps == ("Split", "ByteLevel", False, False, None) and first["behavior"] == "Isolated" \
+            and first["pattern"]["Regex"] == LLAMA3_PATTERN:
+        return ranks, special, LLAMA3_PATTERN
     if steps == ("Digits", "ByteLevel", False, True, None) and first["individual_digits"]:
         return ranks, special, SMOLLM2_PATTERN
     raise UserError("it cuts text in another way than Llama 3 and SmolLM2")
@@ -86,7 +86,10 @@ class Tokenizer:
     stop_tokens: set of ids that end an answer. n_vocab: how many ids there are, special tokens included."""
 
     def __init__(self, ranks, special, pattern):
-        self.n_vocab = 1 + max([*ranks.values(), *special.values()])
+        ids = [*ranks.values(), *special.values()]
+        if not all(type(i) is int and 0 <= i < files.MAX_SIZE for i in ids) or len(set(ids)) < len(ids):
+            raise UserError("an id is no whole number, is out of range, or belongs to two tokens")
+        self.n_vocab = 1 + max(ids)
         # SmolLM2 lacks 21 bytes: six control characters, the rest in no or hardly any text. tiktoken needs all 256, so
         # they get ids past the vocabulary, which encode drops. Hugging Face's tokenizer drops these bytes too.
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
@@ -120,11 +123,16 @@ class Tokenizer:
             raise MissingFile(f"no tokenizer at {path}: give a folder that holds the model's tokenizer.json or "
                               "tokenizer.model, or a .gguf file")
         try:
-            return cls(*{".json": read_json, ".gguf": read_gguf}.get(file.suffix, read_meta)(file))
+            tokenizer = cls(*{".json": read_json, ".gguf": read_gguf}.get(file.suffix, read_meta)(file))
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # all that a malformed file can cause
             reason = " ".join(str(error).split()) if isinstance(error, ValueError) else f"malformed: {error!r}"
             raise UserError(f"cannot use {file} as tokenizer ({reason}): give Llama 3's or SmolLM2's official "
                             "tokenizer.json, tokenizer.model or .gguf file") from error
+        if path.suffix == ".gguf" or (path / "config.json").exists():
+            known = official.llama_config(path)["vocab_size"]
+            if tokenizer.n_vocab > known:
+                raise UserError(f"{file} has {tokenizer.n_vocab} tokens, the model beside it {known}: it is another's")
+        return tokenizer
 
     def encode_text(self, text):
         """text -> ids of plain text, whatever it spells: neither a special token nor IMAGE can come out."""
@@ -179,7 +187,10 @@ class Tokenizer:
         """messages -> (ids of chat(generate=False), kinds): which tokens carry loss, per token.
 
         2: answers, i.e. an assistant's text and end of turn. 1: other chat tokens, with loss in stages 1 and 2 only.
-        0: never."""
+        0: never. Of an assistant's turn, "answers" leave out the header. That is three tokens in the paper's code for
+        Llama 3, <|start_header_id|> assistant <|end_header_id|>: the newline behind them is part of the answer. ChatML
+        has no token that ends a header: there the newline does it."""
+        newline = 2 if self.header_end else 1
         ids, kinds = [] if self.bos is None else [self.bos], [] if self.bos is None else [0]
         for message in messages:
             role, text = map(message.get, ("role", "content")) if isinstance(message, dict) else (None, None)
@@ -188,7 +199,7 @@ class Tokenizer:
                                 f"not {message!r:.80}")
             answer = role == "assistant"
             for part, kind in ((self.turn_start, 1), (self.encode(role), 0), (self.header_end, 1),
-                               (self.newline, 1 if answer else 0),
+                               (self.newline, newline if answer else 0),
                                (self.encode_text(text) if answer else self.encode(text), 2 if answer else 0),
                                (self.turn_end, 2 if answer else 1), (self.after_turn, 0)):
                 ids += part

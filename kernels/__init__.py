@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from formats.errors import UserError
+
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c as one instruction: Triton 3.9 wants to be told
 # These imports must stay above the functions: importing kernels/attention.py also binds the name `attention` in this
 # package to the file, and the `def attention` further down then takes the name back.
@@ -41,8 +43,17 @@ except ImportError:
     triton = None
 
 _choice = os.environ.get("KERNELS", "auto")
-if _choice not in ("auto", "triton", "torch"):
-    raise ValueError(f"KERNELS={_choice}: expected 'triton', 'torch', or nothing (Triton for CUDA, else PyTorch)")
+
+
+def check_choice():
+    """UserError if KERNELS names no backend, or one that is not here: a model that is built asks, before it loads."""
+    if _choice not in ("auto", "triton", "torch"):
+        raise UserError(f"KERNELS={_choice:.40}: expected 'triton', 'torch' or nothing (Triton for CUDA, else PyTorch)")
+    if _choice == "triton" and triton is None:
+        raise UserError("the backend is 'triton', but Triton is not installed: pip install triton, or choose 'torch'")
+    if _choice == "triton" and not torch.cuda.is_available() and not _attention.INTERPRET.value:
+        raise UserError("the backend is 'triton', but without a GPU Triton only runs in its interpreter: start Python "
+                        "with TRITON_INTERPRET=1, or choose 'torch'")
 
 
 @contextmanager
@@ -59,8 +70,8 @@ def backend(name):
 
 
 def _use_triton(x):
-    if _choice == "triton" and triton is None:
-        raise ValueError("the backend is 'triton', but Triton is not installed: pip install triton, or choose 'torch'")
+    if _choice != "auto":
+        check_choice()
     if _choice == "triton" and not x.is_cuda and not _attention.INTERPRET.value:
         raise ValueError("the backend is 'triton', but a tensor is on the CPU, where Triton only runs in its "
                          "interpreter: start Python with TRITON_INTERPRET=1, or choose 'torch'")

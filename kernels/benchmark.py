@@ -13,7 +13,6 @@ Ratios are peer's time / our time: above 1 we are faster. SDPA's backends are as
 views of the same memory; one that cannot share keys among query heads gets them repeated, which is part of its time.
 Rows appear on stderr as they are measured, the whole table comes last.
 """
-import argparse
 import os
 import platform
 import statistics
@@ -31,6 +30,8 @@ except ImportError:
     sys.exit("Triton is not installed here, so there are no kernels to measure (on Linux: pip install triton)")
 
 import kernels
+from formats.errors import Parser, run_cli
+from formats.files import check_out_file
 from kernels.attention import CONFIGS
 
 # name, batch, length, query heads, key/value heads, head dim, causal
@@ -513,16 +514,19 @@ def compile_table(capability, dtypes=(torch.bfloat16, torch.float32), head_dims=
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     families = ("attention", "rms_norm", "swiglu", "cross_entropy")
     parser.add_argument("--only", nargs="+", choices=families, default=families, help="these kernels only")
     parser.add_argument("--step", action="store_true", help="a training step of the encoder instead")
     parser.add_argument("--tune", nargs="*", choices=("forward", "dkdv", "dq"), metavar="KERNEL",
                         help="times the alternatives to attention.CONFIGS instead, of these kernels or of all")
     parser.add_argument("--compile", type=int, nargs="?", const=90, metavar="CAPABILITY",
+                        choices=(80, 86, 89, 90, 100, 120),
                         help="registers and spills instead, for any chip: 80 (A100), 89 (RTX 40), 90 (H100, H200)")
     parser.add_argument("--markdown", metavar="FILE", help="write the result into a file as well")
     args = parser.parse_args(argv)
+    if args.markdown:
+        check_out_file(args.markdown)
     if args.compile:
         result = compile_table(args.compile)
     elif not torch.cuda.is_available():
@@ -541,4 +545,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

@@ -8,7 +8,6 @@ What does grafting cost, and what is it worth? Several recipes on the same image
 
 Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen.
 """
-import argparse
 import dataclasses
 import json
 import sys
@@ -28,7 +27,8 @@ from data.batches import Batches
 from data.sources import CHATS, read_data
 from extras import distillation
 from formats import checkpoints, official
-from formats.errors import UserError, run_cli
+from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
+from formats.files import check_out, read_json
 from model import VLM, Llama
 from recipes import SMALL, Distillation, Recipe, check
 from surrogate import load_surrogate
@@ -142,7 +142,7 @@ def run_recipe(name, seed=0, steps=200, samples=40, out="runs/ablation", vit="as
     common, own = dict(seed=seed, batch=batch, dtype=dtype, text=str(text), llm=llm), dataclasses.asdict(route)
     about = dict(recipe=name, steps=steps, samples=samples, vit=str(vit), route=own) | common
     file = out / f"{name}-{steps}-seed{seed}.json"
-    if file.exists() and (known := official.read_json(file)) | about == known:
+    if file.exists() and (known := read_json(file)) | about == known:
         return known
     precision = train.default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     full = Llama.from_pretrained(llm, precision, device)
@@ -287,18 +287,21 @@ def plot_graft(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add, known = parser.add_argument, [*RECIPES, "all"]
     add("--list", action="store_true", help="show the recipes")
     add("--run", nargs="+", default=[], metavar="NAME", choices=known, help="train and evaluate these recipes, or all")
-    add("--seed", nargs="+", type=int, default=[0], help="seeds of the training data (default: 0)")
-    add("--steps", nargs="+", type=int, default=[200], metavar="N", help="steps of stage 2 (default: 200)")
-    add("--samples", type=int, default=40, metavar="N", help="validation images a task (default: %(default)s)")
+    add("--seed", nargs="+", type=number(int, 0, MAX_SEED), default=[0], help="seeds of the training data (default: 0)")
+    add("--steps", nargs="+", type=number(int, 1, 10**9), default=[200], metavar="N",
+        help="steps of stage 2 (default: 200)")
+    add("--samples", type=number(int, 1, 10**6), default=40, metavar="N",
+        help="validation images a task (default: %(default)s)")
     add("--vit", default="assets/vit.safetensors", metavar="FILE", help="checkpoint of stage 0 (default: %(default)s)")
     add("--out", default="runs/ablation", help="folder for checkpoints, results and plots (default: %(default)s)")
     add("--gradients", nargs="+", metavar="CHECKPOINT", help="compare surrogates' gradients with the full LLM's")
     add("--keep", action="store_true", help="add the results (without --run: all in --out) to assets/ablation.json")
     args, file = parser.parse_args(argv), ASSETS / "ablation.json"
+    check_out(args.out)
     if args.list:
         return print("\n".join(f"{name:9}{r.ranges:13}{r.says}" for name, r in RECIPES.items()))
     if args.gradients:
@@ -308,8 +311,8 @@ def main(argv=None):
     new = [run_recipe(name, seed, steps, args.samples, args.out, args.vit) for seed in args.seed
            for steps in args.steps for name in (RECIPES if "all" in args.run else args.run)]
     if args.keep and not args.run:
-        new = [official.read_json(f) for f in sorted(Path(args.out).glob("*-seed*.json"))]
-    kept = official.read_json(file) if file.exists() else []
+        new = [read_json(f) for f in sorted(Path(args.out).glob("*-seed*.json"))]
+    kept = read_json(file, list) if file.exists() else []
     results = list({(r["recipe"], r["steps"], r["seed"]): r for r in kept + new}.values())      # the new one counts
     if not results:
         return print("No results yet. The smallest comparison: python -m studies.ablation --run shipped direct")
@@ -320,7 +323,7 @@ def main(argv=None):
           "\nMore rows: --run NAME ..., see --list; --keep puts them into assets/ablation.json.")
     shipped, folder, figures = ASSETS / "results.json", ASSETS if args.keep else args.out, dict(cost=plot_cost(results))
     if shipped.exists():
-        figures["graft"] = plot_graft(official.read_json(shipped))
+        figures["graft"] = plot_graft(read_json(shipped))
     for name, fig in figures.items():
         checkpoints.write_whole(Path(folder) / f"{name}.png", lambda part: fig.savefig(part, format="png"))
     print(f"Plots: {' and '.join(figures)} in {folder}/")

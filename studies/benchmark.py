@@ -8,7 +8,6 @@ graft.py, a step with a real vocabulary and the building of a surrogate need.
 Everything is timed in turns within one run, because absolute times on shared machines wander; trust the ratios.
 (kernels/benchmark.py measures the Triton kernels on a GPU.)
 """
-import argparse
 import dataclasses
 import json
 import platform
@@ -30,7 +29,7 @@ import train
 from data.batches import Batches
 from data.world import World
 from formats import official
-from formats.errors import UserError, run_cli
+from formats.errors import Parser, UserError, number, run_cli
 from formats.tokenizer import IMAGE, Tokenizer
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import RECIPES
@@ -251,15 +250,13 @@ def compare_surrogate_memory(ranges=((16, 26),), **sizes):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5,
+    parser = Parser(__doc__)
+    parser.add_device()
+    parser.add_argument("--rounds", type=number(int, 1, 1000), default=5,
                         help="timed repetitions, of which the median counts (default: %(default)s)")
     parser.add_argument("--memory", action="store_true",
                         help="only the memory of a step and of building a surrogate, on random models on the CPU")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        raise UserError(f"--rounds must be at least 1, not {args.rounds}")
     on_gpu = args.device.startswith("cuda") and not args.memory
     chip = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{chip}, torch {torch.__version__}, Python {platform.python_version()}\n\n"

@@ -6,13 +6,13 @@ the surrogate saves. Only arithmetic on sizes: it needs no weights, no data and 
     python -m studies.cost encoder --recipe llama-3.1-8b --gpus 8       # the plan of a stage
     python -m studies.cost decoder --recipe llama-3.1-70b --gpus 32 --fsdp micro_batch=2
 """
-import argparse
 import math
 import sys
 from dataclasses import replace
 
 from formats import checkpoints
-from formats.errors import UserError, run_cli
+from formats.errors import Parser, UserError, number, run_cli
+from formats.files import check_out_file
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
 from surrogate import check_ranges, parse_ranges
 
@@ -338,22 +338,23 @@ def plot_routes():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("stage", nargs="?", help=f"plan one stage: {', '.join(PLANS)} (default: show the three routes)")
     add("settings", nargs="*", metavar="key=value", help="changes a number of the stage's recipe, see below")
     add("--recipe", help=f"{', '.join(PAPER)} (default: the routes of all of them)")
-    add("--gpus", type=int, help="how many GPUs share the work (default: 8 for a stage, 16 for the routes)")
+    add("--gpus", type=number(int, 1, 10**6),
+        help="how many GPUs share the work (default: 8 for a stage, 16 for the routes)")
     add("--fsdp", action="store_true", help="a stage: shard the decoder's layers over the GPUs")
-    add("--lora", type=int, metavar="RANK", help="stage decoder: low-rank updates in place of the whole decoder")
+    add("--lora", type=number(int, 1, 1024), metavar="RANK",
+        help="stage decoder: low-rank updates in place of the whole decoder")
     add("--replace", help="a stage: layers to replace, e.g. 16-26, or none (default: the recipe's)")
     add("--out", default="runs/routes.png", help="the routes: where their plot goes (default: %(default)s)")
     parser.epilog = f"key=value, with the values of stage encoder:\n{help_text(RECIPES[PAPER[0]]['encoder'])}"
     args = parser.parse_intermixed_args(argv)
     stage, name = args.stage, args.recipe
-    if args.gpus is not None and args.gpus < 1:
-        raise UserError(f"--gpus must be at least 1, not {args.gpus}")
     if not stage:
+        check_out_file(args.out)
         if args.fsdp or args.lora is not None or args.replace:
             raise UserError(f"--fsdp, --lora and --replace plan one stage: say which, of {', '.join(PLANS)}")
         print("\n\n".join(show_routes(n, args.gpus or 16) for n in ([name] if name else PAPER)))
@@ -364,8 +365,8 @@ def main(argv=None):
     if not name:
         raise UserError(f"stage {stage} of which recipe? Give --recipe, one of {', '.join(PAPER)}")
     recipe, target = override(recipe_of(stage, name), args.settings), TARGETS[name]
-    if args.lora is not None and (stage != "decoder" or not 1 <= args.lora <= 1024):
-        raise UserError(f"--lora {args.lora}: give a rank between 1 and 1024, and stage decoder")
+    if args.lora is not None and stage != "decoder":
+        raise UserError(f"--lora {args.lora}: only stage decoder trains low-rank updates")
     if args.replace:
         if stage in ("decoder", "adapter"):
             raise UserError(f"--replace: stage {stage} runs the full LLM, of which nothing is replaced")

@@ -505,13 +505,13 @@ with kernels.backend("triton"):
     kernels.attention(x, x, x)
 """)
     assert "torch.Size([1, 5, 2, 64])" in output
-    assert "ValueError: the backend is 'triton', but Triton is not installed" in output
+    assert "UserError: the backend is 'triton', but Triton is not installed" in output
 
 
 def test_environment_variable():
     code = "import torch, kernels; x = torch.randn(3, 8); print(kernels.swiglu(x, x).shape)"
     status, output = run(code, KERNELS="cuda")
-    assert status == 1 and "ValueError: KERNELS=cuda: expected 'triton', 'torch'" in output
+    assert status == 1 and "UserError: KERNELS=cuda: expected 'triton', 'torch'" in output
     if kernels.triton is not None and DEVICE == "cpu":
         assert run(code, KERNELS="triton", TRITON_INTERPRET="1") == (0, "torch.Size([3, 8])\n")
 

@@ -127,14 +127,15 @@ class Oracle:
 
         <|begin_of_text|>, then per turn <|start_header_id|>ROLE<|end_header_id|>\\nTEXT<|eot_id|>.
         Stages 1 and 2, "answers + chat special tokens": in a user's turn these three special tokens carry loss, in an
-        assistant's all but the role's name does. Stage 3, answers alone: the assistant's text and the end of its turn.
+        assistant's all but the role's name does. Stage 3, answers alone: of an assistant's turn all but the header's
+        three tokens <|start_header_id|>ROLE<|end_header_id|>. The newline behind them counts, as in the paper's code.
         """
         special, out = stage != "decoder", [(BOS, False)]
         for role, text in turns:
             answer = role == "assistant"
             before, image, after = text.partition("<image>")
             out += [(START, special), *((byte, False) for byte in role.encode()), (END, special)]
-            out += [(ord("\n"), special and answer), *((byte, answer) for byte in before.encode())]
+            out += [(ord("\n"), answer), *((byte, answer) for byte in before.encode())]
             out += [("image", False)] * bool(image) + [(byte, answer) for byte in after.encode()]
             out += [(EOT, special or answer)]
         return out

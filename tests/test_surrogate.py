@@ -10,7 +10,6 @@ from transformers import LlamaForCausalLM
 
 import surrogate
 from formats import checkpoints, official
-from formats.errors import run_cli
 from model import KVCache, Llama, LlamaConfig, collect
 from surrogate import (
     build_surrogate,
@@ -115,17 +114,6 @@ def test_parse_ranges():
     for bad in ("a-b", "3-", "-3", "1-2-3", "3;4", ","):
         with pytest.raises(ValueError, match="write them like 16-26"):
             parse_ranges(bad)
-
-
-def test_command_line_says_what_is_wrong(capsys, monkeypatch, llm, smollm_tokenizer):
-    monkeypatch.setattr(surrogate.official, "find", lambda name: name)
-    monkeypatch.setattr(surrogate.Llama, "from_pretrained", lambda *a: llm)
-    monkeypatch.setattr(surrogate.Tokenizer, "from_pretrained", lambda path: smollm_tokenizer)
-    for argument, words in [("--replace=5-20", "cannot replace layers 5-20"), ("--length=5000", "no paragraph of 5000"),
-                            ("--replace=x", "cannot read the layer"), ("--text=nowhere.txt", "no such text file")]:
-        assert run_cli(lambda: surrogate.main([argument])) == 2
-        printed = capsys.readouterr().err
-        assert printed.startswith("error: ") and words in printed and printed.count("\n") == 1
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

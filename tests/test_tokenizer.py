@@ -174,7 +174,7 @@ def test_llama3_chat(llama3, meta):
 
     ids, kinds = llama3.chat_targets([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}])
     assert ids == [128000, 128006, 882, 128007, 198, 13347, 128009, 128006, 78191, 128007, 198, 65825, 128009]
-    assert kinds == [0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 2, 2]
+    assert kinds == [0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 2, 2, 2]  # the assistant's newline is no header token
 
 
 def test_smollm2_chat(smollm2, hf_smollm2):
@@ -204,7 +204,8 @@ def test_images_and_injection(name, request):
     # A user may show an image; a model that happens to write "<image>" must not, and no loss ever falls on IMAGE.
     ids, kinds = tokenizer.chat_targets([{"role": role, "content": "a<image>b"} for role in ("user", "assistant")])
     assert ids.count(IMAGE) == 1 and kinds[ids.index(IMAGE)] == 0
-    assert [i for i, kind in zip(ids, kinds) if kind == 2] == tokenizer.encode_text("a<image>b") + tokenizer.turn_end
+    answer = (tokenizer.newline if name == "llama3" else []) + tokenizer.encode_text("a<image>b") + tokenizer.turn_end
+    assert [i for i, kind in zip(ids, kinds) if kind == 2] == answer
 
 
 @pytest.mark.parametrize("messages", [

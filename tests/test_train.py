@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import save_tiny_llm
 from PIL import Image
+from test_bad_input import assert_refused
 
 import train
 from data import world
@@ -20,7 +19,7 @@ from data.batches import Batches, Mixed, Sample, collate
 from data.images import preprocess
 from formats import checkpoints
 from formats.checkpoints import read_checkpoint
-from formats.errors import UserError, run_cli
+from formats.errors import UserError
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import RECIPES, Recipe, override
@@ -408,12 +407,12 @@ def test_llava_with_text_workers_and_bad_records(stages, go, tiny_llm, tmp_path,
     text = tmp_path / "text.json"
     text.write_text(json.dumps([records[-1] | {"id": i} for i in range(4)]))
     common = ["--init", stages["vit"], "--replace", "2-4", "--text", str(text), *options, "lr=1e-3"]
-    refused(capfd, ["translator", "--llm", tiny_llm, "--out", str(tmp_path / "t"), *common], "gone", "no.png")
+    argv = ["train", "translator", "--llm", tiny_llm, "--out", str(tmp_path / "t"), *common]
+    assert_refused(capfd, argv, "gone", "no.png")
     # only opening shows what is wrong with the image; a worker process finds it, and the message names it all the same
     write(records[:1] + bad[1:2])
-    refused(capfd, ["encoder", "--llm", tiny_llm, "--out", str(tmp_path / "e"), "--init", stages["translator"],
-                    *options, "workers=1"],
-            "record 1", "id 'cut'", bar=True)
+    argv = ["train", "encoder", "--llm", tiny_llm, "--out", str(tmp_path / "e"), "--init", stages["translator"]]
+    assert_refused(capfd, [*argv, *options, "workers=1"], "record 1", "id 'cut'")
     write(records + bad)
     capfd.readouterr()
     skip = ["batch=5", "micro_batch=1", "--on-bad-record", "skip", "workers=1", "lr=1e-3"]
@@ -527,57 +526,6 @@ def test_the_projector_of_stage_0_reaches_stage_2(stages, go, tmp_path):
     assert all(torch.equal(first[n], second[n]) for n in first if n in second) and "adapter.0.weight" in second
 
 
-# ---- bad input: one line, exit status 2 -----------------------------------------------------------------------------
-
-
-def refused(capsys, argv, *words, bar=False):
-    capsys.readouterr()
-    assert run_cli(lambda: train.main(argv)) == 2
-    err = capsys.readouterr().err
-    line = err.splitlines()[-1] if bar else err
-    assert line.startswith("error: ") and (bar or err.count("\n") == 1), err
-    for word in words:
-        assert word in line, f"{word!r} is not in: {line}"
-
-
-def test_bad_input(stages, tiny_llm, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "out")]
-    no = lambda stage, *options, words: refused(capsys, [stage, "--llm", tiny_llm, *out, *options], *words)
-    at = ("--init", stages["translator"])
-
-    for setting in ("steps=-3", "batch=0", "batch=-1", "save_every=0", "lr=inf", "lr=nan", "warmup=2", "clip=-1"):
-        no("encoder", *at, setting, words=[setting.partition("=")[0], "must be"])
-    no("encoder", *at, "distill=1", words=["distill", "there are steps, batch"])
-
-    new = ("--init", stages["vit"])
-    no("translator", *new, "--replace", "3-9", words=["cannot replace layers 3-9", "0-5"])
-    no("translator", *new, "--replace", "x", words=["cannot read the layer ranges"])
-    no("translator", *new, "--replace", "none", words=["--replace none", "encoder can do without"])
-    no("decoder", "--init", stages["encoder"], "--replace", "2-4", words=["--replace", "full LLM"])
-    no("encoder", *at, "--replace", "3-4", words=["translator.safetensors", "python train.py translator"])
-    no("encoder", "--init", "none", "--vit", stages["vit"], "--replace", "2-4", words=["holds no translator"])
-    no("encoder", "--init", stages["vit"], "--replace", "2-4", words=["holds no translator"])
-    no("encoder", "--init", stages["decoder"], words=["stage decoder"])
-    no("encoder", "--text", "x.json", *at, words=["--text", "translator"])
-
-    notes = tmp_path / "notes.safetensors"
-    notes.write_text("no checkpoint")
-    no("encoder", "--init", str(notes), words=["notes.safetensors", "truncated or not"])
-    no("encoder", "--init", str(tmp_path / "gone.safetensors"), words=["no such checkpoint", "gone.safetensors"])
-    foreign = ("--init", f"{tiny_llm}/model.safetensors", "--vit", stages["vit"])
-    no("decoder", *foreign, words=["model.safetensors", "does not belong"])
-    bare = ("translator", "--replace", "2-4", "--init", "none")
-    no(*bare, "--vit", stages["encoder"], words=["encoder.safetensors", "not a ViT"])
-    no(*bare, "--vit", str(tmp_path / "gone.safetensors"), words=["gone.safetensors"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_presets_ask_for_data(tmp_path, capsys):
-    no = lambda *argv, words: refused(capsys, [*argv, "--out", str(tmp_path)], *words)
-    no("encoder", "--recipe", "llama-3.1-8b", words=["llama-3.1-8b", "--data", "--images"])
-    no("translator", "--recipe", "llama-3.1-8b", "--data", "x.json", words=["--text"])
-
-
 def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys, monkeypatch):
     """Found before anything heavy is loaded, and every difference is named."""
     monkeypatch.setattr(train, "build", None)
@@ -585,7 +533,7 @@ def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys, mon
     def no(stage, of, options, *words, llm=tiny_llm):
         folder = str(Path(stages[of]).parent) if of else str(tmp_path)
         common = ["--llm", llm, "steps=3", "batch=6", "lr=1e-3", "dtype=float32", "--out", folder, "--resume"]
-        refused(capsys, [stage, *common, *options], *words)
+        assert_refused(capsys, ["train", stage, *common, *options], *words)
 
     same = ("--init", stages["vit"], "--replace", "2-4")
     at = ["--init", stages["translator"]]
@@ -599,28 +547,3 @@ def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys, mon
     (tmp_path / "other").mkdir()
     other = save_tiny_llm(tmp_path / "other", width=48)
     no("translator", "translator", same, "was trained for", tiny_llm, other, llm=other)
-
-
-def test_bad_records_are_named(stages, tiny_llm, tmp_path, capsys, llava):
-    options, write, records = llava
-    argv = ["encoder", "--llm", tiny_llm, "--init", stages["translator"], "--out", str(tmp_path / "out"),
-            "steps=2", "batch=6", *options]  # fmt: skip
-    marked = {"id": "r7", "conversations": records[0]["conversations"]}
-    for bad, word in [(marked, 'names no "image"'), (marked | {"image": "gone.png"}, "gone.png not found")]:
-        write([*records, bad])
-        refused(capsys, argv, "data.json: record 6 (id 'r7')", word)
-    (tmp_path / "bad.png").write_text("no picture")
-    write([*records, marked | {"image": "bad.png"}])
-    refused(capsys, argv, "data.json: record 6 (id 'r7')", "bad.png", "not an image", bar=True)
-    write(records[5:])
-    refused(capsys, argv, "data.json", "no record with an image")
-    refused(capsys, [*argv, "--data", str(tmp_path / "gone.json")], "gone.json: no such file")
-
-
-def test_as_a_user_sees_it(tiny_llm, stages, tmp_path):
-    """A fresh Python in another folder: exit status 2, one line, no traceback."""
-    options = ["--llm", tiny_llm, "--init", stages["vit"], "--replace", "3-9", "--out", str(tmp_path)]
-    got = subprocess.run([sys.executable, ROOT / "train.py", "translator", *options], cwd=tmp_path,
-                         capture_output=True, text=True)
-    assert got.returncode == 2 and got.stdout == ""
-    assert got.stderr.startswith("error: cannot replace layers 3-9") and got.stderr.count("\n") == 1

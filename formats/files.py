@@ -1,0 +1,101 @@
+"""
+Files that someone else wrote, and places to write to: checked here, before anything heavy, so that whatever is wrong
+with one becomes a line that names it.
+
+    config = read_json("config.json")                   # an object, or a UserError
+    take = values(config, "config.json")                # take("hidden_size") -> a whole number, or a UserError
+    check_out("runs/encoder")                           # can a file be written there?
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from formats.errors import MissingFile, UserError
+
+MAX_BYTES = 10**8  # of a configuration or a tokenizer; Llama 3's tokenizer.json has 17 million
+MAX_SIZE = 10**7  # of anything in a configuration: positions, vocabulary, width ...
+KINDS = {int: "a whole number from 1 to {high:,}", float: "a number above 0", bool: "true or false"}
+
+
+def check_file(path):
+    """The path, if a file is there that has an end: not a folder, and not a pipe or a device, on which one may wait."""
+    path = Path(path)
+    if not path.exists():
+        raise MissingFile(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give the path of a file")
+    return path
+
+
+def read_text(path, limit=MAX_BYTES):
+    """The text of a UTF-8 file."""
+    size = check_file(path).stat().st_size
+    if size > limit:
+        raise UserError(f"{path} has {size:,} bytes, more than {limit:,}: is it the right file?")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): save it as UTF-8") from None
+
+
+def read_json(path, kind=dict, limit=MAX_BYTES):
+    """What a JSON file holds: an object (dict) or a list."""
+    text = read_text(path, limit)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:  # no JSON, endless digits, endless nesting
+        raise UserError(f"{path}: not valid JSON ({e}); download or write it again") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}, not {value!r:.40}")
+    return value
+
+
+def values(config, where):
+    """
+    A function that reads checked values out of a configuration: take(name, default, kind, high). kind int: a size, from
+    1 to high; float: above 0 and finite; bool. Missing and null are the default, without one they are an error.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f"the configuration in {where} is {config!r:.40}, not an object with names and values")
+
+    def take(name, default=None, kind=int, high=MAX_SIZE):
+        value = config.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise UserError(f"the configuration in {where} lacks {name!r}: is it the whole file of the right model?")
+        fits = isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float) if kind is float else kind)
+        if not fits or kind is int and not 1 <= value <= high or kind is float and not 0 < value < 1e15:
+            what = KINDS[kind].format(high=high)
+            raise UserError(f"the configuration in {where} has {name} = {value!r:.40}: it must be {what}")
+        return value
+
+    return take
+
+
+def check_out(folder):
+    """UserError if no file can be written into a folder, which may not be there yet. Leaves nothing behind."""
+    there = Path(folder)
+    try:
+        while not found(there):
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as e:
+        raise UserError(f"cannot write into the folder {folder} ({there}: {e.strerror}): give another --out") from None
+
+
+def found(path):
+    """Is something there? Other than Path.exists, an OSError where that cannot be told: no permission, a loop ..."""
+    try:
+        return bool(os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def check_out_file(path):
+    """UserError if a file cannot be written at this path."""
+    if Path(path).is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    check_out(Path(path).parent)

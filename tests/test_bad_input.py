@@ -1,0 +1,338 @@
+"""What a user may type or download, and what is wrong with it: one line on stderr, exit status 2, nothing left behind.
+
+Every case runs a real command line in this process. {llm}, {vit}, {translator}, {encoder}, {decoder} and {full} are the
+files of a tiny run of all stages, {bad} is a folder of damaged files, {out} does not exist. Behind the arguments stand
+words that the line must hold: what is wrong, and what to do.
+"""
+import importlib
+import json
+import os
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_llm
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from formats.checkpoints import read_checkpoint, save_checkpoint
+from formats.errors import run_cli
+
+ROOT = Path(__file__).parent.parent
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A shape."}]
+CONFIGS = dict(  # changes of a config.json -> the words that name them
+    strings=(dict(hidden_size="32"), "hidden_size = '32'"), null=(dict(vocab_size=None), "lacks 'vocab_size'"),
+    lists=(dict(num_attention_heads=[2]), "num_attention_heads = [2]"), zero=(dict(head_dim=0), "head_dim = 0"),
+    negative=(dict(intermediate_size=-1), "intermediate_size = -1"), real=(dict(num_hidden_layers=1.5), "1.5"),
+    huge=(dict(vocab_size=10**30), "vocab_size = 1000"), layers=(dict(num_hidden_layers=10**6), "from 1 to 1,000"),
+    yes=(dict(hidden_size=True), "hidden_size = True"), eps=(dict(rms_norm_eps=float("nan")), "rms_norm_eps = nan"),
+    theta=(dict(rope_theta=-1), "rope_theta = -1"), heads=(dict(num_key_value_heads=4), "2 attention heads"),
+    odd=(dict(head_dim=15), "must be even"), tied=(dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
+    rope=(dict(rope_scaling=[8]), "[8]"), factor=(dict(rope_scaling=dict(rope_type="llama3")), "lacks 'factor'"),
+    yarn=(dict(rope_scaling=dict(rope_type="yarn")), "RoPE scaling of type yarn"),
+    other=(dict(hidden_size=48), "(500, 48)"),
+)  # fmt: skip
+FILES = dict(  # a file in place of one of the LLM's -> the words
+    list=("config.json", b"[1]", "must hold a JSON object"), empty=("config.json", b"", "not valid JSON"),
+    binary=("config.json", b"\xff\xfe\0", "not UTF-8"), deep=("config.json", b"[" * 10**5, "not valid JSON"),
+    digits=("config.json", b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    bare=("tokenizer.json", b"{}", "cannot use"), tokens=("tokenizer.json", b'{"added_tokens": 3}', "cannot use"),
+    words=("tokenizer.json", b"no JSON", "not valid"), nested=("tokenizer.json", b"[" * 10**5, "not valid JSON"),
+    cut=("model.safetensors", b"\x08\0\0\0\0\0\0\0{}", "truncated or not"),
+    none=("model.safetensors", b"", "truncated or not"),
+    size=("model.safetensors", b"\xff" * 99, "truncated or not"),
+    map=("model.safetensors.index.json", b'{"weight_map": 3}', "weight_map"),
+    outside=("model.safetensors.index.json", b'{"weight_map": {"a": "../../x.safetensors"}}', "same folder"),
+    lost=("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing"),
+)  # fmt: skip
+ABOUT = dict(  # changes of what a checkpoint says of itself -> the words
+    stage=(dict(stage=3), "stage = 3"), ranges=(dict(ranges="2-4"), "ranges = '2-4'"),
+    pair=(dict(ranges=[[2]]), "[[2]]"),
+    letters=(dict(ranges=[["a", 4]]), "['a', 4]"), far=(dict(ranges=[[2, 40]]), "cannot replace layers 2-40"),
+    llm=(dict(llm=["x"]), "llm = ['x']"), start=(dict(start=7), "start = 7"),
+    nowhere=(dict(start="no.safetensors"), "needs no.safetensors"),
+    circle=(dict(start="{bad}/circle.safetensors"), "started from itself"), unnamed=(dict(start=None), "no translator"),
+)  # fmt: skip
+VITS = dict(
+    text=("x", "vit_config = 'x'"), lacks=({}, "lacks 'image_size'"), patch=(dict(patch_size=0), "patch_size = 0"),
+    wide=(dict(hidden_size=96_000), "another ViT"), many=(dict(num_hidden_layers=6), "another ViT"),
+    head=(dict(num_attention_heads=5), "multiple"),
+)  # fmt: skip
+RECORDS = dict(
+    parent=(dict(image="../a.png"), "'../a.png' leads out of"), root=(dict(image="/etc/passwd"), "leads out of"),
+    link=(dict(image="link.png"), "link out of the folder"), missing=(dict(image="gone.png"), "gone.png not found"),
+    number=(dict(image=3), "one file name"), text=(dict(image="text.png"), "not an image"),
+    half=(dict(image="cut.png"), "damaged or truncated"), sides=(dict(image="wide.png"), "scale or crop"),
+    turns=(dict(conversations=TURNS * 2000), "4,000 turns"), words=(dict(conversations="x"), "conversations"),
+    long=(dict(conversations=[TURNS[0], TURNS[1] | dict(value="x" * 10**6 + "y")]), "1,000,001 characters"),
+)  # fmt: skip
+LISTS = dict(
+    object=(b"{}", "must hold a JSON list"), none=(b"[]", "list of 1 to"), broken=(b"[{", "not valid JSON"),
+    deep=(b"[" * 10**5, "not valid JSON"), latin=(b'["\xe9"]', "not UTF-8"), number=(b"[7]", "record 0"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad(stages, tiny_llm, tmp_path_factory):
+    """A folder of all that is damaged."""
+    bad = tmp_path_factory.mktemp("bad")
+    for name, (change, _) in CONFIGS.items():
+        shutil.copytree(tiny_llm, bad / f"llm-{name}")
+        config = json.loads((bad / f"llm-{name}/config.json").read_text())
+        (bad / f"llm-{name}/config.json").write_text(json.dumps(config | change))
+    for name, (file, content, _) in FILES.items():
+        shutil.copytree(tiny_llm, bad / f"file-{name}")
+        (bad / f"file-{name}" / file).write_bytes(content)
+    weights = load_file(Path(tiny_llm) / "model.safetensors")
+    shutil.copytree(tiny_llm, bad / "nan")
+    save_file(weights | {"model.norm.weight": torch.full((32,), torch.nan)}, bad / "nan/model.safetensors")
+    (bad / "width").mkdir()
+    save_tiny_llm(bad / "width", width=48)
+    (bad / "meta").mkdir()
+    shutil.copy(Path(tiny_llm) / "tokenizer.json", bad / "meta")
+    (bad / "meta/params.json").write_text('{"dim": "x", "n_heads": 2}')
+    (bad / "meta/consolidated.00.pth").write_bytes(b"")
+    text = lambda s: struct.pack("<Q", len(s)) + s
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(b"general.architecture")
+    (bad / "endless.gguf").write_bytes(header + struct.pack("<IIQ", 9, 0, 2**60))       # an array of 2**60 bytes
+    (bad / "cut.gguf").write_bytes(header[:20])
+
+    tensors, about = read_checkpoint(stages["encoder"])
+    for name, (change, _) in ABOUT.items():
+        change = {k: v.format(bad=bad) if isinstance(v, str) else v for k, v in change.items()}
+        save_checkpoint(bad / f"{name}.safetensors", tensors, about | change)
+    for name, (sizes, _) in VITS.items():
+        vit, said = read_checkpoint(stages["vit"])
+        config = said["vit_config"] | sizes if sizes and isinstance(sizes, dict) else sizes
+        save_checkpoint(bad / f"vit-{name}.safetensors", vit, said | dict(vit_config=config))
+    (bad / "notes.safetensors").write_text("no checkpoint")
+    (bad / "notes.pth").write_text("no checkpoint")
+
+    (bad / "images").mkdir()
+    Image.new("RGB", (80, 80)).save(bad / "a.png")
+    for name, size in (("images/a.png", (80, 80)), ("images/wide.png", (20_000, 3)), ("images/cut.png", (80, 80))):
+        Image.effect_noise(size, 50).save(bad / name)
+    whole = (bad / "images/cut.png").read_bytes()
+    (bad / "images/cut.png").write_bytes(whole[: len(whole) // 2])
+    (bad / "images/text.png").write_text("no picture")
+    (bad / "images/link.png").symlink_to(bad / "a.png")
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + whole[24:29]
+    (bad / "bomb.png").write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+    for name, (change, _) in RECORDS.items():
+        record = dict(id="r0", image="a.png", conversations=TURNS) | change
+        (bad / f"record-{name}.json").write_text(json.dumps([record]))
+    for name, (content, _) in LISTS.items():
+        (bad / f"list-{name}.json").write_bytes(content)
+
+    for name in ("log", "short", "step", "shape"):
+        shutil.copytree(Path(stages["translator"]).parent, bad / f"run-{name}")
+    (bad / "run-log/log.csv").write_text("step,loss\n0,x\n")
+    (bad / "run-short/log.csv").write_text("step,loss,seconds\n0,1.5,1.0\n")
+    state, said = read_checkpoint(bad / "run-step/state.safetensors")
+    save_checkpoint(bad / "run-step/state.safetensors", state, dict(about=said["about"]))
+    save_checkpoint(bad / "run-shape/state.safetensors", {n: t[..., None] for n, t in state.items()}, said)
+
+    (bad / "file").write_text("x")
+    (bad / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("fifo", "fifo.png", "fifo.json", "fifo.gguf", "fifo.safetensors"):
+        os.mkfifo(bad / name)
+    for name in ("loop", "loop.png", "loop.safetensors"):
+        (bad / name).symlink_to(bad / name)
+    return bad
+
+
+T = "train translator --llm {llm} --init {vit} --replace 2-4 steps=1 batch=2 --out {out}"
+E = "train encoder --llm {llm} --init {translator} steps=1 batch=2 --out {out}"
+G = "graft --encoder {encoder} --out {out}"
+S = "surrogate --llm {llm} --length 8 --out {out}/trajectory.png"
+RESUME = ("train translator --llm {llm} --init {vit} --replace 2-4 steps=3 batch=6 lr=1e-3 dtype=float32 --resume "
+          "--out {bad}/run-")
+NOWHERE = ("cannot write into the folder", "another --out")
+
+CASES = [
+    # configurations, tokenizers, weights
+    *((f"surrogate --llm {{bad}}/llm-{name} --length 8 --out {{out}}", words) for name, (_, words) in CONFIGS.items()),
+    *((f"surrogate --llm {{bad}}/file-{n} --length 8 --out {{out}}", words) for n, (*_, words) in FILES.items()),
+    ("surrogate --llm {bad}/meta --out {out}", "params.json", "dim = 'x'"),
+    ("surrogate --llm {bad}/nan --length 8 --out {out}", "model.norm.weight", "not finite"),
+    ("surrogate --llm {bad}/endless.gguf --out {out}", "endless.gguf", "not a GGUF file"),
+    ("surrogate --llm {bad}/cut.gguf --out {out}", "cut.gguf", "not a GGUF file"),
+    ("surrogate --llm {bad} --out {out}", "no tokenizer at"),
+    (f"{G} --llm {{bad}}/width", "encoder.safetensors does not belong", "adapter.0", "32", "48"),
+    (f"{G} --llm {{bad}}/nowhere", "no such model", "nowhere"),
+    # what a checkpoint says of itself
+    *((f"graft --encoder {{bad}}/{name}.safetensors --pair --chat --out {{out}}", words)
+      for name, (_, words) in ABOUT.items()),
+    *(("train translator --llm {llm} --init none --replace 2-4 --out {out} --vit {bad}/vit-" + f"{name}.safetensors",
+       f"vit-{name}.safetensors", words) for name, (_, words) in VITS.items()),
+    ("graft --out {out} --encoder {bad}/gone.safetensors", "no such checkpoint", "gone.safetensors"),
+    ("graft --out {out} --encoder {bad}/notes.safetensors", "notes.safetensors", "truncated or not"),
+    ("graft --out {out} --encoder {bad}/notes.pth", "notes.pth", "truncated or not"),
+    ("graft --out {out} --encoder {vit}", "vit.safetensors", "stage vit", "no whole projector"),
+    ("graft --out {out} --encoder {full} --pair --chat", "encoder.safetensors", "surrogate"),
+    # numbers
+    *((f"{G} --chat {option} {value}", option, "between") for option, values in {
+        "--temperature": ("nan", "inf", "-1", "x"), "--top-p": ("0", "-1", "nan", "1.5"), "--eval": ("0", "-1", "1e9"),
+        "--batch": ("-1", "99999999"), "--seed": ("-1", "9" * 30), "--max-new-tokens": ("0",)}.items()
+      for value in values),
+    *((f"{T} {key}={value}", key, "must be") for key, values in dict(
+        steps=("-3", "1e3", "9" * 30), batch=("0", "-1", "9" * 9), lr=("inf", "nan", "-1"), warmup=("2", "nan"),
+        clip=("-1", "0", "nan"), save_every=("0",), max_length=("1",), workers=("-1",), projector=("maybe",)).items()
+        for value in values),
+    (f"{T} loss_on=all", "choose one of answers+special"), (f"{T} distill=1", "distill", "there are steps, batch"),
+    (f"{T} lr", "cannot read 'lr'", "key=value"), (f"{T} --seed 1.5", "--seed", "whole number"),
+    (f"{S} --length 1", "--length", "between"), (f"{S} --length 99999", "no paragraph of 99999", "longer"),
+    ("studies.benchmark --rounds 0", "--rounds", "between"),
+    ("studies.ablation --run direct --samples 0 --out {out}", "--samples", "between"),
+    ("studies.ablation --run papper --out {out}", "papper", "choose from"),
+    # options and layers
+    ("train", "required: stage"), ("train x", "'x'", "choose from 'translator'"), (f"{G} --bogus", "--bogus", "--help"),
+    (f"{G} --dtype int8", "int8", "bfloat16"), (f"{S} --replace 3-9", "cannot replace layers 3-9", "0-5"),
+    (f"{T} --replace 3-9", "cannot replace layers 3-9", "0-5"), (f"{T} --replace x", "cannot read the layer ranges"),
+    (f"{T} --replace none", "--replace none", "encoder can do without"), (f"{S} --replace x", "cannot read the layer"),
+    ("train decoder --llm {llm} --init {encoder} --replace 2-4 --out {out}", "--replace", "full LLM"),
+    (f"{E} --replace 3-4", "translator.safetensors", "python train.py translator"),
+    (f"{E} --init none --vit {{vit}} --replace 2-4", "holds no translator"),
+    (f"{E} --init {{decoder}}", "stage decoder"),
+    (f"{E} --init {{vit}} --replace 2-4", "holds no translator"), (f"{E} --text x.json", "--text", "translator"),
+    (f"{E} --init {{bad}}/notes.safetensors", "notes.safetensors", "truncated or not"),
+    (f"{E} --init {{bad}}/gone.safetensors", "no such checkpoint", "gone.safetensors"),
+    ("train decoder --llm {llm} --init {llm}/model.safetensors --vit {vit} --out {out}", "model.safetensors",
+     "does not belong"),
+    (f"{T} --init none --vit {{encoder}}", "encoder.safetensors", "not a ViT"),
+    (f"{T} --init none --vit {{bad}}/gone.safetensors", "gone.safetensors"),
+    ("train encoder --recipe llama-3.1-8b --out {out}", "llama-3.1-8b", "--data", "--images"),
+    ("train translator --recipe llama-3.1-8b --data x.json --out {out}", "--text"),
+    ("extras.distillation --llm {llm} --init none --replace 2-4 --out {out}", "projector that stage 0 aligned"),
+    ("extras.parallel encoder --lora 4", "--lora", "decoder alone"),
+    ("extras.parallel decoder --lora 0", "--lora", "between 1"),
+    ("extras.parallel decoder --fsdp", "--fsdp", "torchrun"),
+    ("formats.convert {encoder} {out}.zip", ".zip", ".pth or .safetensors"),
+    ("formats.convert", "required: checkpoint"),
+    ("formats.convert {bad}/notes.pth", "notes.pth", "truncated or not"),
+    ("studies.ablation --run direct --vit none.safetensors --out {out}", "no such checkpoint: none.safetensors"),
+    ("studies.ablation --gradients {vit}", "holds no translator for these layers"),
+    # devices
+    *((f"{command} --device {name}", name, "choose cpu") for command in (G, T, S, "extras.vit", "extras.instructions")
+      for name in ("cuda:9", "mps", "nonsense") if not (name == "mps" and torch.backends.mps.is_available())),
+    # paths
+    *((f"{command} --out {{bad}}/{path}", *NOWHERE) for command in (G, T, "extras.vit", "extras.distillation")
+      for path in ("file", "file/x", "loop", "loop/x")),
+    (f"{S} --out {{bad}}", "it is a folder"), ("extras.instructions --out {bad}", "it is a folder"),
+    (f"{S} --out {{bad}}/file/x.png", *NOWHERE), ("formats.convert {encoder} {bad}/file/x.pth", *NOWHERE),
+    ("studies.cost --out {bad}", "it is a folder"), (f"{G} --out {{bad}}/" + "a" * 300, "too long"),
+    (f"{S} --text {{bad}}/fifo", "fifo is not a file"), (f"{S} --text {{bad}}/latin.txt", "latin.txt is not UTF-8"),
+    (f"{S} --text {{bad}}/gone.txt", "gone.txt: no such file"), (f"{S} --text {{bad}}", "is not a file"),
+    ("surrogate --llm {bad}/fifo.gguf --out {out}", "no tokenizer at", "fifo.gguf"),
+    ("graft --encoder {bad}/fifo.safetensors --out {out}", "fifo.safetensors is not a file"),
+    ("graft --encoder {bad}/loop.safetensors --out {out}", "no such checkpoint", "loop.safetensors"),
+    *((f"{G} --image {{bad}}/{name}", name, words) for name, words in {
+        "fifo.png": "not an image", "loop.png": "no such image", "gone.png": "no such image", "images": "not an image",
+        "images/text.png": "not an image", "images/cut.png": "damaged or truncated", "bomb.png": "megapixels",
+        "images/wide.png": "scale or crop"}.items()),
+    # data
+    *((f"{E} --images {{bad}}/images --data {{bad}}/record-{name}.json", f"{name}.json: record 0 (id 'r0')", words)
+      for name, (_, words) in RECORDS.items()),
+    *((f"{E} --data {{bad}}/list-{name}.json", f"list-{name}.json", words) for name, (_, words) in LISTS.items()),
+    (f"{E} --data {{bad}}/fifo.json", "fifo.json is not a file"),
+    (f"{E} --data {{bad}}/gone.json", "gone.json: no such file"),
+    (f"{T} --text {{bad}}/list-none.json", "list-none.json"), (f"{T} --text {{bad}}/loop", "loop: no such file"),
+    (f"{E} --images {{bad}}/none --data {{bad}}/record-missing.json", "none: no such image folder"),
+    # going on
+    (f"{T} --resume", "nothing to resume", "--out"), (f"{RESUME}log", "log.csv", "another --out"),
+    (f"{RESUME}short", "log.csv does not hold the steps 0-2"), (f"{RESUME}step", "state.safetensors", "damaged"),
+    (f"{RESUME}shape", "does not fit this run"),
+    (f"{RESUME}log lr=1e-4 --seed 1", "lr was 0.001, is 0.0001", "seed was 0, is 1"),
+    ("train encoder --llm {llm} --init {translator} --resume --out {bad}/run-log", "stage was translator, is encoder"),
+    # costs
+    *((f"studies.cost {argv} --out {{out}}", *words) for argv, words in {
+        "encoder --recipe llama-3.1-8b --gpus 5": ("128", "40"),
+        "encoder --recipe llama-3.1-8b --gpus 0": ("--gpus", "between 1"),
+        "encoder --recipe llama-3.1-8b --replace 30-40": ("cannot replace layers 30-40",),
+        "encoder --recipe llama-3.1-8b --replace auto": ("cannot read", "auto"),
+        "translator --recipe llama-3.1-8b --replace none": ("no translator",),
+        "decoder --recipe llama-3.1-8b --replace 17-30": ("full LLM",),
+        "encoder --recipe llama-3.1-8b --lora 8": ("--lora", "decoder"),
+        "decoder --recipe llama-3.1-8b --lora 0": ("--lora", "between 1 and 1,024"),
+        "encoder": ("--recipe", "llama-3.2-3b"), "encoder --recipe small": ("small", "llama-3.2-3b"),
+        "--recipe llama-2-7b": ("llama-2-7b", "llama-3.2-3b"), "vit --recipe llama-3.1-8b": ("'vit'", "adapter"),
+        "--lora 8": ("--lora", "say which"), "encoder --recipe llama-3.1-8b sleep=8": ("sleep", "micro_batch"),
+        "encoder --recipe llama-3.1-8b batch=-1": ("batch", "between 1"),
+        "encoder --recipe llama-3.1-8b dtype=float32": ("bfloat16",),
+        "encoder --recipe llama-3.1-8b max_length=300": ("579 visual tokens",)}.items()),
+]  # fmt: skip
+
+
+def contents(folder):
+    """{path: size} of all that lies in a folder."""
+    return {str(f): f.lstat().st_size for f in Path(folder).rglob("*")}
+
+
+def assert_refused(capsys, argv, *words):
+    """One line on stderr that holds these words, after a progress bar at most; exit status 2."""
+    name, *argv = argv
+    capsys.readouterr()
+    assert run_cli(lambda: importlib.import_module(name).main(argv)) == 2
+    line = capsys.readouterr().err.split("\r")[-1].lstrip("\n")
+    line = line[line.find("error: "):]
+    assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
+    assert all(word in line for word in words), f"{words} are not all in: {line}"
+
+
+@pytest.mark.parametrize("argv, words", [(argv, words) for argv, *words in CASES])
+def test_bad_input(argv, words, stages, tiny_llm, bad, tmp_path, capsys):
+    before = contents(bad)
+    places = stages | dict(llm=tiny_llm, bad=bad, out=tmp_path / "out")
+    assert_refused(capsys, [a.format(**places) for a in argv.split()], *words)
+    assert contents(bad) == before
+    assert set(contents(tmp_path)) <= {f"{tmp_path}/out", f"{tmp_path}/out/sign.png"}   # the sign that --chat shows
+
+
+def test_a_folder_without_permission(tmp_path, capsys):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    root = os.geteuid() == 0            # whom no permission stops
+    try:
+        if root:
+            os.seteuid(65534)
+        assert_refused(capsys, ["extras.vit", "--out", str(closed / "out")], "Permission denied", *NOWHERE)
+    finally:
+        if root:
+            os.seteuid(0)
+    assert not list(closed.iterdir())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(stages, tiny_llm, tmp_path, capsys):
+    """Files cannot grow beyond 10 kB (ulimit -f): what the run before saved stays as it is, and nothing is added."""
+    out = tmp_path / "out"
+    shutil.copytree(Path(stages["translator"]).parent, out)
+    files = {f: f.read_bytes() for f in out.iterdir()}
+    pth = ["formats.convert", stages["encoder"], str(tmp_path / "encoder.pth")]
+    argv = ["train", "translator", "--llm", tiny_llm, "--init", stages["vit"], "--replace", "2-4", "steps=1", "batch=2"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        assert_refused(capsys, [*argv, "--out", str(out)], "translator.safetensors", "cannot write")
+        assert_refused(capsys, pth, "encoder.pth", "cannot write")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    files.pop(out / "log.csv")          # is small enough, and ahead of the state, as after a kill
+    assert all(f.read_bytes() == content for f, content in files.items())
+    assert {f.name for f in tmp_path.rglob("*")} == {"out", "log.csv", *(f.name for f in files)}
+
+
+def test_as_a_user_sees_it(tiny_llm, stages, tmp_path):
+    """A fresh Python in another folder: exit status 2, one line, no traceback."""
+    argv = [sys.executable, ROOT / "train.py", "translator", "--llm", tiny_llm, "--init", stages["vit"],
+            "--out", tmp_path / "out"]  # fmt: skip
+    for more, environment, words in ((["--replace", "3-9"], {}, "cannot replace layers 3-9"),
+                                     (["--replace", "2-4"], {"KERNELS": "nonsense"}, "KERNELS=nonsense: expected")):
+        got = subprocess.run([*argv, *more], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+        assert got.returncode == 2 and got.stderr.startswith(f"error: {words}") and got.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
