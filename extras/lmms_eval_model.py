@@ -23,12 +23,11 @@ from surrogate import load_surrogate
 
 
 class Graft(lmms):
-    def __init__(self, llm=None, encoder="assets/encoder.safetensors", decoder="llm", dtype="float32", device=None,
-                 batch_size=8, max_batch_size=None):
+    def __init__(self, llm=None, encoder="assets/encoder.safetensors", decoder="llm", dtype="float32",
+                 device="cuda" if torch.cuda.is_available() else "cpu", batch_size=8):
         super().__init__()
         if decoder not in ("llm", "surrogate"):
             raise UserError(f"decoder={decoder}: choose llm (the graft) or surrogate (the pair)")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         llm = llm or checkpoints.open_checkpoint(encoder)[1].get("llm", official.DEFAULT_LLM)
         self.vlm = VLM.from_pretrained(llm, encoder, getattr(torch, dtype), device)
         if decoder == "surrogate":
@@ -104,12 +103,16 @@ class Pair(Graft):
 
 
 def main():
+    from lmms_eval import evaluator
     from lmms_eval.cli.dispatch import main as lmms_eval_main
-    from lmms_eval.models import MODEL_REGISTRY_V2
-    from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.models import MODEL_REGISTRY_V2, registry_v2
     for cls in (Graft, Pair):
         path = f"extras.lmms_eval_model.{cls.__name__}"
-        MODEL_REGISTRY_V2.register_manifest(ModelManifest(cls.__name__.lower(), simple_class_path=path), overwrite=True)
+        manifest = registry_v2.ModelManifest(cls.__name__.lower(), simple_class_path=path)
+        MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
+    # 0.7.3 makes a text of what `loglikelihood` returns, and its own multiple choice then cannot read it
+    unwrap = evaluator.unwrap_generation_output
+    evaluator.unwrap_generation_output = lambda x: (x, None) if isinstance(x, tuple) and x[1] in (0, 1) else unwrap(x)
     return lmms_eval_main()
 
 

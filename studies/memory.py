@@ -7,13 +7,12 @@ process of its own; and the peaks of the small world's stages as a user runs the
     python -m studies.memory --small                # the small world: two steps of every stage
 
 The formula is `memory` in studies/cost.py. Measured is what the operating system says that the process held at most,
-less what it held before there was a model.
+less what it held after a step on a tiny model, which brings in all of torch's code that a step needs.
 """
 import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 
 import torch
@@ -23,7 +22,7 @@ import kernels
 import train
 from extras.lora import add_lora
 from formats.errors import UserError, run_cli
-from model import VLM, Llama, LlamaConfig, ViT
+from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import CLIP, STAGES, Recipe, Target
 from studies import cost
 from studies.benchmark import ROOT, in_fresh_process, llava_batch, peak_memory
@@ -32,6 +31,10 @@ from studies.benchmark import ROOT, in_fresh_process, llava_batch, peak_memory
 MID = Target("Llama-3.2-1B's sizes", ranges=((10, 14),), **CLIP, llm_config=LlamaConfig(
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
     num_key_value_heads=8, head_dim=64, rope_theta=500000.0, tie_word_embeddings=True))
+TINY = replace(MID, ranges=((2, 3),), llm_config=LlamaConfig(
+    vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8), vit_config=ViTConfig(
+    image_size=336, patch_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2))
 RECIPE = Recipe(batch=2, micro_batch=1, lr=5e-5, checkpointing=True)
 TEXT, ANSWER, LORA = 100, 60, 8         # tokens of a sample beside the image, targets among them; rank
 
@@ -52,14 +55,11 @@ def sdpa(q, k, v, causal):
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2).contiguous()
 
 
-def step_memory(stage="encoder", target=MID, recipe=RECIPE):
-    """A micro-batch forward and backward, then the optimizer's step: dict(peak, parameters, seconds, loss), peak in
-    bytes. As in the midst of a run: Adam has its state, and there is the gradient of a micro-batch before."""
-    torch.manual_seed(0)
-    kernels._attention_by_matmul = sdpa                     # for speed, it keeps the scores
-    before, c = peak_memory(), target.llm_config
+def step(stage, target, recipe=RECIPE):
+    """A micro-batch forward and backward, then the optimizer's step: dict(parameters, loss). As in the midst of a run:
+    Adam has its state, and there is the gradient of a micro-batch before."""
+    c, (kept, translators, trunk) = target.llm_config, cost.decoder_layers(stage, target)
     # of a surrogate, only the layers that it keeps are ever there, as with surrogate.from_pretrained
-    kept, translators, trunk = cost.decoder_layers(stage, target)
     decoder = random(lambda: Llama(replace(c, num_hidden_layers=kept)))
     decoder.requires_grad_(False)
     if translators:
@@ -75,13 +75,20 @@ def step_memory(stage="encoder", target=MID, recipe=RECIPE):
         m.grad = torch.zeros_like(m)
     optimizer.adam.param_groups[0]["lr"] = 0.0
     optimizer.adam.step()
-    start = time.perf_counter()
     loss = vlm.loss(llava_batch(vlm.n_visual, c.vocab_size, recipe.micro_batch, TEXT, ANSWER)) / ANSWER
     loss.backward()
     optimizer.gather()
     optimizer.update()
-    return dict(peak=peak_memory() - before, parameters=sum(p.numel() for p in vlm.parameters()),
-                seconds=time.perf_counter() - start, loss=loss.item())
+    return dict(parameters=sum(p.numel() for p in vlm.parameters()), loss=loss.item())
+
+
+def step_memory(stage="encoder", target=MID):
+    """`step`, and its peak in bytes above what the process held before: dict(peak, parameters, loss)."""
+    torch.manual_seed(0)
+    kernels._attention_by_matmul = sdpa                     # for speed, it keeps the scores
+    step(stage, TINY)
+    before = peak_memory()
+    return step(stage, target) | dict(peak=peak_memory() - before)
 
 
 def compare(stage):
