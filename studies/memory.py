@@ -108,9 +108,9 @@ def peak_of(command):
     the project's folder."""
     module = command[0] == "-m"
     start = f"run_module({command[1]!r}" if module else f"run_path({command[0]!r}"
-    code = (f"import runpy, sys\nfrom studies.benchmark import peak_memory\nsys.argv = {command[module:]!r}\n"
+    code = (f"import runpy, sys\nsys.argv = {command[module:]!r}\n"
             f"try:\n    runpy.{start}, run_name='__main__')\nexcept SystemExit as e:\n    assert not e.code\n"
-            "print(peak_memory())")
+            "from studies.benchmark import peak_memory\nprint(peak_memory())")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         why = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()

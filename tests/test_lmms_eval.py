@@ -41,7 +41,7 @@ def loaded(model, samples):
 @pytest.mark.parametrize("name, decoder", [("Graft", "graft"), ("Pair", "pair")])
 def test_answers_and_rankings_are_graft_py_s(name, decoder, adapter, stages, tiny_llm):
     samples = [s for s in lmms_eval_world.draw(2)["open"] if len(s.options) == 10]
-    model = loaded(getattr(adapter, name)(tiny_llm, stages["encoder"], batch_size=3), samples)
+    model = loaded(getattr(adapter, name)(llm=tiny_llm, encoder=stages["encoder"], batch_size=3), samples)
     vlm = adapter.VLM.from_pretrained(tiny_llm, stages["encoder"])
     embeds, lengths = vlm.embed_prompts([vlm.prompt(s.messages[:-1]) for s in samples], [s.image for s in samples])
     surrogate = adapter.load_surrogate(vlm.decoder, stages["encoder"])

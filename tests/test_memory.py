@@ -30,6 +30,6 @@ def test_the_step_has_the_parameters_of_the_formula(stage, monkeypatch, capsys):
 def test_peak_of_a_command():
     one = memory.peak_of(["-m", "formats.errors"])
     assert 50e6 < one < 2e9         # that of Python and torch
-    with pytest.raises(UserError, match="train.py failed|failed: "):
-        memory.peak_of(["train.py", "nonsense"])
+    with pytest.raises(UserError, match="none.py failed: .*none.py"):
+        memory.peak_of(["none.py"])
     assert run_cli(lambda: memory.main(["nonsense"])) == 2
