@@ -370,7 +370,7 @@ def show_fits(name):
     lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     for r in rows:
         cells = [r["stage"], str(r["gpus"]), *(f"{r[k] / 1e9:.1f}" for k in (*COLUMNS, "sum")),
-                 *(str(r["micro"][card] or "–") for card in CARDS), f"{r['flops'] / 1e18:.1f}", f"{r['hours']:,.1f}"]
+                 *(str(r["micro"][card] or "–") for card in CARDS), f"{r['flops'] / 1e18:.1f}", f"{r['hours']:,.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
