@@ -511,7 +511,8 @@ class VLM(nn.Module):
     @classmethod
     def from_pretrained(cls, llm=official.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32,
                         device="cpu", tokenizer=None):
-        """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage encoder.
+        """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage encoder
+        (file, folder or hub name).
 
         The checkpoint holds only what was trained; its metadata names the ViT that it started from.
         """
@@ -569,7 +570,7 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
     """The ViT that a checkpoint started from: a file of extras/vit.py, or a CLIP (folder or hub name)."""
     if Path(name).suffix != ".safetensors":
         return ViT.from_pretrained(name, dtype, device)
-    if not checkpoints.locate(checkpoint).exists():
+    if not checkpoints.checkpoint_file(checkpoint).exists():
         raise MissingFile(f"no such checkpoint: {checkpoint}")
     file = checkpoints.beside(name, checkpoint)
     tensors, about = checkpoints.read_checkpoint(file)

@@ -20,7 +20,7 @@ import torch
 import surrogate
 from data.batches import Batches
 from data.sources import CHATS, read_data
-from formats.checkpoints import ancestry, load_checkpoint, open_checkpoint
+from formats.checkpoints import ancestry, beside, load_checkpoint, open_checkpoint
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
 from formats.log import Log, check_resume
@@ -239,6 +239,8 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
         ranges = given or (target.ranges if same else "auto")
         if ranges != "auto" and (same or theirs):
             ranges = surrogate.check_ranges(ranges, target.llm_config.num_hidden_layers if same else theirs)
+    if not vit and Path(was.get("vit", "")).suffix == ".safetensors":
+        vit = beside(was["vit"], start)     # where it lies now: a shipped or shared file may name that of another run
     vit = vit or was.get("vit") or (start if was.get("stage") == "vit" else target.vit)
     about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed)
     return json.loads(json.dumps(about | dict(recipe=dataclasses.asdict(recipe)) | data))

@@ -30,9 +30,10 @@ OPENINGS = [
 ]
 
 
-def wrap(question, rng=None):
-    """Put the image into a sentence before `question`: the default opening, or with `rng` a random one of OPENINGS."""
-    return (rng.choice(OPENINGS) if rng else OPENINGS[0]) + question[:1].lower() + question[1:]
+def wrap(question, rng=None, opening=None):
+    """Put the image into a sentence before `question`: `opening`, or with `rng` a random one of OPENINGS, or the
+    default one."""
+    return (opening or (rng.choice(OPENINGS) if rng else OPENINGS[0])) + question[:1].lower() + question[1:]
 
 
 @dataclass

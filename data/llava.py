@@ -105,6 +105,9 @@ class LlavaRecords:
             raise UserError(f'{name}: "image" must be one file name, not {image!r:.80}')
         if os.path.isabs(image) or ".." in image.replace("\\", "/").split("/"):
             raise UserError(f'{name}: "image" {image!r:.80} leads out of the folder of images')
+        opening = record.get("opening", "<image>")
+        if not isinstance(opening, str) or opening.count("<image>") != 1:
+            raise UserError(f'{name}: "opening" must be a text with one "<image>", not {opening!r:.80}')
         path = os.path.join(self.image_folder, image)
         if not os.path.isfile(path):
             raise MissingFile(f"{name}: image file {path} not found")
@@ -122,7 +125,7 @@ class LlavaRecords:
             except UserError as error:
                 raise type(error)(f"{self._name(place, record)}: {error}") from None
             rng = None if self.seed is None else random.Random(f"llava/{self.seed}/{place}")
-            messages[0]["content"] = wrap(messages[0]["content"], rng)
+            messages[0]["content"] = wrap(messages[0]["content"], rng, record.get("opening"))
             caption = messages[1]["content"]
         return Sample(image, messages, "llava", messages[-1]["content"], [], caption)
 
@@ -143,7 +146,8 @@ def load_llava(json_path, image_folder=None, seed=0, on_bad="stop"):
     """
     LLaVA-format JSON file (LLaVA-1.5-665K as it is distributed, or text alone) -> list-like of Samples, LlavaRecords.
     Image paths are relative to `image_folder`, which a file of text alone does not need. `seed` draws the openings
-    (None: the default one). What happens at a bad record (wrong structure, image missing, damaged or too large):
+    (None: the default one) of records without an "opening" of their own.
+    What happens at a bad record (wrong structure, image missing, damaged or too large):
 
         on_bad="stop"   UserError (MissingFile) names the file, the record's place in it and its id
         on_bad="skip"   left out when the file is loaded; where only opening shows it, the next image of the file takes

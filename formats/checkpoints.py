@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from formats.errors import MissingFile, UserError
-from formats.official import check_finite, open_safetensors, open_torch
+from formats.official import check_finite, find, open_safetensors, open_torch
 
 ROOT = Path(__file__).parent.parent     # of the project: assets/ is there
 
@@ -56,12 +56,28 @@ def locate(path):
     return here if not path.exists() and here.exists() else path
 
 
+def checkpoint_file(path):
+    """
+    The file of a checkpoint: `path` itself, or what is in the folder or behind the hub name (org/name) of that name, a
+    result that formats/share.py wrote or the folder of a run.
+    """
+    path = locate(path)
+    if not path.exists() and path.suffix not in (".safetensors", ".pth", ".pt", ".bin") and str(path).count("/") == 1:
+        path = find(path)
+    if not path.is_dir():
+        return path
+    files = [path / f"{stage}.safetensors" for stage in ("encoder", "decoder", "translator", "vit")]
+    if not any(f.exists() for f in files):
+        raise MissingFile(f"no checkpoint in {path}: expected encoder.safetensors or translator.safetensors")
+    return next(f for f in files if f.exists())
+
+
 def open_checkpoint(path):
     """
     ({name: function that reads this tensor}, about) of a file that `save_checkpoint` wrote, or of a checkpoint that the
     paper released (.pth).
     """
-    path = locate(path)
+    path = checkpoint_file(path)
     if not path.exists():
         raise MissingFile(f"no such checkpoint: {path}")
     if path.suffix != ".safetensors":
@@ -101,8 +117,9 @@ def beside(name, checkpoint):
 
     In this order: what is shipped in assets/ stays together, whatever a run of yours has left in runs/ since.
     """
-    neighbour, written = locate(checkpoint).parent / Path(name).name, locate(name)
-    if neighbour.exists() and not neighbour.samefile(locate(checkpoint)):
+    file = checkpoint_file(checkpoint)
+    neighbour, written = file.parent / Path(name).name, locate(name)
+    if neighbour.exists() and not neighbour.samefile(file):
         return neighbour
     if written.exists():
         return written

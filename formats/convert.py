@@ -4,6 +4,7 @@ Checkpoints: what one says about itself, and from our layout to that of the pape
     python -m formats.convert runs/encoder/encoder.safetensors                  # what it says about itself
     python -m formats.convert runs/encoder/encoder.safetensors encoder.pth      # as the paper's code reads it
     python -m formats.convert ckpt_01_0004880.pth encoder.safetensors --llm meta-llama/Llama-3.1-8B-Instruct    # back
+    python -m formats.convert runs/encoder/encoder.safetensors --to FOLDER      # to share: formats/share.py
 """
 import json
 import sys
@@ -13,7 +14,10 @@ from formats.checkpoints import read_checkpoint, save_checkpoint, save_released
 from formats.errors import Parser, UserError, run_cli
 from formats.files import check_out_file
 from formats.official import DEFAULT_LLM
+from formats.share import share
 from surrogate import check_ranges, parse_ranges
+
+CLIP = "openai/clip-vit-large-patch14-336"
 
 
 def main(argv=None):
@@ -23,16 +27,21 @@ def main(argv=None):
                         help="write it here, as .pth (the paper's layout) or .safetensors; nothing: describe it")
     about_ = "what a .pth does not say about itself: "
     parser.add_argument("--llm", help=about_ + "the full LLM, folder or hub name")
-    parser.add_argument("--vit", default="openai/clip-vit-large-patch14-336",
-                        help=about_ + "the ViT (default: %(default)s)")
+    parser.add_argument("--vit", help=about_ + f"the ViT (default: {CLIP})")
     parser.add_argument("--replace", help=about_ + "the layers that the surrogate replaces, e.g. 16-26")
     parser.add_argument("--init", dest="start", help=about_ + "stage encoder: the checkpoint that holds the translator")
+    parser.add_argument("--to", metavar="FOLDER", help="write a folder to share: weights, config.json, model card")
+    parser.add_argument("--scores", help="with --to: results.json of graft.py, for the model card")
     args = parser.parse_args(argv)
     parse_ranges(args.replace or "none")
     if args.out is not None:
         check_out_file(args.out)
     tensors, about = read_checkpoint(args.checkpoint)
-    if args.out is None:
+    if args.to:
+        about = about or describe(tensors, args)
+        files = share(args.checkpoint, tensors, about, args.to, args.llm, args.vit, args.scores)
+        print(*(f"{size:>13,}  {args.to}/{name}" for name, size in files.items()), sep="\n")
+    elif args.out is None:
         print(*(f"{k}: {json.dumps(v)}" for k, v in sorted(about.items())), sep="\n")     # no order in the file
         print(*(f"{n}  {tuple(t.shape)} {t.dtype}" for n, t in tensors.items()), sep="\n")
     elif Path(args.out).suffix == ".pth":
@@ -54,7 +63,7 @@ def describe(tensors, args):
     if decoder and not whole and not ranges:
         raise UserError(f"{args.checkpoint} holds a translator: say which layers it replaces, e.g. --replace 17-30")
     return dict(stage="decoder" if whole else "translator" if decoder else "encoder", llm=args.llm or DEFAULT_LLM,
-                vit=args.vit, ranges=ranges, start=args.start, recipe={})
+                vit=args.vit or CLIP, ranges=ranges, start=args.start, recipe={})
 
 
 if __name__ == "__main__":

@@ -130,13 +130,14 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS counts in bytes
 
 
-def in_fresh_process(call):
-    """The value (numbers, strings, dictionaries) of an expression of this module, e.g. "surrogate_memory('folder')"."""
-    code = f"import json; from studies import benchmark; print(json.dumps(benchmark.{call}))"
+def in_fresh_process(call, module="benchmark"):
+    """The value (numbers, strings, dictionaries) of an expression of this module, e.g. "surrogate_memory('folder')", or
+    of another one in studies/."""
+    code = f"import json; from studies import {module}; print(json.dumps({module}.{call}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"it was killed, status {done.returncode}: out of memory?"])[-1]
-        raise UserError(f"benchmark.{call} failed: {why}")
+        raise UserError(f"{module}.{call} failed: {why}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -3,6 +3,7 @@ The paper's size, on paper: what every stage trains, computes and needs for Llam
 the surrogate saves. Only arithmetic on sizes: it needs no weights, no data and no GPU.
 
     python -m studies.cost                                              # three routes to a VLM, and a plot of them
+    python -m studies.cost --memory                                     # which stage fits on which GPUs: tables
     python -m studies.cost encoder --recipe llama-3.1-8b --gpus 8       # the plan of a stage
     python -m studies.cost decoder --recipe llama-3.1-70b --gpus 32 --fsdp micro_batch=2
 """
@@ -334,7 +335,52 @@ def plot_routes():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Command line
+# 6. Which stage fits on which GPUs
+
+GPUS, CARDS = (1, 8, 32), (24, 40, 80, 141)     # how many; GB of each: 4090, A100 40, A100 or H100 80, H200
+COLUMNS = {     # of the table: the parts of `memory` that each sums
+    "weights": ("weights", "whole layers"), "gradients": ("gradients",), "optimizer": ("float32 copies, Adam",),
+    "activations": ("activations of the decoder", "activations before it"), "logits": ("logits",)}
+
+
+def fits(name, gpus=GPUS, cards=CARDS):
+    """Rows of the table of a recipe, a dict per stage and number of GPUs: bytes of each of COLUMNS for one sample at a
+    time, `micro`: {card: most samples at a time that fit, 0 if none}, FLOPs of the stage, hours on H100s.
+
+    More than one GPU share the decoder's layers (--fsdp). A card counts as its GB of 10**9 bytes; the 5 to 7 % more
+    that it has are left to CUDA, NCCL and the allocator's gaps.
+    """
+    rows = []
+    for stage, lora in (*((s, 0) for s in STAGES), ("decoder", LORA_RANK)):
+        for n in gpus:
+            fsdp, recipe = n > 1, recipe_of(stage, name)
+            plan = lambda micro: stage_plan(stage, name, n, fsdp, lora, fsdp, recipe=replace(recipe, micro_batch=micro))
+            plans = {micro: plan(micro) for micro in (1, 2, 4, 8, 16, 32, 64) if recipe.batch // n % micro == 0}
+            parts = {k: sum(plans[1]["memory"][part] for part in of) for k, of in COLUMNS.items()}
+            micro = {card: max((m for m, p in plans.items() if p["peak"] <= card * 1e9), default=0) for card in cards}
+            rows.append(dict(stage=stage + (f", LoRA {lora}" if lora else ""), gpus=n, **parts, sum=plans[1]["peak"],
+                             micro=micro, flops=plans[1]["flops"], hours=plans[1]["hours"] / n))
+    return rows
+
+
+def show_fits(name):
+    """The table of `fits` in Markdown."""
+    rows = fits(name)
+    heads = [name, "GPUs", *COLUMNS, "sum", *(f"{card} GB" for card in CARDS), "EFLOPs", "hours"]
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for r in rows:
+        cells = [r["stage"], str(r["gpus"]), *(f"{r[k] / 1e9:.1f}" for k in (*COLUMNS, "sum")),
+                 *(str(r["micro"][card] or "–") for card in CARDS), f"{r['flops'] / 1e18:.1f}", f"{r['hours']:,.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+FITS = f"""GB of each GPU, one sample at a time; below 24 to 141 GB: the most samples at a time that fit, – for none. On
+more than one GPU the decoder's layers are shared out (--fsdp). Activation checkpointing, samples of average length.
+EFLOPs (1e18) of the whole stage; hours if training gets {UTILIZATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Command line
 
 
 def main(argv=None):
@@ -349,10 +395,20 @@ def main(argv=None):
     add("--lora", type=number(int, 1, 1024), metavar="RANK",
         help="stage decoder: low-rank updates in place of the whole decoder")
     add("--replace", help="a stage: layers to replace, e.g. 16-26, or none (default: the recipe's)")
+    add("--memory", action="store_true", help="tables: which stage fits on which GPUs")
     add("--out", default="runs/routes.png", help="the routes: where their plot goes (default: %(default)s)")
     parser.epilog = f"key=value, with the values of stage encoder:\n{help_text(RECIPES[PAPER[0]]['encoder'])}"
     args = parser.parse_intermixed_args(argv)
     stage, name = args.stage, args.recipe
+    if args.memory:
+        if stage or args.gpus or args.fsdp or args.lora is not None or args.replace:
+            raise UserError("--memory prints all stages on all GPUs: give nothing else but --recipe")
+        for n in [name] if name else PAPER:
+            if n not in PAPER:
+                raise UserError(f"there is no plan of the recipe {n!r}: choose one of {', '.join(PAPER)}")
+            print(show_fits(n), end="\n\n")
+        print(FITS)
+        return
     if not stage:
         check_out_file(args.out)
         if args.fsdp or args.lora is not None or args.replace:

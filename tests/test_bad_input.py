@@ -244,6 +244,7 @@ CASES = [
     (f"{E} --data {{bad}}/gone.json", "gone.json: no such file"),
     (f"{T} --text {{bad}}/list-none.json", "list-none.json"), (f"{T} --text {{bad}}/loop", "loop: no such file"),
     (f"{E} --images {{bad}}/none --data {{bad}}/record-missing.json", "none: no such image folder"),
+    ("data.export {out} 0", "must be a whole number between 1"), ("data.check {bad}/gone.json", "gone.json: no such"),
     # going on
     (f"{T} --resume", "nothing to resume", "--out"), (f"{RESUME}log", "log.csv", "another --out"),
     (f"{RESUME}short", "log.csv does not hold the steps 0-2"), (f"{RESUME}step", "state.safetensors", "damaged"),
@@ -262,6 +263,7 @@ CASES = [
         "decoder --recipe llama-3.1-8b --lora 0": ("--lora", "between 1 and 1,024"),
         "encoder": ("--recipe", "llama-3.2-3b"), "encoder --recipe small": ("small", "llama-3.2-3b"),
         "--recipe llama-2-7b": ("llama-2-7b", "llama-3.2-3b"), "vit --recipe llama-3.1-8b": ("'vit'", "adapter"),
+        "encoder --memory": ("--memory", "nothing else"), "--memory --recipe small": ("small", "llama-3.2-3b"),
         "--lora 8": ("--lora", "say which"), "encoder --recipe llama-3.1-8b sleep=8": ("sleep", "micro_batch"),
         "encoder --recipe llama-3.1-8b batch=-1": ("batch", "between 1"),
         "encoder --recipe llama-3.1-8b dtype=float32": ("bfloat16",),

@@ -1,5 +1,6 @@
 """studies/cost.py counts on paper what real modules have and compute: parameters, FLOPs, the paper's figures."""
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from recipes import RECIPES, TARGETS, Recipe, Target
 from studies import cost
 from surrogate import build_surrogate
 
+ROOT = Path(__file__).parent.parent
 TINY = Target(
     "tiny", "tiny", ranges=((2, 3), (5, 5)),
     llm_config=LlamaConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=7,
@@ -181,6 +183,22 @@ def test_the_surrogate_saves_what_the_paper_says():
         surrogate, full, lora = cost.routes(name)
         assert surrogate["flops"] < lora["flops"] < full["flops"]           # LoRA saves memory more than time
         assert lora["peak"] < surrogate["peak"] == full["peak"]             # both train the full decoder in the end
+
+
+def test_what_fits_where(capsys):
+    cost.main(["--memory"])
+    printed, docs = capsys.readouterr().out, (ROOT / "docs" / "real-size.md").read_text()
+    for name in cost.PAPER:
+        assert cost.show_fits(name) in printed and cost.show_fits(name) in docs
+        for r in cost.fits(name):
+            assert r["sum"] == pytest.approx(sum(r[k] for k in cost.COLUMNS))
+            fit = list(r["micro"].values())
+            assert fit == sorted(fit) and fit[-1] <= 256 // r["gpus"]       # more fits on a larger card
+            assert all((n > 0) == (r["sum"] <= card * 1e9) for card, n in r["micro"].items())
+    row = next(r for r in cost.fits("llama-3.1-70b") if (r["stage"], r["gpus"]) == ("decoder", 32))
+    plan = cost.stage_plan("decoder", "llama-3.1-70b", 32, True, 0, True, recipe=replace(
+        RECIPES["llama-3.1-70b"]["decoder"], micro_batch=4))
+    assert row["micro"] == {24: 0, 40: 0, 80: 0, 141: 4} and plan["peak"] < 141e9 and row["flops"] == plan["flops"]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

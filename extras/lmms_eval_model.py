@@ -1,0 +1,120 @@
+"""
+lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval) with two more models, `graft` and `pair`: the standard
+benchmarks, as in the paper. Takes all options of `python -m lmms_eval`:
+
+    pip install lmms-eval==0.7.3            # not in requirements.txt: it brings many packages of its own
+    python -m extras.lmms_eval_model --model graft --tasks pope,mme,gqa,mmvet --batch_size 8 \\
+        --model_args llm=meta-llama/Llama-3.1-8B-Instruct,encoder=runs/encoder/encoder.safetensors,dtype=bfloat16
+
+model_args: llm (default: the encoder's), encoder, dtype, decoder=llm or surrogate; `pair` is `graft` with
+decoder=surrogate. Questions are put as graft.py puts them. One image a question, one process.
+"""
+import sys
+
+import torch
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from data.batches import wrap
+from formats import checkpoints, official
+from formats.errors import UserError, run_cli
+from model import VLM
+from surrogate import load_surrogate
+
+
+class Graft(lmms):
+    def __init__(self, llm=None, encoder="assets/encoder.safetensors", decoder="llm", dtype="float32",
+                 device="cuda" if torch.cuda.is_available() else "cpu", batch_size=8):
+        super().__init__()
+        if decoder not in ("llm", "surrogate"):
+            raise UserError(f"decoder={decoder}: choose llm (the graft) or surrogate (the pair)")
+        llm = llm or checkpoints.open_checkpoint(encoder)[1].get("llm", official.DEFAULT_LLM)
+        self.vlm = VLM.from_pretrained(llm, encoder, getattr(torch, dtype), device)
+        if decoder == "surrogate":
+            self.vlm.decoder = load_surrogate(self.vlm.decoder, encoder)
+        self.batch_size = int(batch_size)
+
+    def ask(self, request):
+        """A request -> (token ids of its prompt, its images, what else its task gives: an answer, or options)."""
+        context, given, doc_to_visual, doc_id, task, split = request.args
+        doc = self.task_dict[task][split][doc_id]
+        images, question = doc_to_visual(doc) or [], context.replace("<image>", "").strip()
+        if len(images) > 1:
+            raise UserError(f"task {task} has {len(images)} images in a question: these models read one")
+        content = wrap(question) if images else question
+        return self.vlm.prompt([{"role": "user", "content": content}]), images, given(doc) if callable(given) else given
+
+    def batches(self, requests):
+        """Requests in batches: (their places, prompts, images, what else). A batch has one set of options."""
+        groups = {}
+        for i, r in enumerate(requests):
+            groups.setdefault(repr(r.args[1]) if isinstance(r.args[1], dict) else "", []).append(i)
+        bar = tqdm(total=len(requests), desc=type(self).__name__.lower(), unit="request")
+        for places in groups.values():
+            for i in range(0, len(places), self.batch_size):
+                batch = places[i:i + self.batch_size]
+                prompts, images, given = zip(*(self.ask(requests[j]) for j in batch))
+                yield batch, list(prompts), sum(images, []), given
+                bar.update(len(batch))
+        bar.close()
+
+    def generate_until(self, requests):
+        """The answer to each request, a string that ends before the first of its `until`."""
+        answers, decode = [None] * len(requests), self.vlm.tokenizer.decode
+        for places, prompts, images, (options, *_) in self.batches(requests):
+            if (options.get("num_beams") or 1) > 1:
+                raise UserError("num_beams: there is no beam search here, give --gen_kwargs num_beams=1")
+            greedy = options.get("do_sample") is False
+            said = self.vlm.generate(
+                prompts, images, max_new_tokens=options.get("max_new_tokens") or 128, top_p=options.get("top_p") or 1.0,
+                temperature=0.0 if greedy else options.get("temperature") or 0.0)
+            until = options.get("until") or []
+            for i, tokens in zip(places, said):
+                text = decode(tokens)
+                for stop in [until] if isinstance(until, str) else until:
+                    text = text.split(stop)[0] if stop else text
+                answers[i] = text.strip()
+        return answers
+
+    @torch.no_grad()
+    def loglikelihood(self, requests):
+        """(-log p, would it be said greedily?) of each request's answer, its end of turn included. lmms-eval's models
+        return a loss here, and its multiple choice takes the least."""
+        out, llm, tok = [None] * len(requests), self.vlm.decoder, self.vlm.tokenizer
+        for places, prompts, images, answers in self.batches(requests):
+            answers = [tok.encode_text(a.strip()) + tok.turn_end for a in answers]
+            embeds, _ = self.vlm.embed_prompts([p + a for p, a in zip(prompts, answers)], images)
+            hidden = llm.run(embeds)                                                        # (B, T, C)
+            for i, x, prompt, answer in zip(places, hidden, prompts, answers):
+                before = x[len(prompt) - 1:len(prompt) - 1 + len(answer)]                   # (n, C) predict the answer
+                logp = llm.logits(before).float().log_softmax(-1)                           # (n, vocab)
+                wanted = torch.tensor(answer, device=logp.device)
+                loss = -logp.gather(1, wanted[:, None]).sum().item()
+                out[i] = loss, bool((logp.argmax(-1) == wanted).all())
+        return out
+
+    def generate_until_multi_round(self, requests):
+        raise UserError("a task of several rounds: these models have no adapter for it")
+
+
+class Pair(Graft):
+    def __init__(self, decoder="surrogate", **options):
+        super().__init__(decoder=decoder, **options)
+
+
+def main():
+    from lmms_eval import evaluator
+    from lmms_eval.cli.dispatch import main as lmms_eval_main
+    from lmms_eval.models import MODEL_REGISTRY_V2, registry_v2
+    for cls in (Graft, Pair):
+        path = f"extras.lmms_eval_model.{cls.__name__}"
+        manifest = registry_v2.ModelManifest(cls.__name__.lower(), simple_class_path=path)
+        MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
+    # 0.7.3 makes a text of what `loglikelihood` returns, and its own multiple choice then cannot read it
+    unwrap = evaluator.unwrap_generation_output
+    evaluator.unwrap_generation_output = lambda x: (x, None) if isinstance(x, tuple) and x[1] in (0, 1) else unwrap(x)
+    return lmms_eval_main()
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

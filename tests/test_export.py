@@ -1,0 +1,113 @@
+"""data/export.py and data/check.py: the exported folder is valid, and trains as the drawn world does."""
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data import check, export
+from data.llava import load_llava
+from data.world import World
+from formats.checkpoints import read_checkpoint
+from formats.errors import UserError, run_cli
+
+
+def losses(folder):
+    with open(Path(folder) / "log.csv") as f:
+        return [row["loss"] for row in csv.DictReader(f)]
+
+
+@pytest.mark.parametrize("stage", ["encoder", "translator"])        # the latter mixes in text instructions
+def test_the_exported_folder_trains_as_the_drawn_world_does(stage, stages, tiny_llm, tmp_path):
+    data = export.export(tmp_path / "toy", 18)
+    init = stages["translator" if stage == "encoder" else "vit"]
+    options = ["--replace", "2-4"] if stage == "translator" else []
+    train.main([stage, "--llm", tiny_llm, "--init", init, *options, "steps=3", "batch=6", "lr=1e-3", "dtype=float32",
+                "--data", str(data), "--images", str(data.parent), "--out", str(tmp_path / stage)])
+    drawn = Path(stages[stage]).parent          # the same three steps, on the drawn world
+    assert losses(tmp_path / stage) == losses(drawn) and len(set(losses(drawn))) == 3
+    (ours, _), (theirs, _) = (read_checkpoint(folder / f"{stage}.safetensors") for folder in (tmp_path / stage, drawn))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_export_is_plain_llava(tmp_path, capsys):
+    export.main([str(tmp_path), "12", "--seed", "5"])
+    assert "next: python -m data.check" in capsys.readouterr().out
+    records = json.loads((tmp_path / "data.json").read_text())
+    assert len(records) == 12 and len(list(tmp_path.iterdir())) == 13
+    for record, sample in zip(records, load_llava(tmp_path / "data.json", tmp_path)):
+        question, answer = record["conversations"]
+        assert question["value"].startswith("<image>\n") and question["value"][8].isupper()
+        drawn = World(5)[int(record["id"][:5])]
+        assert sample.messages == drawn.messages and sample.image.tobytes() == drawn.image.tobytes()
+        assert answer["value"] == drawn.answer and record["id"].endswith(drawn.task)
+    with pytest.raises(UserError, match="data.json is there already"):
+        export.main([str(tmp_path)])
+
+
+def test_opening_of_a_record(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def load(opening):
+        turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A wren."}]
+        record = dict(id="x", image="a.png", opening=opening, conversations=turns)
+        (tmp_path / "data.json").write_text(json.dumps([record]))
+        return load_llava(tmp_path / "data.json", tmp_path)
+    assert load("In this photo of<image>, ")[0].messages[0]["content"] == "In this photo of<image>, what is it?"
+    for bad in ("In this photo, ", "<image><image>", 3, None):
+        with pytest.raises(UserError, match=r"record 0 \(id 'x'\): \"opening\" must be a text with one \"<image>\""):
+            load(bad)
+
+
+def test_check_says_what_a_run_would_meet(tmp_path, smollm_tokenizer, capsys):
+    export.main([str(tmp_path), "9"])
+    assert check.main([str(tmp_path / "data.json")]) == 0
+    out = capsys.readouterr().out
+    assert "9 records: 9 with an image, 0 of text alone, 0 bad" in out and "1 in 9" in out and "64 x 64 (9)" in out
+    assert f"next: python train.py encoder --data {tmp_path}/data.json --images {tmp_path}\n" in out
+    file = tmp_path / "data.json"
+    records = json.loads(file.read_text())
+    records[2]["image"] = "gone.png"
+    (tmp_path / records[4]["image"]).write_text("no image")
+    records[6]["conversations"] *= 2
+    records[7] = dict(id="t", conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}])
+    records.append(7)
+    file.write_text(json.dumps(records))
+    assert check.main([str(file)]) == 1
+    out, err = capsys.readouterr()
+    assert "10 records: 5 with an image, 1 of text alone, 4 bad" in out and "skipped" not in err
+    bad = [line for line in out.splitlines() if line.startswith("bad: ")]
+    for line, (place, why) in zip(bad, [(2, "gone.png not found"), (4, "not an image that Pillow can read"),
+                                        (6, 'one "<image>" at most'), (9, '"conversations"')], strict=True):
+        assert f"record {place} " in line and why in line
+    found = check.check(file, tmp_path, smollm_tokenizer, 19, max_length=60, progress=False)
+    good = load_llava(file, tmp_path, on_bad="skip")
+    by_hand = [len(smollm_tokenizer.chat_targets(s.messages)[0]) + (18 if s.image else 0) for s in good]
+    assert good.places[3] == 4                  # the damaged image, in whose place a run shows the next
+    assert found["tokens"] == by_hand[:3] + by_hand[4:] and found["texts"] == 1 and len(found["tokens"]) == 6
+    assert found["cut"] == sum(n > 60 for n in found["tokens"]) > 0
+
+
+
+def test_check_when_nothing_is_good(tmp_path, capsys):
+    (tmp_path / "data.json").write_text("[1, 2]")
+    assert check.main([str(tmp_path / "data.json")]) == 1
+    out = capsys.readouterr().out
+    assert "2 records: 0 with an image, 0 of text alone, 2 bad" in out and out.count("\nbad: ") == 2
+    for text, words in ((None, "no such file"), ("{", "not valid JSON"), ("[]", "non-empty JSON list")):
+        path = tmp_path / "none.json" if text is None else tmp_path / "data.json"
+        path.write_text(text) if text else None
+        assert run_cli(lambda: check.main([str(path)])) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+def test_histogram():
+    lines = check.histogram([1, 1, 2, 21], bins=4, width=4)
+    assert [line.replace("#", "").split() for line in lines] == [
+        ["1", "–", "6", "3"], ["7", "–", "12", "0"], ["13", "–", "18", "0"], ["19", "–", "24", "1"]]
+    assert [line.count("#") for line in lines] == [4, 0, 0, 2]
+    assert check.histogram([5]) == [f"  {5:>6} – {5:<6} {'#' * 40} 1"]
