@@ -269,7 +269,9 @@ def main(argv=None):
                 result = run_case(folder, kind, case, good[kind])
                 counts[kind, result if result in ("good", "refused") else "WRONG"] += 1
                 if result not in ("good", "refused"):
-                    wrong.append((kind, case, result))
+                    wrong.append((kind, case))
+                    bar.write(f"--only {kind} --seed {case}: {result}\n")     # at once, should the run be cut short
+                    sys.stdout.flush()
                 bar.update()
             case += 1
         bar.close()
@@ -279,8 +281,6 @@ def main(argv=None):
         print(f"| {kind} | " + " | ".join(str(counts[kind, r]) for r in ("refused", "good", "WRONG")) + " |")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{sum(counts.values())} cases, peak memory {peak:.1f} GB, {len(wrong)} wrong")
-    for kind, case, result in wrong[:20]:
-        print(f"\n--only {kind} --seed {case}: {result}")
     return 1 if wrong else 0
 
 
