@@ -27,7 +27,7 @@ from formats.errors import UserError, run_cli  # noqa: E402
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 
 
-def execute(notebook, quick=False, timeout=600):
+def execute(notebook, quick=False, timeout=1800):
     """Run all cells of a notebook in a fresh kernel, in place; the first error stops it. quick: with small counts.
 
     timeout: seconds for one cell. Nothing of the time or of this machine is noted in the notebook.
@@ -40,7 +40,7 @@ def execute(notebook, quick=False, timeout=600):
 
 
 def clean(notebook):
-    """Keep of the outputs what a reader sees: no progress bar's past, no paths of this machine, figures of few colors."""
+    """Keep of the outputs what a reader sees: no progress bar's past, no path of this machine, few colors."""
     notebook.metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"),
                              language_info=dict(name="python"))
     for cell in (c for c in notebook.cells if c.cell_type == "code"):
@@ -48,6 +48,7 @@ def clean(notebook):
         for output in cell.outputs:
             if output.output_type == "stream":
                 output.text = without_paths(settled(output.text))
+            output.get("data", {}).pop("image/jpeg", None)              # a picture's second form
             for kind, content in output.get("data", {}).items():
                 if kind == "image/png":
                     output.data[kind] = few_colors(content)
