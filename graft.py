@@ -163,15 +163,19 @@ DEMO = [("capital", ("flag", "Japan")), ("language", ("flag", "Germany")), ("lan
 
 
 def demo(vlm, surrogate, seed=EVAL_SEED):
-    """What pair and graft say about the six images of DEMO: [(sample, {"pair": text, "graft": text}), …]."""
-    samples = [world.sample_of(random.Random(f"demo/{seed}/{i}"), task, subject)
-               for i, (task, subject) in enumerate(DEMO)]
+    """What pair and graft say about the six images of DEMO, as `say` returns it."""
+    return say(vlm, surrogate, [world.sample_of(random.Random(f"demo/{seed}/{i}"), task, subject)
+                                for i, (task, subject) in enumerate(DEMO)])
+
+
+def say(vlm, surrogate, samples, max_new_tokens=40):
+    """The free answers of pair and graft to samples: [(sample, {"pair": text, "graft": text}), …]."""
     prompts, images = [vlm.prompt(s.messages[:-1]) for s in samples], [s.image for s in samples]
     llm = vlm.decoder
     vlm.decoder = surrogate             # the pair: what was trained
-    pair = vlm.generate(prompts, images, max_new_tokens=40)
+    pair = vlm.generate(prompts, images, max_new_tokens=max_new_tokens)
     vlm.decoder = llm                   # the graft: the same encoder, the full LLM, no training
-    grafted = vlm.generate(prompts, images, max_new_tokens=40)
+    grafted = vlm.generate(prompts, images, max_new_tokens=max_new_tokens)
     words = lambda tokens: " ".join(vlm.tokenizer.decode(tokens).split())
     return [(s, {"pair": words(p), "graft": words(g)}) for s, p, g in zip(samples, pair, grafted)]
 
@@ -183,7 +187,7 @@ def question_of(sample):
 
 
 def show_demo(examples):
-    """Print what `demo` returns."""
+    """Print what `say` returns."""
     for sample, said in examples:
         print(f"\n{sample.caption} | {question_of(sample)}")
         for name, text in said.items():
@@ -194,7 +198,7 @@ def show_demo(examples):
 
 
 def plot_demo(examples, columns=3):
-    """A figure of what `demo` returns: image, question, what the pair says, what the graft says (green where right)."""
+    """A figure of what `say` returns: image, question, what the pair says, what the graft says (blue where right)."""
     from matplotlib.figure import Figure
     lines = math.ceil(len(examples) / columns)
     fig = Figure(figsize=(3.4 * columns, 4.3 * lines), dpi=100, facecolor="white", layout="constrained")
@@ -210,7 +214,7 @@ def plot_demo(examples, columns=3):
             short = textwrap.shorten(text, 130, placeholder=" …")
             shown = textwrap.fill(f"{name} {'✓' if right else '✗'}  {short}", 48)
             words.text(0, 1 - 0.52 * k, shown, transform=words.transAxes, va="top", fontsize=9, parse_math=False,
-                       color="#2d6a4f" if right else "#9d0208")         # $5 and $6 is no formula
+                       color="#0072B2" if right else "#B34700")         # $5 and $6 is no formula
     return fig
 
 

@@ -204,12 +204,12 @@ def plot_trajectory(trajectory, cut, ranges=(), title=""):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 3.6), dpi=120, layout="tight")
     ax = fig.add_subplot(xlabel="layer", ylabel="KL(layer || last layer), nats", title=title)
-    ax.plot(range(len(trajectory)), trajectory, "o-", color="#2a6f97", ms=4)
-    ax.axvline(cut, color="#c1121f", ls="--", lw=1)
+    ax.plot(range(len(trajectory)), trajectory, "o-", color="#0072B2", ms=4)
+    ax.axvline(cut, color="#D55E00", ls="--", lw=1)
     ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points",
-                color="#c1121f", va="top")
+                color="#D55E00", va="top")
     for i, (first, last) in enumerate(ranges):
-        ax.axvspan(first - 0.45, last + 0.45, color="#f4a261", alpha=0.25,
+        ax.axvspan(first - 0.45, last + 0.45, color="#E69F00", alpha=0.25,
                    label="replaced by a translator" if i == 0 else None)
     ax.grid(alpha=0.3)
     if ranges:

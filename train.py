@@ -208,7 +208,8 @@ def starting_point(stage, target, init=None):
     return str(mine) if mine.exists() or target is not TARGETS["small"] else shipped
 
 
-def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=None, seed=0, **data):
+def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=None, seed=0, data=None, images=None,
+         text=None):
     """What a run is, before anything heavy is read: `about`, its checkpoints' metadata. UserError if it cannot be."""
     target = TARGETS[name]
     start = starting_point(stage, target, init)
@@ -242,8 +243,9 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
     if not vit and Path(was.get("vit", "")).suffix == ".safetensors":
         vit = beside(was["vit"], start)     # where it lies now: a shipped or shared file may name that of another run
     vit = vit or was.get("vit") or (start if was.get("stage") == "vit" else target.vit)
-    about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed)
-    return json.loads(json.dumps(about | dict(recipe=dataclasses.asdict(recipe)) | data))
+    about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed,
+                 recipe=dataclasses.asdict(recipe), data=data, images=images, text=text)
+    return json.loads(json.dumps(about))
 
 
 def build(about, dtype, device, shard=None, llm=None):

@@ -105,7 +105,7 @@ def read_log(path, steps):
     return rows
 
 
-def plot_loss(rows, title=""):
+def plot_loss(rows, title="", ylabel="loss"):
     """The loss of a log, step by step and smoothed, as a figure."""
     from matplotlib.figure import Figure
     steps, losses = [int(r["step"]) for r in rows], [float(r["loss"]) for r in rows]
@@ -114,8 +114,8 @@ def plot_loss(rows, title=""):
         mean = 0.95 * mean + 0.05 * x
         smooth.append(mean)
     fig = Figure(figsize=(6, 3.2), dpi=120, layout="tight")
-    ax = fig.add_subplot(xlabel="step", ylabel="loss", title=title)
-    ax.plot(steps, losses, color="#2a6f97", alpha=0.3, lw=0.8)
-    ax.plot(steps, smooth, color="#2a6f97", lw=1.6)
+    ax = fig.add_subplot(xlabel="step", ylabel=ylabel, title=title)
+    ax.plot(steps, losses, color="#0072B2", alpha=0.3, lw=0.8)
+    ax.plot(steps, smooth, color="#0072B2", lw=1.6)
     ax.grid(alpha=0.3)
     return fig
