@@ -91,13 +91,12 @@ def test_check_says_what_a_run_would_meet(tmp_path, smollm_tokenizer, capsys):
     assert found["cut"] == sum(n > 60 for n in found["tokens"]) > 0
 
 
-
 def test_check_when_nothing_is_good(tmp_path, capsys):
     (tmp_path / "data.json").write_text("[1, 2]")
     assert check.main([str(tmp_path / "data.json")]) == 1
     out = capsys.readouterr().out
     assert "2 records: 0 with an image, 0 of text alone, 2 bad" in out and out.count("\nbad: ") == 2
-    for text, words in ((None, "no such file"), ("{", "not valid JSON"), ("[]", "non-empty JSON list")):
+    for text, words in ((None, "no such file"), ("{", "not valid JSON"), ("[]", "expected a list of 1 to")):
         path = tmp_path / "none.json" if text is None else tmp_path / "data.json"
         path.write_text(text) if text else None
         assert run_cli(lambda: check.main([str(path)])) == 2
