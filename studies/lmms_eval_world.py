@@ -113,7 +113,7 @@ def ask_lmms_eval(model, folder, llm, encoder, batch):
     files = sorted(out.rglob("*results.json"), key=os.path.getmtime)
     if done.returncode or not files:
         raise UserError(f"lmms-eval failed; the end of what it said: {(done.stdout + done.stderr).strip()[-2000:]}")
-    print(done.stdout[done.stdout.rfind("|Tasks"):] if "|Tasks" in done.stdout else "", flush=True)
+    print(*(line for line in done.stdout.splitlines() if line.startswith("|")), sep="\n", end="\n\n", flush=True)
     found = json.loads(files[-1].read_text())["results"]
     score = lambda row: next(v for k, v in row.items() if k.split(",")[0] in ("right", "acc"))
     return {name: score(found[f"world_{name}"]) for name in TASKS}
