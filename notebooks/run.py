@@ -4,7 +4,7 @@ Execute the notebooks anew and keep their outputs: ten minutes on two cores.
     python notebooks/run.py         # all of them
     python notebooks/run.py 3       # those whose names begin so
 
-For a fork: sed -i 's#OWNER/REPO#you/yours#' notebooks/*.ipynb changes what the badges and the set-up cells name.
+For a fork: sed -i 's#OWNER/REPO#you/yours#g' notebooks/*.ipynb changes what the badges and the set-up cells name.
 """
 import base64
 import io
