@@ -35,7 +35,6 @@ class Recipe:
     clip: float = option(1.0, "largest norm of the gradient", 1e-6, 1e9)
     loss_on: str = option("answers+special", "which tokens carry loss: answers+special (chat tokens, too) or answers")
     projector: bool = option(True, "stage translator: does the projector learn, too? (not if stage 0 aligned it)")
-    centred: bool = option(False, "take out of the gradient what all visual tokens of a micro-batch share?")
     max_length: int = option(4096, "longest sequence in tokens; longer ones are cut", 32, 10**6)
     checkpointing: bool = option(False, "keep only the layers' inputs for the backward pass, compute the rest again")
     dtype: str = option("auto", "auto, float32 or bfloat16; auto: bfloat16 where the chip multiplies it in hardware")
@@ -113,7 +112,7 @@ SMALL = dict(
     vit=Contrast(steps=600, batch=128, lr=1e-3, workers=1),               # stage 0, extras/vit.py; shipped: 4000 steps
     distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1; shipped: 800 steps
     translator=Recipe(steps=400, lr=1e-3, projector=False),
-    encoder=Recipe(steps=200, lr=2e-4, centred=True),                   # stage 2
+    encoder=Recipe(steps=200, lr=2e-4),                                 # stage 2
     decoder=Recipe(steps=30, lr=5e-5, loss_on="answers"),
 )
 

@@ -170,8 +170,6 @@ def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict
     optimizer = team.Optimizer(learns, recipe)
     vlm.to(vlm.decoder.dtype)
     log = Log(out, about, optimizer, team, resume, export)
-    if recipe.centred:
-        vlm.adapter.register_full_backward_pre_hook(centre)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
         n = team.sum(torch.tensor(count_targets(micro_batches), device=device))     # targets in the whole global batch
         total = torch.zeros((), device=device)
@@ -182,12 +180,6 @@ def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict
             total += loss.detach()
         log.add(step, loss=team.sum(total), lr=optimizer.update(), targets=n)
     return log.close()
-
-
-def centre(adapter, grads):
-    """What all visual tokens get alike says nothing about an image. It would move them all by one vector, which acts as
-    a prompt: one that suits the surrogate, and misleads the LLM (docs/results.md). grads[0]: (images, 1 + P, d)."""
-    return grads[0] - grads[0].mean((0, 1)),
 
 
 def count_targets(micro_batches):

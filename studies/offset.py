@@ -1,8 +1,8 @@
 """
 What erodes a graft in stage 2? One vector that all visual tokens move by, taken out again here.
 
-    python train.py encoder centred=false --out runs/plain      # the paper's gradient
-    python -m studies.offset runs/plain/encoder.safetensors
+    python train.py encoder
+    python -m studies.offset runs/encoder/encoder.safetensors
 
 Compared are the visual tokens of an encoder with those that its stage 2 began with, over images of the training split;
 then grafts are asked about held-out images: as trained; with the start and end vectors of the beginning; without the
@@ -14,28 +14,15 @@ import torch
 from tqdm import tqdm
 
 import graft
-from data.images import preprocess
 from data.world import world
+from extras.recentre import before_and_after, offset
 from formats.checkpoints import open_checkpoint
-from formats.errors import Parser, UserError, number, run_cli
-from model import VLM, Llama
-from train import build, default_dtype
+from formats.errors import Parser, number, run_cli
+from formats.official import DEFAULT_LLM
+from model import Llama
+from train import default_dtype
 
 TASKS = ("flag", "color", "capital", "language")
-
-
-def visual_tokens(vlm, images):
-    """Visual tokens of images without start and end vector: (N, 1 + P, d), float32."""
-    return torch.cat([vlm.visual_tokens(preprocess(i)[None])[:, 1:-1].float() for i in images])
-
-
-@torch.no_grad()
-def offset(before, after, n=120):
-    """(the vector (d,) by which all visual tokens moved, its length, the mean length of the whole way of a token)."""
-    images = [world(("flag", "read", "shape")[i % 3], i).image for i in range(n)]
-    way = visual_tokens(after, images) - visual_tokens(before, images)
-    common = way.mean((0, 1))
-    return common, common.norm().item(), way.norm(dim=-1).mean().item()
 
 
 @torch.no_grad()
@@ -60,21 +47,17 @@ def main(argv=None):
     parser.add_device()
     args = parser.parse_args(argv)
     _, about = open_checkpoint(args.encoder)
-    if about.get("stage") != "encoder":
-        raise UserError(f"{args.encoder} is of stage {about.get('stage')}: give a checkpoint of the stage encoder")
-    dtype = default_dtype(args.device)
-    llm = Llama.from_pretrained(about["llm"], dtype, args.device)
-    before, after = build(about, dtype, args.device, llm=llm).to(dtype), VLM.from_pretrained(llm, args.encoder)
-    before.decoder = llm
-    common, length, way = offset(before, after)
-    print(f"visual tokens moved by {way:.2f} on average, and all of them by one vector of length {length:.2f}")
+    llm = Llama.from_pretrained(about.get("llm", DEFAULT_LLM), default_dtype(args.device), args.device)
+    before, after = before_and_after(args.encoder, llm, args.device)
+    common, way = offset(before, after)
+    print(f"visual tokens moved by {way:.2f} on average, all of them by one vector of length {common.norm():.2f}")
 
     rows = {"as trained": ask(after, args.n, args.seed, "as trained")}
     ends = after.embd_soi.clone(), after.embd_eoi.clone()
     after.embd_soi.data, after.embd_eoi.data = before.embd_soi.data, before.embd_eoi.data
     rows["start and end vectors of before"] = ask(after, args.n, args.seed, "start and end vectors")
     after.embd_soi.data, after.embd_eoi.data = ends
-    after.adapter[2].bias.data -= common.to(dtype)
+    after.adapter[2].bias.data -= common.to(llm.dtype)
     rows["without the common offset"] = ask(after, args.n, args.seed, "without the offset")
     rows["before stage 2"] = ask(before, args.n, args.seed, "before")
     print("| graft: said freely / ranked | " + " | ".join(TASKS) + " |\n|---|" + "---|" * len(TASKS))
