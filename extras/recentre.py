@@ -34,7 +34,7 @@ def before_and_after(encoder, llm, device="cpu"):
 
 @torch.no_grad()
 def offset(before, after, n=120):
-    """(the vector (d,) by which all visual tokens of n training images moved, the mean length of a token's whole way)."""
+    """(the vector (d,) by which all visual tokens of n training images moved, the mean length of a token's way)."""
     images = torch.stack([preprocess(world(("flag", "read", "shape")[i % 3], i).image) for i in range(n)])
     old, new = (vlm.visual_tokens(images)[:, 1:-1].float() for vlm in (before, after))      # (n, 1 + P, d)
     return (new - old).mean((0, 1)), (new - old).norm(dim=-1).mean().item()
