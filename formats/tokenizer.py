@@ -128,7 +128,8 @@ class Tokenizer:
             reason = " ".join(str(error).split()) if isinstance(error, ValueError) else f"malformed: {error!r}"
             raise UserError(f"cannot use {file} as tokenizer ({reason}): give Llama 3's or SmolLM2's official "
                             "tokenizer.json, tokenizer.model or .gguf file") from error
-        if path.suffix == ".gguf" or (path / "config.json").exists():
+        # a .gguf may hold a vocabulary alone
+        if official.read_gguf(file).tensors if file.suffix == ".gguf" else (path / "config.json").exists():
             known = official.llama_config(path)["vocab_size"]
             if tokenizer.n_vocab > known:
                 raise UserError(f"{file} has {tokenizer.n_vocab} tokens, the model beside it {known}: it is another's")

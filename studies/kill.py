@@ -81,17 +81,17 @@ def check_files(out):
 def kill_at_random(argv, out, rng, when):
     """Start or resume a run and kill it "early", before it saves, "later", or while it is "writing" a file. Returns
     whether it left a file half-written."""
-    before = saved_at(out)
+    before, parts = saved_at(out), set(out.glob(".*.part"))
     process = start([*argv, "--resume"] if before else argv)
     while when != "early" and saved_at(out) == before and process.is_alive():
         time.sleep(0.001)
     if when == "writing":
-        while process.is_alive() and not list(out.glob(".*.part")):
+        while process.is_alive() and set(out.glob(".*.part")) <= parts:
             pass
     time.sleep(rng.uniform(0, {"early": 0.5, "later": 0.3, "writing": 0.002}[when]))
     process.kill()
     process.join()
-    return bool(list(out.glob(".*.part")))
+    return not set(out.glob(".*.part")) <= parts
 
 
 def compare(a, b):

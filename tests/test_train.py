@@ -156,7 +156,7 @@ def test_settings_of_the_recipe():
     assert (recipe.steps, recipe.lr, recipe.checkpointing, recipe.loss_on) == (7, 1e-3, True, "answers")
     assert recipe.batch == RECIPES["small"]["encoder"].batch
     for text, words in [("stepz=3", ["stepz", "steps", "lr"]), ("steps", ["key=value"]), ("steps=x", ["whole number"]),
-                        ("steps=1.5", ["whole number"]), ("steps=-1", ["at least 0"]), ("batch=0", ["at least 1"]),
+                        ("steps=1.5", ["whole number"]), ("steps=-1", ["between 0"]), ("batch=0", ["between 1"]),
                         ("lr=x", ["a number"]), ("lr=nan", ["between 0 and 1"]), ("lr=inf", ["between 0 and 1"]),
                         ("lr=-1", ["between"]), ("clip=nan", ["clip"]), ("projector=maybe", ["true or false"]),
                         ("loss_on=all", ["answers+special"]), ("dtype=int8", ["bfloat16"])]:
