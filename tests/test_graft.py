@@ -188,7 +188,7 @@ def test_table():
 def test_demo_says_what_pair_and_graft_say(vlm, surrogate, capsys):
     examples = graft.demo(vlm, surrogate)
     asked = [(s.task, s.caption) for s, _ in examples[:2]]
-    assert asked == [("capital", "the flag of Japan"), ("language", "the flag of Germany")]
+    assert asked == [("capital", "the flag of Germany"), ("language", "the flag of Italy")]
     assert any(s.task in world.TRAINED_TASKS for s, _ in examples)
     sample, said = examples[1]
     for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
