@@ -341,8 +341,8 @@ def test_the_ten_lines_of_the_readme(default_gguf, tmp_path):
     got = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                          capture_output=True, text=True)
     assert got.returncode == 0, got.stderr[-2000:]
-    pair, grafted = got.stdout.strip().splitlines()
-    assert pair.startswith("pair: ") and "Tokyo" not in pair and grafted.startswith("graft:") and "Tokyo" in grafted
+    pair, grafted = got.stdout.split("graft:")
+    assert pair.startswith("pair: ") and "Tokyo" not in pair and "Tokyo" in grafted
 
 
 def test_the_graft_knows_what_the_pair_does_not(smollm, smollm_tokenizer):
@@ -351,4 +351,4 @@ def test_the_graft_knows_what_the_pair_does_not(smollm, smollm_tokenizer):
     vlm = VLM.from_pretrained(smollm, file, tokenizer=smollm_tokenizer)
     rows = graft.compare(vlm, load_surrogate(smollm, file), n=12, tasks=world.KNOWLEDGE_TASKS, seed=11, progress=False)
     said = {name: sum(12 * r["said"] for r in rows if r["system"] == name) for name in ("text", "graft", "pair")}
-    assert said["graft"] >= said["pair"] + 3, said         # of 36; over 300 images 22 % and 0.3 % (assets/results.json)
+    assert said["graft"] >= said["pair"] + 3, said         # of 36; over 300 images: assets/results.json
