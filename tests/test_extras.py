@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from test_train import assert_close, assert_complete, grads, make_vlm, mixed_batch, relative, rows_of, without_clock
 
 import train
-from extras import distillation, parallel, vit
+from extras import distillation, parallel, recentre, vit
 from extras.lora import add_lora
 from formats.checkpoints import read_checkpoint
+from formats.errors import run_cli
 from model import VLM, Llama, ViT, ViTConfig
 
 # ---- stage 0 --------------------------------------------------------------------------------------------------------
@@ -37,6 +38,18 @@ def test_stage_0_resumes(tiny_llm, tmp_path, monkeypatch):
     vit.main([*argv, str(tmp_path / "broken"), "--resume"])
     whole, broken = (read_checkpoint(tmp_path / run / "vit.safetensors")[0] for run in ("whole", "broken"))
     assert all(torch.equal(whole[n], broken[n]) for n in whole)
+
+
+def test_recentre_takes_back_what_all_visual_tokens_share(stages, tmp_path, capsys):
+    llm = Llama.from_pretrained(read_checkpoint(stages["encoder"])[1]["llm"])
+    out = str(tmp_path / "encoder.safetensors")
+    moved, _ = recentre.offset(*recentre.before_and_after(stages["encoder"], llm))
+    recentre.main([stages["encoder"], "--out", out])
+    left, way = recentre.offset(*recentre.before_and_after(out, llm))
+    assert left.norm() < 0.1 * moved.norm() and way > 0
+    for argv, words in (([out], "recentred already"), ([stages["vit"]], "no checkpoint of the stage encoder")):
+        assert run_cli(lambda: recentre.main([*argv, "--out", str(tmp_path / "again.safetensors")])) == 2
+        assert words in capsys.readouterr().err
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------
