@@ -8,6 +8,7 @@ Zero-shot grafting: plug an encoder that was trained against the surrogate into 
 pair:  encoder + surrogate, what was trained.
 graft: the same encoder + the full LLM, which never saw a visual token before.
 """
+import argparse
 import json
 import math
 import platform
@@ -294,6 +295,8 @@ def parse(argv):
     add("--top-p", type=number(float, 1e-6, 1), default=1.0,
         help="sample from the likeliest tokens that hold this mass (default: %(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
+    add("--int8", action=argparse.BooleanOptionalAction,
+        help="the LLM's weights in 8 bits, which answers sooner (default: for --image and --chat on a CPU)")
     parser.add_device()
     add("--out", default="runs/graft", help="folder for results.json and demo.png (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -339,8 +342,8 @@ def show(args, vlm, about, name, command):
           + ("\ndirect: an encoder trained on the full LLM" if direct else "")
           + f"\n\n{table(rows)}\n{args.eval} held-out images a task, with 95 % intervals; * never trained")
     results = dict(command=command, encoder=args.encoder, about=about, llm=name, samples=args.eval, seed=args.seed,
-                   dtype=args.dtype, device=args.device, torch=torch.__version__, python=platform.python_version(),
-                   seconds=seconds, rows=rows)
+                   dtype=args.dtype, int8=args.int8, device=args.device, torch=torch.__version__,
+                   python=platform.python_version(), seconds=seconds, rows=rows)
     checkpoints.write_whole(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
     print(f"{seconds} s; see {out}/{'demo.png and ' if surrogate else ''}results.json")
 
@@ -351,9 +354,11 @@ def main(argv=None):
     image = None if args.image is None else open_image(args.image)
     _, about = checkpoints.open_checkpoint(args.encoder)
     name = args.llm or about.get("llm", official.DEFAULT_LLM)
-    llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device)
+    asked = image is not None or args.chat
+    args.int8 = asked and args.device == "cpu" if args.int8 is None else args.int8
+    llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device, quantize="int8" if args.int8 else None)
     vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)))
-    if image is not None or args.chat:
+    if asked:
         converse(args, vlm, image)
     else:
         show(args, vlm, about, name, " ".join(["python graft.py", *argv]))

@@ -27,6 +27,7 @@ from data.images import preprocess
 from formats import checkpoints, official
 from formats.errors import MissingFile, UserError
 from formats.tokenizer import IMAGE, Tokenizer
+from kernels import int8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Llama
@@ -146,13 +147,17 @@ class Llama(nn.Module):
         self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again backward
 
     @classmethod
-    def from_pretrained(cls, path=official.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None):
+    def from_pretrained(cls, path=official.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None,
+                        quantize=None):
         """Load official weights, frozen. `path`: a folder (Hugging Face's or Meta's layout), .gguf file or hub name.
 
         layers: a list of the layers to keep (a surrogate), numbered anew; the others are never read. shard: a function
-        that shards the empty model over several GPUs (extras/parallel.py). Raises MissingFile or UserError, each with
-        one line, for files that are missing, damaged or of another model.
+        that shards the empty model over several GPUs (extras/parallel.py). quantize="int8": weights in 8 bits, to
+        decode faster (kernels/int8.py). Raises MissingFile or UserError, each with one line, for files that are
+        missing, damaged or of another model.
         """
+        if quantize not in (None, "int8"):
+            raise UserError(f"quantize={quantize!r}: choose None or \"int8\"")
         kernels.check_choice()
         path = official.find(path)
         config, tensors = LlamaConfig(**official.llama_config(path)), official.llama_tensors(path)
@@ -161,6 +166,9 @@ class Llama(nn.Module):
             config.num_hidden_layers = len(layers)
         with torch.device("meta"):                  # no memory yet: every tensor goes straight to its place, one by one
             model = cls(config)
+        if quantize:
+            int8.quantize(model)
+            tensors = int8.rounded(tensors)
         if shard:
             shard(model)
         official.load(model, tensors, dtype, device, path, model.place)
@@ -208,7 +216,8 @@ class Llama(nn.Module):
 
     def logits(self, x):
         """Hidden states (…, C) -> logits (…, vocab): the final norm and the LM head."""
-        return F.linear(self.model.norm(x), self.lm_head_weight)
+        x = self.model.norm(x)
+        return self.lm_head(x) if hasattr(self, "lm_head") else F.linear(x, self.lm_head_weight)
 
     def forward(self, tokens=None, embeds=None, cache=None):
         """Token ids (B, T), or embeddings (B, T, C) in their place -> logits (B, T, vocab)."""
@@ -527,6 +536,8 @@ class VLM(nn.Module):
             tokenizer = Tokenizer.from_pretrained(official.find(name))
         if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
             # stage 3 trained the full LLM itself: a copy takes the new weights
+            if isinstance(getattr(decoder, "lm_head", None), int8.Int8Linear):
+                raise UserError(f"{encoder} holds weights of the LLM itself (stage decoder): load it without int8")
             decoder = copy.deepcopy(decoder)
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}

@@ -20,6 +20,7 @@ from formats import checkpoints, official
 from formats.errors import Parser, UserError, number, run_cli
 from formats.files import check_out_file, read_text
 from formats.tokenizer import Tokenizer
+from kernels import int8
 from model import Llama
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,9 +119,10 @@ def build_surrogate(llm, ranges):
         surrogate = Llama(dataclasses.replace(llm.config, num_hidden_layers=0))
     surrogate.config.num_hidden_layers = len(kept)
     firsts = {first for first, _ in ranges}
-    layers = [copy.deepcopy(llm.model.layers[i]) if i in firsts else llm.model.layers[i] for i in kept]
+    translator = lambda i: int8.restore(copy.deepcopy(llm.model.layers[i]), llm.dtype)      # int8 weights cannot learn
+    layers = [translator(i) if i in firsts else llm.model.layers[i] for i in kept]
     surrogate.model.update(dict(llm.model.items()) | {"layers": torch.nn.ModuleList(layers)})
-    if not llm.config.tie_word_embeddings:
+    if hasattr(llm, "lm_head"):
         surrogate.lm_head = llm.lm_head
     return mark(surrogate.train(llm.training), ranges, L)
 

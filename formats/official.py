@@ -419,7 +419,7 @@ def load(model, tensors, dtype, device, path, place=None):
             raise UserError(f"{path}: {name} could not be read ({e}): download it again") from None
         if tensor.shape != empty.shape:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the config says {tuple(empty.shape)}")
-        tensor = tensor.to(device=device, dtype=dtype)
+        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)      # int8 stays int8
         check_finite(tensor, name, path)
         state[name] = place(empty, tensor) if place else tensor
     model.load_state_dict(state, assign=True)

@@ -5,10 +5,11 @@
     rms_norm.py       rms_norm              RMSNorm, fused with the residual addition before it
     swiglu.py         swiglu, quick_gelu    silu(gate) * up of Llama's MLP, x sigmoid(1.702 x) of CLIP's
     cross_entropy.py  linear_cross_entropy  LM head and cross-entropy together, without the (N, vocabulary) logits
+    int8.py           Int8Linear            weights in 8 bits, to decode faster on a CPU (PyTorch's kernel)
     benchmark.py      python -m kernels.benchmark
 
-Each has two backends that compute the same function: Triton kernels for CUDA tensors (on NVIDIA's GPUs from Ampere on),
-plain PyTorch everywhere else (a laptop without Triton never imports it). To force one, set KERNELS=torch or
+Each but int8.py has two backends that compute the same function: Triton kernels for CUDA tensors (on NVIDIA's GPUs from
+Ampere on), plain PyTorch everywhere else (a laptop without Triton never imports it). To force one, set KERNELS=torch or
 KERNELS=triton in the environment, or
 
     with kernels.backend("torch"):

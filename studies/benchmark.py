@@ -1,12 +1,12 @@
 """
-How fast is it, and how much memory does it take? Decoding beside transformers, a training step of the encoder, and what
-graft.py, a step with a real vocabulary and the building of a surrogate need.
+How fast is a training step of the encoder, and how much memory do graft.py, a step with a real vocabulary and the
+building of a surrogate need?
 
     python -m studies.benchmark             # everything, on the default LLM
     python -m studies.benchmark --memory    # only the step and the building, on random models: no download, quick
 
 Everything is timed in turns within one run, because absolute times on shared machines wander; trust the ratios.
-(kernels/benchmark.py measures the Triton kernels on a GPU.)
+(studies/decoding.py measures answers, kernels/benchmark.py the Triton kernels on a GPU.)
 """
 import dataclasses
 import json
@@ -37,51 +37,12 @@ from recipes import RECIPES
 ROOT = Path(__file__).parent.parent
 
 
-def transformers_twin(llm):
-    """transformers' LlamaForCausalLM with the same weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    c = llm.config
-    with torch.device("meta"):
-        twin = LlamaForCausalLM(LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            tie_word_embeddings=c.tie_word_embeddings, max_position_embeddings=c.max_position_embeddings,
-            bos_token_id=1, eos_token_id=2, pad_token_id=2))
-    twin.load_state_dict(llm.state_dict() | {"lm_head.weight": llm.lm_head_weight}, assign=True)
-    rope = twin.model.rotary_emb            # its frequencies are no parameters: build them where there is memory
-    twin.model.rotary_emb = type(rope)(twin.config)
-    twin.tie_weights()
-    return twin.eval().to(llm.device)
-
-
 def clock(function, device):
     start = time.perf_counter()
     result = function()
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter() - start, result
-
-
-@torch.no_grad()
-def decode(device, dtype, tokens=64, rounds=5):
-    """Greedy decoding with a key/value cache, ours and transformers' `generate` in turns, from the same prompt."""
-    llm = Llama.from_pretrained(dtype=dtype, device=device)
-    tokenizer = Tokenizer.from_pretrained(official.find(official.DEFAULT_LLM))
-    twin = transformers_twin(llm)
-    prompt = tokenizer.chat([{"role": "user", "content": "Tell me a long story about the sea."}])
-    ids = torch.tensor([prompt], device=device)
-    ours = lambda: llm.generate([prompt], max_new_tokens=tokens)[0]
-    theirs = lambda: twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens,
-                                   max_new_tokens=tokens)[0, ids.shape[1]:].tolist()
-    a, b = ours(), theirs()                         # also warms up
-    bar = tqdm(range(rounds), desc="decode", unit="round")
-    times = [(clock(ours, device)[0], clock(theirs, device)[0]) for _ in bar]
-    us, them = (tokens / statistics.median(t) for t in zip(*times))
-    ratio = statistics.median(t / o for o, t in times)
-    print(f"| decode, {str(dtype)[6:]}, 1 row, {tokens} tokens (the same in both: {a == b}) | {us:.1f} tokens/s "
-          f"| transformers {them:.1f} tokens/s | {ratio:.2f}x |")
 
 
 def encoder_step(device, dtype, batch=16, rounds=5, replace=((16, 28),)):
@@ -268,9 +229,8 @@ def main(argv=None):
     compare_surrogate_memory()
     if args.memory:
         return
-    for measure in (decode, encoder_step):
-        for dtype in dict.fromkeys([torch.float32, train.default_dtype(args.device)]):      # once, if they are the same
-            measure(args.device, dtype, rounds=args.rounds)
+    for dtype in dict.fromkeys([torch.float32, train.default_dtype(args.device)]):          # once, if they are the same
+        encoder_step(args.device, dtype, rounds=args.rounds)
 
 
 if __name__ == "__main__":

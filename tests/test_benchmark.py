@@ -1,8 +1,8 @@
-"""studies/benchmark.py: the two steps that --memory compares are the same step; the rows show what they should."""
+"""studies/benchmark.py and decoding.py: what is compared computes the same; the rows show what they should."""
 import pytest
 import torch
 
-from studies import benchmark
+from studies import benchmark, decoding
 
 
 def test_the_two_steps_are_the_same_step():
@@ -34,7 +34,7 @@ def test_a_surrogate_is_built_alone_and_out_of_the_llm(monkeypatch, capsys):
 
 def test_memory_option_runs_only_the_memory(monkeypatch):
     seen = []
-    for name in ("graft_memory", "compare_step_memory", "compare_surrogate_memory", "decode", "encoder_step"):
+    for name in ("graft_memory", "compare_step_memory", "compare_surrogate_memory", "encoder_step"):
         monkeypatch.setattr(benchmark, name, lambda *_, name=name, **__: seen.append(name))
     benchmark.main(["--memory"])
     assert seen == ["compare_step_memory", "compare_surrogate_memory"]
@@ -44,3 +44,15 @@ def test_a_step_of_the_encoder_is_timed(smollm, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.Llama, "from_pretrained", lambda **_: smollm)
     benchmark.encoder_step("cpu", torch.float32, batch=2, rounds=1, replace=((2, 28),))
     assert "4-layer surrogate, batch 2" in capsys.readouterr().out
+
+
+def test_decoding_compares_the_same_answers(tiny_llm, monkeypatch, capsys):
+    load = decoding.Llama.from_pretrained
+    monkeypatch.setattr(decoding.Llama, "from_pretrained", lambda **options: load(tiny_llm, **options))
+    monkeypatch.setattr(decoding, "in_fresh_process", lambda *_: dict(peak=2**20, held=2**20))
+    monkeypatch.setattr(torch, "randint", lambda low, high, *a, randint=torch.randint, **k: randint(500, *a, **k))
+    decoding.main(["--rounds", "1", "--length", "9", "--batch", "1", "2", "--device", "cpu"])
+    rows = [row.split("|") for row in capsys.readouterr().out.splitlines() if "tokens/s" not in row and "x |" in row]
+    assert [row[1].strip() for row in rows] == [*decoding.THEIRS, *decoding.OURS] * 2
+    same = {row[1].strip(): row[5].strip() for row in rows}
+    assert same["transformers, static cache"] == same["float32"] == "100%" and same["int8"] != "100%"

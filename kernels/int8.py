@@ -1,0 +1,79 @@
+"""
+Weights in 8 bits. A decoding step reads every weight once, and waits for them: a quarter of the bytes, a third of the
+time.
+
+    llm = Llama.from_pretrained(quantize="int8")
+
+Each row of a matrix becomes int8 numbers and one scale, by rounding alone (as in gpt-fast): no data is needed.
+Activations stay as they are. The weights cannot learn any more: this is for answers.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+FEW = 16        # rows up to which PyTorch's int8 kernel for CPUs beats a multiplication by floating-point weights
+
+
+def round_rows(weight):
+    """(N, K) -> int8 (N, K) and scales (N,), in the kernel's bfloat16. Off by half a scale at most."""
+    scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+    return (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """x (…, K) -> x W^T (…, N), in place of an nn.Linear without bias."""
+
+    def __init__(self, weight):
+        super().__init__()
+        weight, scale = round_rows(weight.detach())
+        self.register_buffer("weight", weight)          # (N, K)
+        self.register_buffer("scale", scale)            # (N,)
+
+    def forward(self, x):
+        rows = x.shape[:-1].numel()
+        if x.device.type == "cpu" and rows <= FEW:      # decoding: reading the weights takes the time
+            y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), self.weight, self.scale.bfloat16())
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)        # a prompt: arithmetic does
+
+
+def replace(module, kind, new):
+    """Put new(child) in the place of every child of this kind, at any depth. Returns the module."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, kind):
+                setattr(parent, name, new(child))
+    return module
+
+
+def quantize(llm):
+    """Turn all linear layers of a Llama to int8, and its LM head. Returns it."""
+    if not hasattr(llm, "lm_head"):     # tied to the embeddings: these stay, a step reads one row a token of them
+        llm.lm_head = Int8Linear(llm.model.embed_tokens.weight)
+    return replace(llm, nn.Linear, lambda linear: Int8Linear(linear.weight))
+
+
+def restore(layer, dtype):
+    """Turn int8 weights back to floating point (as rounded): a translator learns from there. Returns the layer."""
+    def new(child):
+        linear = nn.Linear(*reversed(child.weight.shape), bias=False, device="meta")
+        weight = (child.weight.float() * child.scale.float()[:, None]).to(dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
+    return replace(layer, Int8Linear, new)
+
+
+def rounded(tensors):
+    """Readers of official weights (formats/official.py) -> readers for a quantized model, which holds no others."""
+    scales, tensors = {}, dict(tensors)
+    tensors.setdefault("lm_head.weight", tensors.get("model.embed_tokens.weight"))
+
+    def read(name):
+        weight, scales[name] = round_rows(tensors[name]())
+        return weight
+
+    out = dict(tensors)
+    for name in (n for n in tensors if n.endswith(("_proj.weight", "lm_head.weight"))):
+        out[name] = lambda name=name: read(name)
+        out[name.removesuffix("weight") + "scale"] = lambda name=name: scales[name]     # read behind its weight
+    return out

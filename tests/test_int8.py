@@ -1,0 +1,112 @@
+"""kernels/int8.py: the rounding against its own bound, the two ways to multiply, every way to load, the real LLM."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import save_tiny_llm
+from safetensors.torch import save_file
+from torch import nn
+
+import graft
+from formats.errors import UserError
+from kernels import int8
+from model import VLM, KVCache, Llama
+from surrogate import build_surrogate, load_surrogate, read_texts
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_llm):
+    return Llama.from_pretrained(tiny_llm, quantize="int8")
+
+
+def test_weights_are_off_by_half_a_scale_at_most():
+    weight = torch.randn(64, 96) * torch.logspace(-6, 3, 64)[:, None]           # rows of very different size
+    weight[5] = 0
+    q, scale = int8.round_rows(weight)
+    assert q.dtype == torch.int8 and q.abs().max() == 127 and not q[5].any()
+    apart = (q.float() * scale.float()[:, None] - weight).abs().amax(1)
+    largest = weight.abs().amax(1) - 127 * scale.float()                        # what the scale's own rounding cuts off
+    assert (apart <= torch.maximum(scale.float() / 2, largest) * 1.001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 8), (2, 9), (70,)], ids=str)    # either side of FEW
+def test_multiplies_like_the_rounded_matrix(rows, dtype):
+    linear = int8.Int8Linear(torch.randn(96, 64) * 0.1)
+    x = torch.randn(*rows, 64, dtype=dtype)
+    y = linear(x)
+    true = x.double() @ (linear.weight.double() * linear.scale.double()[:, None]).T
+    assert y.shape == (*rows, 96) and y.dtype == dtype
+    assert (y - true).abs().max() < 0.02 * true.std()                           # bfloat16 has 8 bits
+
+
+def test_loads_as_if_quantized_afterwards(tiny_llm, quantized, tmp_path):
+    """Tied and untied, linear layers and head: the same numbers, and nothing else is rounded."""
+    untied = Llama.from_pretrained(save_tiny_llm(tmp_path)).state_dict()
+    untied["lm_head.weight"] = torch.randn_like(untied["model.embed_tokens.weight"])
+    save_file(untied, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=False)))
+    for path in (tiny_llm, tmp_path):
+        plain, got = Llama.from_pretrained(path), Llama.from_pretrained(path, quantize="int8")
+        want = int8.quantize(Llama.from_pretrained(path)).state_dict()
+        assert want.keys() == got.state_dict().keys()
+        for name, tensor in got.state_dict().items():
+            assert torch.equal(tensor, want[name].to(tensor.dtype)), name
+        assert not any(isinstance(m, nn.Linear) for m in got.modules())
+        assert torch.equal(got.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+        assert torch.equal(got.lm_head.weight, int8.round_rows(plain.lm_head_weight)[0])
+
+
+def test_steps_with_the_cache_follow_the_whole_sequence(quantized):
+    """A prompt is multiplied in floating point, a step by the int8 kernel: the same distribution, but for bfloat16."""
+    tokens = torch.randint(500, (1, 40))
+    whole = quantized(tokens).log_softmax(-1)
+    cache = KVCache(quantized, 1, 40)
+    steps = torch.cat([quantized(tokens[:, i:i + 1], cache=cache) for i in range(40)], dim=1).log_softmax(-1)
+    assert F.kl_div(steps, whole, log_target=True, reduction="none").sum(-1).mean() < 0.02
+
+
+def test_the_pair_of_a_quantized_llm(tiny_llm, stages, quantized):
+    """Trunk and head are the LLM's own int8 weights, translators the checkpoint's, in floating point."""
+    before = {n: t.clone() for n, t in quantized.state_dict().items()}
+    pair = load_surrogate(quantized, stages["encoder"])
+    plain = load_surrogate(Llama.from_pretrained(tiny_llm), stages["encoder"])
+    (t,) = pair.translators
+    assert pair.model.layers[0] is quantized.model.layers[0] and pair.lm_head is quantized.lm_head
+    for (name, p), q in zip(plain.model.layers[t].named_parameters(), pair.model.layers[t].parameters()):
+        assert torch.equal(p, q), name
+    fresh = build_surrogate(quantized, [(2, 4)]).model.layers[2].mlp.up_proj.weight
+    q, scale = before["model.layers.2.mlp.up_proj.weight"], before["model.layers.2.mlp.up_proj.scale"]
+    assert torch.equal(fresh, q.float() * scale.float()[:, None])
+    assert all(torch.equal(t, before[n]) for n, t in quantized.state_dict().items())        # the LLM stays as it was
+
+
+def test_refuses(tiny_llm, stages, quantized, capsys):
+    with pytest.raises(UserError, match="quantize='int4': choose None or \"int8\""):
+        Llama.from_pretrained(tiny_llm, quantize="int4")
+    with pytest.raises(UserError, match="stage decoder"):
+        VLM.from_pretrained(quantized, stages["decoder"])
+
+
+def test_command_line(stages, monkeypatch, capsys):
+    """A question is answered in int8 on a CPU, unless one says otherwise; the table is measured in floating point."""
+    seen, load = [], Llama.from_pretrained
+    monkeypatch.setattr(graft.Llama, "from_pretrained", lambda *a, **k: seen.append(k["quantize"]) or load(*a, **k))
+    monkeypatch.setattr(graft, "show", lambda *_: None)
+    ask = ["--encoder", stages["encoder"], "--device", "cpu", "--image", "assets/flag.png", "--max-new-tokens", "3"]
+    for argv in (ask, [*ask, "--no-int8"], [*ask, "--pair"], ask[:4], [*ask[:4], "--int8"]):
+        graft.main(argv)
+    assert seen == ["int8", None, "int8", None, "int8"]
+
+
+def test_smollm_predicts_a_text_as_well(default_gguf, smollm, smollm_tokenizer):
+    """The real LLM: perplexity of assets/text.txt within 2 %, and it still knows a capital."""
+    llm, tokens = Llama.from_pretrained(default_gguf, quantize="int8"), read_texts(smollm_tokenizer)
+    with torch.no_grad():
+        nll = [F.cross_entropy(m(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) for m in (smollm, llm)]
+    assert abs((nll[1] - nll[0]).exp() - 1) < 0.02
+    prompt = smollm_tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    (out,) = llm.generate([prompt], max_new_tokens=24, stop=smollm_tokenizer.stop_tokens)
+    assert "Paris" in smollm_tokenizer.decode(out)
