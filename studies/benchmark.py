@@ -10,6 +10,7 @@ Everything is timed in turns within one run, because absolute times on shared ma
 """
 import dataclasses
 import json
+import os
 import platform
 import resource
 import statistics
@@ -91,11 +92,12 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS counts in bytes
 
 
-def in_fresh_process(call, module="benchmark"):
+def in_fresh_process(call, module="benchmark", **environment):
     """The value (numbers, strings, dictionaries) of an expression of this module, e.g. "surrogate_memory('folder')", or
-    of another one in studies/."""
+    of another one in studies/; environment: variables that the process is given besides."""
     code = f"import json; from studies import {module}; print(json.dumps({module}.{call}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | environment)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"it was killed, status {done.returncode}: out of memory?"])[-1]
         raise UserError(f"{module}.{call} failed: {why}")

@@ -7,7 +7,8 @@ process of its own; and the peaks of the small world's stages as a user runs the
     python -m studies.memory --small                # the small world: two steps of every stage
 
 The formula is `memory` in studies/cost.py. Measured is what the operating system says that the process held at most,
-less what it held after a step on a tiny model, which brings in all of torch's code that a step needs.
+less what it held after a step on a tiny model, which brings in all of torch's code that a step needs. The process gives
+freed memory back at once (glibc's MALLOC_MMAP_THRESHOLD_): what an allocator keeps in reserve is not the model's.
 """
 import subprocess
 import sys
@@ -92,7 +93,9 @@ def step_memory(stage="encoder", target=MID):
 
 def compare(stage):
     """Print the row of a stage, formula beside measurement. Returns measured / formula."""
-    got = in_fresh_process(f"step_memory({stage!r})", "memory")
+    # glibc keeps what was freed for later use, half a GB here; by these it gives it back at once, as if all were exact
+    at_once = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    got = in_fresh_process(f"step_memory({stage!r})", "memory", **at_once)
     lora, positions = LORA * (stage == "decoder"), MID.vit_config.num_patches + 3 + TEXT
     parts = cost.memory(stage, MID, RECIPE, RECIPE.micro_batch, positions, ANSWER, lora=lora)
     of = [sum(parts[p] for p in names) for names in cost.COLUMNS.values()]

@@ -13,7 +13,7 @@ def test_the_step_has_the_parameters_of_the_formula(stage, monkeypatch, capsys):
     monkeypatch.setattr(memory, "MID", memory.TINY)
     seen = []
 
-    def here(call, module):     # in this process, which has held more before: its peak says nothing
+    def here(call, module, **_):    # in this process, which has held more before: its peak says nothing
         seen.append(memory.step_memory(stage, memory.TINY) | dict(peak=10**6))
         return seen[-1]
     monkeypatch.setattr(memory, "in_fresh_process", here)
