@@ -4,6 +4,7 @@ Zero-shot grafting: plug an encoder that was trained against the surrogate into 
     python graft.py                                         # what pair and graft say about held-out images, and a table
     python graft.py --image photo.png --question "What word is on the sign?"
     python graft.py --chat --image photo.png                # a conversation about one image
+    python graft.py --web                                   # pair and graft side by side in the browser
 
 pair:  encoder + surrogate, what was trained.
 graft: the same encoder + the full LLM, which never saw a visual token before.
@@ -288,6 +289,7 @@ def parse(argv):
     add("--image", help="ask about this picture instead")
     add("--question", default="Describe the image.", help="what to ask about --image (default: %(default)s)")
     add("--chat", action="store_true", help="converse about --image (without one: about a held-out sign)")
+    add("--web", action="store_true", help="pair and graft side by side in the browser (needs: pip install gradio)")
     add("--pair", action="store_true", help="ask the encoder-surrogate pair in place of the graft")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=128,
         help="longest answer to --image or --chat (default: %(default)s)")
@@ -296,7 +298,7 @@ def parse(argv):
         help="sample from the likeliest tokens that hold this mass (default: %(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
     add("--int8", action=argparse.BooleanOptionalAction,
-        help="the LLM's weights in 8 bits, which answers sooner (default: for --image and --chat on a CPU)")
+        help="the LLM's weights in 8 bits, which answers sooner (default: for --image, --chat and --web on a CPU)")
     parser.add_device()
     add("--out", default="runs/graft", help="folder for results.json and demo.png (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -352,13 +354,19 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     image = None if args.image is None else open_image(args.image)
+    if args.web:
+        from extras import web  # only here: it imports this file, and Gradio
+        web.need_gradio()
     _, about = checkpoints.open_checkpoint(args.encoder)
     name = args.llm or about.get("llm", official.DEFAULT_LLM)
-    asked = image is not None or args.chat
+    asked = image is not None or args.chat or args.web
     args.int8 = asked and args.device == "cpu" if args.int8 is None else args.int8
     llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device, quantize="int8" if args.int8 else None)
     vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)))
-    if asked:
+    if args.web:
+        from extras import web  # only here: it imports this file, and Gradio
+        web.serve(vlm, load_surrogate(llm, args.encoder))
+    elif asked:
         converse(args, vlm, image)
     else:
         show(args, vlm, about, name, " ".join(["python graft.py", *argv]))

@@ -1,0 +1,153 @@
+"""
+A page to play with: what the pair and the graft say about the same image, side by side in the browser.
+
+    pip install gradio && python graft.py --web
+
+It is for this machine alone: no other can open the page, and the page fetches nothing from any.
+"""
+import gc
+import html
+import os
+import random
+from functools import partial
+
+from data import world
+from data.batches import wrap
+from data.drawing import COLORS, SHAPES, draw
+from data.images import open_image
+from extras.side_by_side import plot_lens, plot_words, rank, sample_of, talk
+from formats.errors import MissingFile, UserError
+from graft import DEMO
+
+os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")       # before it is imported
+try:
+    import gradio as gr
+except ImportError:         # all but `page` works without
+    gr = None
+
+SUBJECTS = [s for _, s in DEMO] + [("flag", "Japan"), ("sign", "Egypt"), ("sign", "Horse")]
+SUGGESTIONS = {"trained": [asked[0] for asked, _ in world.QUESTIONS.values()],
+               "never trained": [asked[0] for both in world.KNOWLEDGE_QUESTIONS.values() for asked in both],
+               "free": ["What does it remind you of?", "Tell a short story about it.", "Is it larger than a house?"]}
+ABOUT = {"pair": ("#B34700", "encoder + surrogate, as trained"), "graft": ("#0072B2", "encoder + full LLM, zero-shot")}
+MAX_WORD, MAX_QUESTION = 14, 300
+
+
+def picture(subject):
+    """A subject of the world, or ("file", path) -> its PIL image, always the same. UserError: it makes no image."""
+    try:
+        return open_image(subject[1]) if subject[0] == "file" else draw(random.Random(f"web/{subject}"), subject)
+    except StopIteration:                                   # letters of no size fit
+        raise UserError(f"{subject[1]} is too wide for a sign: type a shorter word") from None
+    except UserError as error:                              # names the file, not the folder that Gradio put it into
+        raise UserError(str(error).replace(os.path.dirname(subject[1]) + os.sep, "")) from None
+
+
+def sign(word):
+    """What someone types -> ("sign", word). UserError where there is nothing to draw."""
+    if word := "".join(c for c in " ".join(word.split()) if c.isprintable())[:MAX_WORD].strip():
+        return "sign", word[:1].upper() + word[1:]
+    raise UserError("type a word")
+
+
+def show(choose, *given):
+    """A subject is chosen, choose(*given): (its image, the subject itself, HTML of what is wrong with it)."""
+    try:
+        subject = choose(*given)
+        return picture(subject), subject, ""
+    except UserError as error:
+        return None, None, html.escape(f"⚠ {error}")
+
+
+def column(name, text="", note="", ranked=(), right=None):
+    """What one of the two says, as HTML. ranked: as `rank` returns it, the first six are shown; right: among them."""
+    color, what = ABOUT[name]
+    bars = "".join(f'<div class="bar"><span>{html.escape(option)}{" ✓" * (option == right)}</span><b style="width:'
+                   f'{p:.1%};background:{color}"></b><i>{p:.0%}</i></div>' for option, p in ranked[:6])
+    return (f'<div class="says" style="border-color:{color}"><b style="color:{color}">{name}</b>: {what}'
+            f'<p>{html.escape(text)}</p><small>{note}</small>{bars}</div>')
+
+
+def respond(vlm, surrogate, subject, question):
+    """Yield what the page shows, piece by piece: HTML (an error, the pair, the graft) and figures (words, layers)."""
+    gc.collect()        # the figures of the question before: their parts refer to each other
+    try:
+        question = question.replace("<image>", " ").strip()[:MAX_QUESTION]          # the one image is in the prompt
+        if not subject or not question:
+            raise UserError("choose an image first" if question else "ask something first")
+        image, prompt = picture(subject), vlm.prompt([{"role": "user", "content": wrap(question)}])
+        for said in talk(vlm, surrogate, prompt, image):
+            texts = {name: (vlm.tokenizer.decode(ids).strip(), f"{len(ids)} tokens in {seconds:.1f} s, {rate:.0f} "
+                            "tokens/s") for name, (ids, seconds, rate) in said.items()}
+            yield "", *(column(name, *t) for name, t in texts.items()), None, None
+        if sample := sample_of(question, subject):
+            for name, decoder in (("pair", surrogate), ("graft", vlm.decoder)):
+                (text, note), ranked = texts[name], rank(vlm, decoder, prompt, image, sample.options)
+                texts[name] = f"{text} {'✓' if world.is_right(text, sample) else '✗'}", note, ranked, sample.answer
+        columns = [column(name, *t) for name, t in texts.items()]
+        yield "", *columns, None, None
+        yield "", *columns, plot_words(vlm, image), plot_lens(vlm, surrogate, prompt, image, said["graft"][0])
+    except UserError as error:
+        yield html.escape(f"⚠ {error}"), column("pair"), column("graft"), None, None
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+CSS = """
+#picture img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }
+.says { border-left: 5px solid; padding-left: 14px } .says p { font-size: 1.25em; min-height: 3em }
+.bar { display: grid; grid-template-columns: 15em 1fr 3em; align-items: center; gap: 6px } .bar b { height: 0.8em }
+"""
+
+
+def page(vlm, surrogate):
+    """The page, as Gradio's Blocks. One question at a time is answered; a tab that is closed ends its own."""
+    hidden, still = dict(api_visibility="private", show_progress="hidden"), dict(interactive=False, buttons=[])
+    with gr.Blocks(title="Graft", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
+        subject = gr.State()
+        with gr.Row():
+            with gr.Column(min_width=280):
+                image = gr.Image(label="the image", format="png", height=280, elem_id="picture", **still)
+                upload = gr.UploadButton("upload an image")
+            with gr.Column(scale=4):
+                gallery = gr.Gallery([picture(s) for s in SUBJECTS], columns=len(SUBJECTS), height=130, format="png",
+                                     show_label=False, allow_preview=False, elem_id="gallery", **still)
+                with gr.Row():
+                    word = gr.Textbox(label="a word, on a sign", max_length=MAX_WORD, elem_id="word")
+                    look = (gr.Dropdown(list(COLORS), value="orange", label="a color ..."),
+                            gr.Dropdown(list(SHAPES), value="star", label="... and a shape"))
+                with gr.Row(equal_height=True):
+                    question = gr.Textbox(SUGGESTIONS["never trained"][0], label="the question", scale=6,
+                                          max_length=MAX_QUESTION, elem_id="question")
+                    ask, stop = gr.Button("ask", variant="primary", elem_id="ask"), gr.Button("stop")
+                for kind, questions in SUGGESTIONS.items():
+                    gr.Examples([[q] for q in questions], question, label=kind, api_visibility="private")
+        line = gr.HTML(elem_id="line")
+        with gr.Row():
+            pair, graft = (gr.HTML(column(name), elem_id=name) for name in ABOUT)
+        with gr.Accordion("look inside"), gr.Row():
+            words, layers = (gr.Plot(format="png", show_label=False, scale=k, elem_id=f"look{k}") for k in (1, 4))
+
+        def pick(event: gr.SelectData):
+            return show(SUBJECTS.__getitem__, event.index)
+        chosen = dict(outputs=[image, subject, line], queue=False, trigger_mode="always_last", **hidden)
+        gallery.select(pick, None, **chosen)
+        word.input(partial(show, sign), word, **chosen)
+        upload.upload(partial(show, lambda path: ("file", path)), upload, **chosen)
+        gr.on([d.input for d in look], partial(show, lambda *of: ("shape", *of)), look, **chosen)
+        asked = gr.on([ask.click, question.submit], partial(respond, vlm, surrogate), [subject, question],
+                      [line, pair, graft, words, layers], **hidden)
+        stop.click(None, cancels=asked)
+    return blocks
+
+
+def need_gradio():
+    if gr is None:
+        raise MissingFile("--web needs Gradio: pip install gradio")
+
+
+def serve(vlm, surrogate):
+    """Open the page in the browser, until Ctrl-C."""
+    page(vlm, surrogate).queue(default_concurrency_limit=1, max_size=16, api_open=False).launch(
+        server_name="127.0.0.1", share=False, inbrowser=True, max_file_size="20mb", footer_links=[], run_history=False,
+        enable_monitoring=False, css=CSS, theme=gr.themes.Base(font=["system-ui"], font_mono=["monospace"]))
