@@ -15,9 +15,12 @@ FEW = 16        # rows up to which PyTorch's int8 kernel for CPUs beats a multip
 
 
 def round_rows(weight):
-    """(N, K) -> int8 (N, K) and scales (N,), in the kernel's bfloat16. Off by half a scale at most."""
+    """(N, K) -> int8 (N, K) and scales (N,): the 16 bits of the kernel's bfloat16. Off by half a scale at most.
+
+    As integers, since a module's `.to(dtype)` leaves those alone: to convert scales at every step would cost a tenth.
+    """
     scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-    return (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+    return (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale.view(torch.int16)
 
 
 class Int8Linear(nn.Module):
@@ -27,12 +30,16 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight, scale = round_rows(weight.detach())
         self.register_buffer("weight", weight)          # (N, K)
-        self.register_buffer("scale", scale)            # (N,)
+        self.register_buffer("scale_bits", scale)       # (N,)
+
+    @property
+    def scale(self):
+        return self.scale_bits.view(torch.bfloat16)     # (N,)
 
     def forward(self, x):
         rows = x.shape[:-1].numel()
         if x.device.type == "cpu" and rows <= FEW:      # decoding: reading the weights takes the time
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), self.weight, self.scale.bfloat16())
+            y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), self.weight, self.scale)
             return y.to(x.dtype).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)        # a prompt: arithmetic does
 
@@ -75,5 +82,5 @@ def rounded(tensors):
     out = dict(tensors)
     for name in (n for n in tensors if n.endswith(("_proj.weight", "lm_head.weight"))):
         out[name] = lambda name=name: read(name)
-        out[name.removesuffix("weight") + "scale"] = lambda name=name: scales[name]     # read behind its weight
+        out[name.removesuffix("weight") + "scale_bits"] = lambda name=name: scales[name]     # read behind its weight
     return out

@@ -23,7 +23,8 @@ def quantized(tiny_llm):
 def test_weights_are_off_by_half_a_scale_at_most():
     weight = torch.randn(64, 96) * torch.logspace(-6, 3, 64)[:, None]           # rows of very different size
     weight[5] = 0
-    q, scale = int8.round_rows(weight)
+    q, bits = int8.round_rows(weight)
+    scale = bits.view(torch.bfloat16)
     assert q.dtype == torch.int8 and q.abs().max() == 127 and not q[5].any()
     apart = (q.float() * scale.float()[:, None] - weight).abs().amax(1)
     largest = weight.abs().amax(1) - 127 * scale.float()                        # what the scale's own rounding cuts off
@@ -54,8 +55,10 @@ def test_loads_as_if_quantized_afterwards(tiny_llm, quantized, tmp_path):
         assert want.keys() == got.state_dict().keys()
         for name, tensor in got.state_dict().items():
             assert torch.equal(tensor, want[name].to(tensor.dtype)), name
+        bits = {n: t.clone() for n, t in got.state_dict().items() if "scale" in n}
+        assert all(torch.equal(t, bits[n]) for n, t in got.half().float().state_dict().items() if n in bits)
         assert not any(isinstance(m, nn.Linear) for m in got.modules())
-        assert torch.equal(got.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+        assert torch.equal(got.model.embed_tokens.weight, plain.model.embed_tokens.weight.half().float())
         assert torch.equal(got.lm_head.weight, int8.round_rows(plain.lm_head_weight)[0])
 
 
@@ -78,7 +81,7 @@ def test_the_pair_of_a_quantized_llm(tiny_llm, stages, quantized):
     for (name, p), q in zip(plain.model.layers[t].named_parameters(), pair.model.layers[t].parameters()):
         assert torch.equal(p, q), name
     fresh = build_surrogate(quantized, [(2, 4)]).model.layers[2].mlp.up_proj.weight
-    q, scale = before["model.layers.2.mlp.up_proj.weight"], before["model.layers.2.mlp.up_proj.scale"]
+    q, scale = quantized.model.layers[2].mlp.up_proj.weight, quantized.model.layers[2].mlp.up_proj.scale
     assert torch.equal(fresh, q.float() * scale.float()[:, None])
     assert all(torch.equal(t, before[n]) for n, t in quantized.state_dict().items())        # the LLM stays as it was
 
