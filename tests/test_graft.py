@@ -317,7 +317,7 @@ def test_conversation_remembers(vlm, monkeypatch, capsys):
 def test_question_from_the_command_line(vlm, surrogate, stages, tmp_path, capsys, system):
     RAGGED[1].image.save(tmp_path / "sign.png")
     graft.main(["--encoder", stages["encoder"], "--image", str(tmp_path / "sign.png"), "--question", Q,
-                "--max-new-tokens", "9", *system])  # fmt: skip
+                "--max-new-tokens", "9", "--no-int8", *system])  # fmt: skip
     expected = (as_pair(vlm, surrogate) if system else vlm).chat(RAGGED[1].image, Q, max_new_tokens=9)
     printed = capsys.readouterr().out
     assert printed.split("\n[first token after")[0].strip() == expected
