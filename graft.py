@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import world
@@ -53,8 +54,7 @@ def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_ne
     """What the LLM, and with `surrogate` the surrogate, make of the same prompts: embeds (B, T, d), lengths (B,).
 
     Returns {"pair": …, "graft": …} (only the latter without a surrogate), each a list of (index of the likeliest of the
-    sample's options, greedy answer). Both decoders run in one pass through their common trunk: once over the prompt,
-    once over all options.
+    sample's options, greedy answer). Prompts and options go through the trunk once for both decoders.
     """
     B, T, _ = embeds.shape
     ragged = None if int(lengths.min()) == T else lengths
@@ -68,28 +68,28 @@ def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_ne
     for cache in caches:
         cache.advance(T, ragged)
 
-    K = len(samples[0].options)
-    options = [tokenizer.encode_text(o) + tokenizer.turn_end for s in samples for o in s.options]
-    n = torch.tensor([len(o) for o in options])                                     # (B*K,)
-    tokens = torch.zeros(B * K, int(n.max()), dtype=torch.long)
-    for row, o in zip(tokens, options):
-        row[:len(o)] = torch.tensor(o)
-    tokens, n = tokens.to(llm.device), n.to(llm.device)
-    hidden = run(llm.embed(tokens), [c.repeat(K, tokens.shape[1]) for c in caches])
+    # one sample's options at a time: there may be many or few of them, and so they take little memory
+    scores = {name: [] for name in decoders}
+    for i, sample in enumerate(samples):
+        options = [tokenizer.encode_text(o) + tokenizer.turn_end for o in sample.options]
+        n = torch.tensor([len(o) for o in options], device=llm.device)              # (K,)
+        tokens = pad_sequence([torch.tensor(o) for o in options], batch_first=True).to(llm.device)      # (K, L)
+        hidden = run(llm.embed(tokens), [c.repeat(*tokens.shape, rows=[i]) for c in caches])
+        for (name, decoder), x, h in zip(decoders.items(), last, hidden):
+            before = torch.cat([x[i].expand(len(n), 1, -1), h[:, :-1]], dim=1)      # (K, L, C)
+            scores[name].append(option_logp(decoder, before, tokens, n))
 
     out = {}
-    for (name, decoder), x, h, cache in zip(decoders.items(), last, hidden, caches):
-        before = torch.cat([x.repeat_interleave(K, 0)[:, None], h[:, :-1]], dim=1)  # (B*K, T, C)
-        scores = option_logp(decoder, before, tokens, n).view(B, K)
+    for (name, decoder), x, cache in zip(decoders.items(), last, caches):
         stream = decoder.decode(x, cache.repeat(1, max_new_tokens), max_new_tokens)
         texts = [tokenizer.decode(t).strip() for t in collect(stream, tokenizer.stop_tokens)]
-        out[name] = list(zip(scores.argmax(1).tolist(), texts))
+        out[name] = [(int(logp.argmax()), text) for logp, text in zip(scores[name], texts)]
     return out
 
 
 def systems(vlm, surrogate, direct, samples):
-    """{"text", "direct", "graft", "pair": [(choice, said), …]} of the same samples. "text" has the caption in the
-    image's place: what the LLM knows."""
+    """Yield (name, [(choice, said), …]) of text, direct, graft and pair, about the same samples. "text" has the caption
+    in the image's place: what the LLM knows. Without a surrogate or direct, their names are missing."""
     images, chats = [s.image for s in samples], [s.messages[:-1] for s in samples]
     tell = lambda message, s: message | dict(content=message["content"].replace("<image>", " " + s.caption))
     told = [[tell(m, s) for m in chat] for s, chat in zip(samples, chats)]
@@ -98,11 +98,11 @@ def systems(vlm, surrogate, direct, samples):
         embeds, lengths = vlm.embed_prompts([vlm.prompt(c) for c in chats], images)
         return answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer)
 
-    out = {"text": ask_all(vlm, told, [])["graft"]}
+    yield "text", ask_all(vlm, told, [])["graft"]
     if direct is not None:
-        out["direct"] = ask_all(direct, chats, images)["graft"]
+        yield "direct", ask_all(direct, chats, images)["graft"]
     ours = ask_all(vlm, chats, images, surrogate)
-    return out | {name: ours[name] for name in ("graft", "pair") if name in ours}
+    yield from ((name, ours[name]) for name in ("graft", "pair") if name in ours)
 
 
 def wilson(right, n):
@@ -114,27 +114,28 @@ def wilson(right, n):
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def compare(vlm, surrogate=None, n=40, batch=8, tasks=TASKS, seed=EVAL_SEED, direct=None, progress=True):
+def compare(vlm, surrogate=None, n=40, batch=20, tasks=TASKS, seed=EVAL_SEED, direct=None, progress=True):
     """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system.
 
     said: the greedy answer, up to 40 tokens, holds the right word and no rival. ranked: of the options, the right one
     is the likeliest.
     """
-    rows = []
-    bar = tqdm(total=n * len(tasks), desc="held-out images", unit="image", disable=not progress)
-    for task in tasks:
-        samples, got = [world.world(task, i, seed, "test") for i in range(n)], {}
-        # samples of one task have equally many options, so they can be batched
-        for i in range(0, n, batch):
-            for name, r in systems(vlm, surrogate, direct, samples[i:i + batch]).items():
+    samples, got = [world.world(task, i, seed, "test") for task in tasks for i in range(n)], {}
+    total = len(samples) * (2 + (surrogate is not None) + (direct is not None))
+    with tqdm(total=total, desc="held-out images", unit="answer", disable=not progress) as bar:
+        for i in range(0, len(samples), batch):
+            for name, r in systems(vlm, surrogate, direct, samples[i:i + batch]):
                 got.setdefault(name, []).extend(r)
-            bar.update(len(samples[i:i + batch]))
+                bar.update(len(r))
+    rows = []
+    for k, task in enumerate(tasks):
+        mine = samples[k * n:(k + 1) * n]
         for name, r in got.items():
-            ranked = sum(s.options[choice] == s.answer for s, (choice, _) in zip(samples, r))
-            said = sum(world.is_right(text, s) for s, (_, text) in zip(samples, r))
+            r = r[k * n:(k + 1) * n]
+            ranked = sum(s.options[choice] == s.answer for s, (choice, _) in zip(mine, r))
+            said = sum(world.is_right(text, s) for s, (_, text) in zip(mine, r))
             rows.append(dict(task=task, trained=task in world.TRAINED_TASKS, system=name, samples=n, said=said / n,
-                             ranked=ranked / n, chance=sum(1 / len(s.options) for s in samples) / n))
-    bar.close()
+                             ranked=ranked / n, chance=sum(1 / len(s.options) for s in mine) / n))
     return rows
 
 
@@ -284,7 +285,7 @@ def parse(argv):
         help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
     add("--eval", type=number(int, 1, 10**6), default=5, metavar="N",
         help="held-out images a task for the comparison (default: %(default)s)")
-    add("--batch", type=number(int, 1, 4096), default=8, help="images at a time (default: %(default)s)")
+    add("--batch", type=number(int, 1, 4096), default=20, help="images at a time (default: %(default)s)")
     add("--seed", type=number(int, 0, MAX_SEED), default=EVAL_SEED, help="which held-out images (default: %(default)s)")
     add("--image", help="ask about this picture instead")
     add("--question", default="Describe the image.", help="what to ask about --image (default: %(default)s)")

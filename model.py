@@ -354,13 +354,13 @@ class KVCache:
             self.lengths = new + (self.used if self.lengths is None else self.lengths)
         self.used += T
 
-    def repeat(self, n, room):
-        """A new cache with every row n times, side by side, and `room` more positions: n continuations of a prompt."""
+    def repeat(self, n, room, rows=slice(None)):
+        """A new cache with every row (or these) n times, side by side, and `room` more positions: n continuations."""
         more = (0, 0, 0, 0, 0, room)
-        grow = lambda x: F.pad(x[:, :self.used].repeat_interleave(n, 0), more)      # (B*n, used + room, Hkv, D)
+        grow = lambda x: F.pad(x[rows, :self.used].repeat_interleave(n, 0), more)   # (rows*n, used + room, Hkv, D)
         new = copy.copy(self)
         new.keys, new.values, new.size = [grow(k) for k in self.keys], [grow(v) for v in self.values], self.used + room
-        new.lengths = None if self.lengths is None else self.lengths.repeat_interleave(n)
+        new.lengths = None if self.lengths is None else self.lengths[rows].repeat_interleave(n)
         return new
 
 

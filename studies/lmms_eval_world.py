@@ -124,20 +124,17 @@ def ask_graft(samples, llm, encoder, batch):
     vlm = VLM.from_pretrained(llm, encoder)
     surrogate, got = load_surrogate(vlm.decoder, encoder), {}
     for name, of in samples.items():
-        # samples of one task have equally many options, as graft.answer needs them
-        for task in dict.fromkeys(s.task for s in of):
-            mine = [s for s in of if s.task == task]
-            for i in range(0, len(mine), batch):
-                part = mine[i:i + batch]
-                prompts = [vlm.prompt(s.messages[:-1]) for s in part]
-                embeds, lengths = vlm.embed_prompts(prompts, [s.image for s in part])
-                answers = graft.answer(embeds, lengths, part, vlm.decoder, surrogate, vlm.tokenizer)
-                for system, results in answers.items():
-                    rows = got.setdefault(system, dict.fromkeys(TASKS, 0))
-                    for s, (choice, text) in zip(part, results):
-                        rows[name] += world.is_right(text, s) / len(of)
-                        if name == "open":
-                            rows["ranked"] += (s.options[choice] == s.answer) / len(of)
+        for i in range(0, len(of), batch):
+            part = of[i:i + batch]
+            prompts = [vlm.prompt(s.messages[:-1]) for s in part]
+            embeds, lengths = vlm.embed_prompts(prompts, [s.image for s in part])
+            answers = graft.answer(embeds, lengths, part, vlm.decoder, surrogate, vlm.tokenizer)
+            for system, results in answers.items():
+                rows = got.setdefault(system, dict.fromkeys(TASKS, 0))
+                for s, (choice, text) in zip(part, results):
+                    rows[name] += world.is_right(text, s) / len(of)
+                    if name == "open":
+                        rows["ranked"] += (s.options[choice] == s.answer) / len(of)
     return got
 
 

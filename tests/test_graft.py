@@ -53,7 +53,7 @@ def make_samples(questions, options):
 
 RAGGED = make_samples(["What?", "What word is on the sign, and what is the color of the sign?", "Which animal is it?"],
                       [["Yes.", "The word is Bread.", "Not at all, it is a cat."], ["It is a fish.", "No.", "A."],
-                       ["A sign.", "Rome.", "The capital is Paris."]])  # fmt: skip
+                       ["A sign.", "The capital is Paris."]])  # fmt: skip
 
 
 def answers(vlm, surrogate, samples, **options):
@@ -85,12 +85,12 @@ def test_ranking_equals_brute_force(vlm, surrogate, samples, monkeypatch):
     scores = []
     monkeypatch.setattr(graft, "option_logp", lambda *a, f=graft.option_logp: scores.append(f(*a)) or scores[-1])
     got = answers(vlm, surrogate, samples)
-    assert list(got) == ["pair", "graft"] and len(scores) == 2
-    for (name, results), logp, system in zip(got.items(), scores, (as_pair(vlm, surrogate), vlm)):
+    assert list(got) == ["pair", "graft"] and len(scores) == 2 * len(samples)
+    for (name, results), own, system in zip(got.items(), (scores[::2], scores[1::2]), (as_pair(vlm, surrogate), vlm)):
         with torch.no_grad():
-            expected = torch.tensor([brute_force(system, s) for s in samples])  # (samples, options)
-        assert (logp.view_as(expected) - expected).abs().max() < 1e-3, name
-        assert [choice for choice, _ in results] == expected.argmax(1).tolist()
+            expected = [torch.tensor(brute_force(system, s)) for s in samples]  # (options,) of each
+        assert all((a - b).abs().max() < 1e-3 for a, b in zip(own, expected, strict=True)), name
+        assert [choice for choice, _ in results] == [int(e.argmax()) for e in expected]
     assert (scores[0] - scores[1]).abs().max() > 0.1  # pair and graft are two
 
 
@@ -137,7 +137,7 @@ def test_compare_counts_right(monkeypatch):
             out["graft"].append((right if third else wrong, s.answer))
             out["pair"].append((wrong if third else right, ""))
             seen.append(s)
-        return out
+        return out.items()
 
     monkeypatch.setattr(graft, "systems", systems)
     tasks = ("color", "capital")
@@ -159,7 +159,7 @@ def test_systems_are_what_they_say(vlm, surrogate, stages, tiny_llm):
     """text has the caption where the image goes; direct its own encoder; pair and graft share theirs."""
     samples = [world.world("capital", i, 5, "test") for i in range(2)]
     direct = VLM.from_pretrained(tiny_llm, stages["full"])
-    got = graft.systems(vlm, surrogate, direct, samples)
+    got = dict(graft.systems(vlm, surrogate, direct, samples))
     assert list(got) == ["text", "direct", "graft", "pair"]
     ours = answers(vlm, surrogate, samples)
     assert got["graft"] == ours["graft"] and got["pair"] == ours["pair"]
@@ -167,7 +167,7 @@ def test_systems_are_what_they_say(vlm, surrogate, stages, tiny_llm):
     told = samples[0].messages[0]["content"].replace("<image>", " " + samples[0].caption)
     ids = vlm.generate([vlm.prompt([{"role": "user", "content": told}])], [], max_new_tokens=40)[0]
     assert got["text"][0][1] == vlm.tokenizer.decode(ids).strip()
-    assert list(graft.systems(vlm, None, None, samples)) == ["text", "graft"]
+    assert [name for name, _ in graft.systems(vlm, None, None, samples)] == ["text", "graft"]
 
 
 def test_table():
