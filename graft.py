@@ -27,7 +27,7 @@ from data import world
 from data.batches import wrap
 from data.images import open_image
 from formats import checkpoints, official
-from formats.errors import MAX_SEED, Parser, number, run_cli
+from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
 from formats.tokenizer import Tokenizer
 from model import VLM, KVCache, Llama, collect
@@ -288,7 +288,7 @@ def parse(argv):
     add("--batch", type=number(int, 1, 4096), default=20, help="images at a time (default: %(default)s)")
     add("--seed", type=number(int, 0, MAX_SEED), default=EVAL_SEED, help="which held-out images (default: %(default)s)")
     add("--image", help="ask about this picture instead")
-    add("--question", default="Describe the image.", help="what to ask about --image (default: %(default)s)")
+    add("--question", help="what to ask about --image (default: Describe the image.)")
     add("--chat", action="store_true", help="converse about --image (without one: about a held-out sign)")
     add("--web", action="store_true", help="pair and graft side by side in the browser (needs: pip install gradio)")
     add("--pair", action="store_true", help="ask the encoder-surrogate pair in place of the graft")
@@ -303,6 +303,11 @@ def parse(argv):
     parser.add_device()
     add("--out", default="runs/graft", help="folder for results.json and demo.png (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.question and (args.chat or args.web or not args.image):
+        raise UserError("--question asks about one picture: give it as --image, without --chat or --web")
+    if args.pair and not (args.image or args.chat):
+        raise UserError("--pair chooses who answers: give a picture as --image, or --chat")
+    args.question = args.question or "Describe the image."
     check_out(args.out)
     return args
 
@@ -323,18 +328,18 @@ def converse(args, vlm, image):
     print(f"\n[{timing}]")
 
 
-def show(args, vlm, about, name, command):
-    """The demo, then the comparison: printed, and kept as demo.png and results.json."""
-    llm, start, out = vlm.decoder, time.perf_counter(), Path(args.out)
+def show(args, vlm, llm, about, name, command):
+    """The demo, then the comparison: printed, and saved as demo.png and results.json. llm: as it was published."""
+    start, out = time.perf_counter(), Path(args.out)
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
     file = checkpoints.locate(args.direct)
     same = file.is_file() and checkpoints.open_checkpoint(file)[1].get("llm") == name
     direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer) if same else None
-    layers = "no surrogate"
-    if surrogate:
+    if surrogate is None:
+        print("graft:  encoder + the full LLM, with which it was trained: there is no surrogate")
+    else:
         layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers"
-    print(f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full LLM, zero-shot")
-    if surrogate:
+        print(f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full LLM, zero-shot")
         examples = demo(vlm, surrogate, args.seed)
         show_demo(examples)
         figure = plot_demo(examples)
@@ -361,16 +366,16 @@ def main(argv=None):
     _, about = checkpoints.open_checkpoint(args.encoder)
     name = args.llm or about.get("llm", official.DEFAULT_LLM)
     asked = image is not None or args.chat or args.web
-    args.int8 = asked and args.device == "cpu" if args.int8 is None else args.int8
+    if args.int8 is None:       # stage 3 trained the LLM itself: it comes in floating point
+        args.int8 = asked and args.device == "cpu" and about.get("stage") != "decoder"
     llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device, quantize="int8" if args.int8 else None)
     vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)))
     if args.web:
-        from extras import web  # only here: it imports this file, and Gradio
         web.serve(vlm, load_surrogate(llm, args.encoder))
     elif asked:
         converse(args, vlm, image)
     else:
-        show(args, vlm, about, name, " ".join(["python graft.py", *argv]))
+        show(args, vlm, llm, about, name, " ".join(["python graft.py", *argv]))
 
 
 if __name__ == "__main__":

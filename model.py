@@ -188,7 +188,7 @@ class Llama(nn.Module):
         return self.model.norm.weight.device
 
     def rope(self, n):
-        """cos and sin of the angles at the positions 0 … n-1: (n, D / 2) float32 each. Kept until too short."""
+        """cos and sin of the angles at the positions 0 … n-1: (n, D / 2) float32 each; cached."""
         if self.rope_cache is None or len(self.rope_cache[0]) < n or self.rope_cache[0].device != self.device:
             angles = torch.arange(max(n, 1024)).float()[:, None] * rope_frequencies(self.config)
             self.rope_cache = (angles.cos().to(self.device), angles.sin().to(self.device))
@@ -537,7 +537,8 @@ class VLM(nn.Module):
         if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
             # stage 3 trained the full LLM itself: a copy takes the new weights
             if isinstance(getattr(decoder, "lm_head", None), int8.Int8Linear):
-                raise UserError(f"{encoder} holds weights of the LLM itself (stage decoder): load it without int8")
+                raise UserError(f"{encoder} holds weights of the LLM itself (stage decoder): load it without int8, "
+                                "by --no-int8 or quantize=None")
             decoder = copy.deepcopy(decoder)
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}

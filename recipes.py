@@ -39,6 +39,7 @@ class Recipe:
     dtype: str = option("auto", "auto, float32 or bfloat16; auto: bfloat16 where the chip multiplies it in hardware")
     workers: int = option(0, "processes that prepare the images ahead", 0, 256)
     save_every: int = option(100, "steps between checkpoints", 1, 10**9)
+    UNUSED = ()                         # fields that mean nothing to a kind of recipe: these cannot be set
 
 
 CHOICES = {"loss_on": ("answers+special", "answers"), "dtype": ("auto", "float32", "bfloat16")}
@@ -57,7 +58,7 @@ def check(recipe):
 
 def override(recipe, settings):
     """`recipe` with `settings`, a list of "key=value"; UserError for an unknown key, wrong type or bad value."""
-    fields, new = {f.name: f for f in dataclasses.fields(recipe)}, {}
+    fields, new = {f.name: f for f in dataclasses.fields(recipe) if f.name not in recipe.UNUSED}, {}
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals or key not in fields:
@@ -76,7 +77,7 @@ def override(recipe, settings):
 def help_text(recipe):
     """One line a field: name, value, meaning."""
     return "\n".join(f"  {f.name + '=' + str(getattr(recipe, f.name)):26}{f.metadata['says']}"
-                     for f in dataclasses.fields(recipe))
+                     for f in dataclasses.fields(recipe) if f.name not in recipe.UNUSED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,13 +97,17 @@ class Target:
 @dataclass(frozen=True)
 class Distillation(Recipe):
     """Of extras/distillation.py."""
+    steps: int = option(400, "optimizer steps", 1, 10**9)
     epochs: int = option(4, "how often the same samples are read; steps / epochs steps of them are fresh", 1, 1000)
+    UNUSED = ("projector", "checkpointing", "workers")
 
 
 @dataclass(frozen=True)
 class Contrast(Recipe):
     """Of extras/vit.py."""
+    steps: int = option(600, "optimizer steps", 1, 10**9)
     near: float = option(0.0, "weight of the visual tokens' squared distance from the words of the caption", 0, 1e3)
+    UNUSED = ("micro_batch", "loss_on", "projector", "max_length", "checkpointing")
 
 
 SMALL = dict(

@@ -23,7 +23,7 @@ from data.sources import CHATS, read_data
 from formats.checkpoints import ancestry, beside, load_checkpoint, open_checkpoint
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
-from formats.log import Log, check_resume
+from formats.log import Log, check_resume, check_start
 from formats.official import find, llama_config
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, base_vit
@@ -197,6 +197,10 @@ def default_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
+def dtype_of(recipe, device):
+    return default_dtype(device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+
+
 def starting_point(stage, target, init=None):
     """What a stage goes on from: what is named, else runs/ of the stage before, else the shipped; None: CLIP alone."""
     if init:
@@ -240,9 +244,13 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
         ranges = given or (target.ranges if same else "auto")
         if ranges != "auto" and (same or theirs):
             ranges = surrogate.check_ranges(ranges, target.llm_config.num_hidden_layers if same else theirs)
-    if not vit and Path(was.get("vit", "")).suffix == ".safetensors":
-        vit = beside(was["vit"], start)     # where it lies now: a shipped or shared file may name that of another run
-    vit = vit or was.get("vit") or (start if was.get("stage") == "vit" else target.vit)
+    own = start if was.get("stage") == "vit" else was.get("vit", "")    # the ViT whose weights the start goes on with
+    if Path(own).suffix == ".safetensors":
+        own = str(beside(own, start)) if own != start else own  # a shipped or shared file may name that of another run
+        if vit and Path(vit).resolve() != Path(own).resolve():
+            raise UserError(f"--vit {vit}: {start} goes on with another ViT, {own}: "
+                            "for a new projector give --init none")
+    vit = vit or own or target.vit
     about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed,
                  recipe=dataclasses.asdict(recipe), data=data, images=images, text=text)
     return json.loads(json.dumps(about))
@@ -333,6 +341,7 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
                  data=args.data, images=args.images if args.data else None, text=text)
     out = args.out or f"runs/{stage}"
     check_out(out)
+    check_start(about, out)
     about = check_resume(out, about) if args.resume else about
     samples, n = read_data(stage, about, args.on_bad_record)
     if recipe.steps == 0:
@@ -342,8 +351,7 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     if team.rank == 0:
         print(f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
               + about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else ""))
-    dtype = default_dtype(team.device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    vlm = build(about, dtype, team.device, team.shard)
+    vlm = build(about, dtype_of(recipe, team.device), team.device, team.shard)
     prepare(vlm, about)
     if recipe.checkpointing:
         vlm.decoder.checkpointed = range(len(vlm.decoder.model.layers))

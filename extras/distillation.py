@@ -6,8 +6,8 @@ Stage 1 with the full LLM as teacher, where the paper's learns from the answers 
 
 The LLM's own predictions say far more per sample than the answer's tokens do, and they pull the translator towards what
 the LLM *would do*, not towards solving the task itself. It takes stage 0's aligned projector, so nothing before the
-translator learns, and what trunk and LLM make of a sample stays the same: it is computed once, kept in memory (3 MB for
-16 samples of the small world) and read `epochs` times.
+translator learns, and what trunk and LLM make of a sample stays the same: it is computed once, cached (3 MB for 16
+samples of the small world) and read `epochs` times.
 """
 import math
 import sys
@@ -19,17 +19,17 @@ from data.batches import Batches
 from data.sources import CHATS, read_data
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
-from formats.log import Log, check_resume
+from formats.log import Log, check_resume, check_start
 from formats.official import find
 from model import Llama
 from recipes import SMALL, help_text, override
-from train import Optimizer, build, count_targets, default_dtype, plan, trained_parameters
+from train import Optimizer, build, count_targets, dtype_of, plan, trained_parameters
 
 RECIPE = SMALL["distillation"]
 
 
 @torch.no_grad()
-def teach(vlm, llm, batch):
+def teacher_states(vlm, llm, batch):
     """What trunk and full LLM make of a batch: a dict of tensors that `distillation_loss` compares translators with."""
     s, device = vlm.decoder, vlm.decoder.device
     after = s.ranges[-1][1] + 1                             # the LLM's layer behind the last replaced range
@@ -41,21 +41,21 @@ def teach(vlm, llm, batch):
     return dict(trunk=trunk, theirs=theirs, full=full, index=index, real=real)
 
 
-def distillation_loss(surrogate, llm, lesson):
+def distillation_loss(surrogate, llm, cached):
     """(KL divergence of the LLM's predictions from the surrogate's, summed over targets; distance of the translators'
     states from the LLM's, summed over positions)."""
     last = surrogate.translators[-1] + 1                    # the layer behind the last translator
-    theirs = lesson["theirs"]
-    ours = surrogate.run(lesson["trunk"], surrogate.trunk, last)                        # (B, T, C)
+    theirs = cached["theirs"]
+    ours = surrogate.run(cached["trunk"], surrogate.trunk, last)                        # (B, T, C)
     # each position in units of its own length: the first token's state is many times as long as the others' ("massive
     # activations", arXiv 2402.17762), and would be all that a common unit sees
     off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (B, T) each
-    state = surrogate.run(ours, last).flatten(0, 1)[lesson["index"]]                    # (N, C)
+    state = surrogate.run(ours, last).flatten(0, 1)[cached["index"]]                    # (N, C)
     logp = surrogate.logits(state).float().log_softmax(-1)                              # (N, vocab)
     with torch.no_grad():
-        full_logp = llm.logits(lesson["full"]).float().log_softmax(-1)                  # (N, vocab)
+        full_logp = llm.logits(cached["full"]).float().log_softmax(-1)                  # (N, vocab)
     kl = F.kl_div(logp, full_logp, log_target=True, reduction="sum")
-    return kl, (off / size).masked_fill(~lesson["real"], 0).sum()
+    return kl, (off / size).masked_fill(~cached["real"], 0).sum()
 
 
 def distill(vlm, llm, recipe, batches, out, about, resume=False):
@@ -63,16 +63,17 @@ def distill(vlm, llm, recipe, batches, out, about, resume=False):
     optimizer = Optimizer(trained_parameters(vlm, "translator", projector=False), recipe)
     vlm.to(vlm.decoder.dtype)
     log, fresh = Log(out, about, optimizer, resume=resume), math.ceil(recipe.steps / recipe.epochs)
-    kept = {}                                               # {fresh step: (targets, positions, a lesson a micro-batch)}
+    cache = {}                          # {fresh step: (targets, positions, teacher_states of every micro-batch)}
     for step in log.bar:
-        if step % fresh not in kept:
+        if step % fresh not in cache:
             micro_batches = batches[step % fresh]
             positions = sum(int(b["lengths"].sum()) for b in micro_batches)
-            kept[step % fresh] = count_targets(micro_batches), positions, [teach(vlm, llm, b) for b in micro_batches]
-        targets, positions, lessons = kept[step % fresh]
+            cache[step % fresh] = (count_targets(micro_batches), positions,
+                                   [teacher_states(vlm, llm, b) for b in micro_batches])
+        targets, positions, states = cache[step % fresh]
         sums = torch.zeros(2, device=vlm.decoder.device)
-        for lesson in lessons:
-            kl, distance = distillation_loss(vlm.decoder, llm, lesson)
+        for cached in states:
+            kl, distance = distillation_loss(vlm.decoder, llm, cached)
             (kl / targets + distance / positions).backward()
             optimizer.gather()
             sums += torch.stack([kl / targets, distance / positions]).detach()
@@ -101,10 +102,11 @@ def main(argv=None):
                  data=None, images=None, text=CHATS)
     if not about["start"]:
         raise UserError("distillation needs a projector that stage 0 aligned: give a checkpoint of stage vit as --init")
+    check_start(about, args.out)
     if args.resume:
         about = check_resume(args.out, about)
     samples, _ = read_data("translator", about)
-    dtype = default_dtype(args.device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    dtype = dtype_of(recipe, args.device)
     llm = Llama.from_pretrained(find(about["llm"]), dtype, args.device)
     vlm = build(about, dtype, args.device, llm=llm)
     print(f"stage translator, distilled: goes on from {about['start']}, trains for {about['llm']} "

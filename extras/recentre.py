@@ -1,12 +1,12 @@
 """
-After stage 2: take back the one vector by which all visual tokens have moved.
+After stage 2: subtract the one offset by which all visual tokens have moved.
 
     python -m extras.recentre                           # runs/encoder/ -> runs/recentred/encoder.safetensors
     python graft.py --encoder runs/recentred/encoder.safetensors
 
 What all images share says nothing about any of them. It acts as a prompt, learned for the surrogate: the pair answers
-better with it, and the full LLM, which never saw it, is misled (studies/offset.py, docs/results.md). The vector goes
-out of the projector's last bias, so the model stays what it is.
+better with it, and the full LLM, which never saw it, is misled (studies/offset.py, docs/results.md). It is
+subtracted from the projector's last bias, so the model stays what it is.
 """
 import sys
 
@@ -14,7 +14,7 @@ import torch
 
 from data.images import preprocess
 from data.world import world
-from formats.checkpoints import open_checkpoint, read_checkpoint, save_checkpoint
+from formats.checkpoints import beside, open_checkpoint, read_checkpoint, save_checkpoint
 from formats.errors import Parser, UserError, run_cli
 from formats.files import check_out_file
 from formats.official import DEFAULT_LLM
@@ -27,6 +27,7 @@ def before_and_after(encoder, llm, device="cpu"):
     _, about = open_checkpoint(encoder)
     if about.get("stage") != "encoder" or not about.get("start"):
         raise UserError(f"{encoder} is no checkpoint of the stage encoder that names what it started from")
+    about = about | dict(start=str(beside(about["start"], encoder)))
     before = build(about, llm.dtype, device, llm=llm).to(llm.dtype).requires_grad_(False)
     before.decoder = llm
     return before, VLM.from_pretrained(llm, encoder)
@@ -55,7 +56,7 @@ def main(argv=None):
     tensors["adapter.2.bias"] -= common
     save_checkpoint(args.out, tensors, about | dict(recentred=round(common.norm().item(), 4)))
     print(f"visual tokens had moved by {way:.2f} on average, all of them by one vector of length {common.norm():.2f}, "
-          f"which is taken back: {args.out}")
+          f"which is subtracted: {args.out}")
 
 
 if __name__ == "__main__":

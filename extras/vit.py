@@ -27,12 +27,12 @@ from data.world import world
 from formats.checkpoints import load_checkpoint, read_checkpoint
 from formats.errors import MAX_SEED, Parser, number, run_cli
 from formats.files import check_out
-from formats.log import Log, check_resume
+from formats.log import Log, check_resume, check_start
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, ViT, ViTConfig
 from recipes import SMALL, help_text, override
-from train import Optimizer, default_dtype
+from train import Optimizer, dtype_of
 
 RECIPE = SMALL["vit"]
 
@@ -93,6 +93,7 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     """Train, and leave a run's files in the folder `out`. start: a checkpoint to go on from. Returns the log."""
     about = dict(stage="vit", llm=llm_name, start=start, vit_config=vars(ViTConfig()), seed=seed,
                  recipe=dataclasses.asdict(recipe))
+    check_start(about, out)
     if resume:
         check_resume(out, about)
     path = find(llm_name)
@@ -149,8 +150,7 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)
-    dtype = default_dtype(args.device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    train_vit(recipe, args.out, args.llm, args.init, args.seed, args.device, dtype, args.resume)
+    train_vit(recipe, args.out, args.llm, args.init, args.seed, args.device, dtype_of(recipe, args.device), args.resume)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,8 @@ def beside(name, checkpoint):
         return neighbour
     if written.exists():
         return written
+    if written.suffix not in (".safetensors", ".pth"):      # a hub name
+        return checkpoint_file(name)
     raise MissingFile(f"{checkpoint} needs {name}, which is neither there nor beside it")
 
 

@@ -9,9 +9,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from formats.checkpoints import open_checkpoint, save_checkpoint, write_whole
+from formats.checkpoints import checkpoint_file, open_checkpoint, save_checkpoint, write_whole
 from formats.errors import MissingFile, UserError
 from formats.files import read_text
+
+
+def check_start(about, out):
+    """UserError if a run would save its checkpoint over the one that it starts from."""
+    mine = Path(out, f"{about['stage']}.safetensors").resolve()
+    if about["start"] and checkpoint_file(about["start"]).resolve() == mine:
+        raise UserError(f"this run goes on from {about['start']}, and would overwrite it: give another --out")
 
 
 def check_resume(out, about):

@@ -201,10 +201,11 @@ def open_gguf(path):
 
     def read(tensor, name):
         try:
-            w = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            w = gguf.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise UserError(f"{path}: {tensor.name} has type {kind}, which the gguf package cannot read") from None
+        w = torch.from_numpy(w if w.flags.writeable else w.copy())      # float32 is the file itself, mapped
         kind = ("." + name).split(".")[-2]
         return deinterleave(w, heads[kind]) if kind in heads else w
 
@@ -248,9 +249,9 @@ def llama_config(path):
         why = f"{type(e).__name__}: {e}"
         raise UserError(f"the configuration of {path} is damaged ({why}): download it again") from None
     heads, kv, D = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
-    if heads % kv or D % 2 or heads * D > 10**6:
+    if heads % kv or D % 8 or D > 128 or heads * D > 10**6:    # what kernels.attention takes
         raise UserError(f"the configuration of {path} says {heads} attention heads of {D} channels for {kv} key/value "
-                        "heads: channels must be even, and the first number a multiple of the last")
+                        "heads: channels must be a multiple of 8, at most 128, and heads a multiple of key/value heads")
     return c
 
 
@@ -363,9 +364,10 @@ def vit_sizes(c, where):
                  hidden_size=take("hidden_size", high=10**5), intermediate_size=take("intermediate_size", high=10**5),
                  num_hidden_layers=take("num_hidden_layers", high=1000),
                  num_attention_heads=take("num_attention_heads"), layer_norm_eps=take("layer_norm_eps", kind=float))
-    if sizes["hidden_size"] % sizes["num_attention_heads"] or sizes["patch_size"] > sizes["image_size"]:
-        raise UserError(f"the configuration in {where} does not fit together: hidden_size must be a multiple of "
-                        f"num_attention_heads, patch_size at most image_size; they are {sizes}")
+    head_dim, left = divmod(sizes["hidden_size"], sizes["num_attention_heads"])
+    if left or head_dim % 8 or head_dim > 128 or sizes["patch_size"] > sizes["image_size"]:
+        raise UserError(f"the configuration in {where} does not fit together: hidden_size / num_attention_heads must "
+                        f"be a multiple of 8, at most 128, and patch_size at most image_size; they are {sizes}")
     return sizes
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from formats.checkpoints import beside, read_checkpoint, save_checkpoint
+from formats.checkpoints import ancestry, beside, read_checkpoint, save_checkpoint
 from formats.errors import UserError
 from formats.official import DEFAULT_LLM, read_json
 
@@ -54,7 +54,7 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
         start = vit if stage == "translator" else None              # a translator that was trained alone needs it
     vit = public(vit, "--vit")
     if stage == "encoder" and about.get("ranges") and about.get("start"):
-        files["translator"], start = translators(checkpoint, about), "translator.safetensors"
+        files["translator"], start = translators(checkpoint), "translator.safetensors"
     files = {stage: (tensors, about)} | files
     told = {}       # {file: what it says about itself}, with no path of this machine
     for name, (_, says) in files.items():
@@ -76,15 +76,13 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
     return {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
 
 
-def translators(checkpoint, about):
+def translators(checkpoint):
     """(the translators that an encoder was trained with, what their checkpoint says about itself)"""
-    tensors = {}
-    while not tensors:
-        if not about.get("start"):
-            raise UserError(f"{checkpoint} names no checkpoint that holds its translators")
-        tensors, about = read_checkpoint(beside(about["start"], checkpoint))
+    for _, tensors, about in ancestry(checkpoint):
         tensors = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
-    return tensors, about
+        if tensors:
+            return tensors, about
+    raise UserError(f"{checkpoint} names no checkpoint that holds its translators")
 
 
 def score_table(results, about, path):
@@ -92,7 +90,7 @@ def score_table(results, about, path):
     if not isinstance(results, dict) or results.get("about") != about:
         raise UserError(f"{path} holds the scores of another encoder: run graft.py --encoder with this one")
     names = list(dict.fromkeys(r["system"] for r in results["rows"]))
-    lines = [f"{results['samples']} held-out drawn images a task, `{results['command']}`:", "",
+    lines = [f"{results['samples']} held-out drawn images a task (`graft.py --eval`, seed {results['seed']}):", "",
              f"| mean over tasks | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for trained in (False, True):
         for measure, how in (("said", "said freely"), ("ranked", "ranked first among options")):

@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from formats.errors import UserError
+
 FEW = 16        # rows up to which PyTorch's int8 kernel for CPUs beats a multiplication by floating-point weights
 
 
@@ -19,7 +21,8 @@ def round_rows(weight):
 
     As integers, since a module's `.to(dtype)` leaves those alone: to convert scales at every step would cost a tenth.
     """
-    scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+    weight = weight.float()
+    scale = (torch.maximum(weight.amax(1), -weight.amin(1)) / 127).clamp(min=1e-12).bfloat16()
     return (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale.view(torch.int16)
 
 
@@ -77,6 +80,8 @@ def rounded(tensors):
 
     def read(name):
         weight, scales[name] = round_rows(tensors[name]())
+        if not scales[name].view(torch.bfloat16).isfinite().all():
+            raise UserError(f"{name} holds numbers that are not finite: download it again")
         return weight
 
     out = dict(tensors)

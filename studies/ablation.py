@@ -45,16 +45,16 @@ class Route:
     """A way to a trained encoder: what stands in for the full LLM, and how its translators are trained."""
     says: str                               # what it shows, in one line
     ranges: str = "20-23,24-28"             # layers that one translator each replaces; none: the full LLM itself
-    taught: str | None = "llm"              # by "answers", as in the paper, or by the full "llm" (extras/distillation)
-    projector: bool = False                 # taught by answers: does the projector learn in stage 1, too?
+    targets: str | None = "llm"             # of stage 1: "answers", as in the paper, or the "llm" (extras/distillation)
+    projector: bool = False                 # with answers: does the projector learn in stage 1, too?
     steps: int = 800                        # of stage 1
-    epochs: int = 4                         # taught by the LLM: how often stage 1 reads the same samples
+    epochs: int = 4                         # with the LLM: how often stage 1 reads the same samples
 
 
 RECIPES = {
     "paper": Route("one translator learns from the answers, and so does the projector", "20-28", "answers", True, 400),
-    "answers": Route("two translators learn from the answers, behind stage 0's projector", taught="answers", steps=400),
-    "shipped": Route("two translators, taught by the full LLM: the shipped weights"),
+    "answers": Route("two translators learn from the answers, after stage 0", targets="answers", steps=400),
+    "shipped": Route("two translators, distilled from the full LLM: the shipped weights"),
     "short": Route("the same, on as many samples, each read only once", steps=200, epochs=1),
     "one": Route("one translator in place of the two", "20-28"),
     "cut-16": Route("an earlier cut, about where the LLM's prediction turns", "16-21,22-28"),
@@ -71,7 +71,7 @@ def plan_stage(stage, route, start, steps, batch, dtype, text, **common):
     how, kind = dataclasses.asdict(SMALL[stage]) | dict(steps=steps, batch=batch, dtype=dtype), Recipe
     if stage == "translator":
         how |= dict(steps=route.steps, projector=route.projector)
-        if route.taught == "llm":
+        if route.targets == "llm":
             how, kind = how | dict(epochs=route.epochs), Distillation
     data = dict(data=None, images=None, text=text if stage == "translator" else None)
     return train.plan(stage, check(kind(**how)), init=start, replace=route.ranges, **common, **data)
@@ -117,9 +117,9 @@ def count_flops(about, llm, steps=3):
     for batch in (b for i in range(steps) for b in batches[i]):
         loss = lambda: vlm.loss(batch)
         if isinstance(recipe, Distillation):
-            lesson, n = flops(lambda: distillation.teach(vlm, llm, batch))
+            cached, n = flops(lambda: distillation.teacher_states(vlm, llm, batch))
             once += n
-            loss = lambda: sum(distillation.distillation_loss(vlm.decoder, llm, lesson))
+            loss = lambda: sum(distillation.distillation_loss(vlm.decoder, llm, cached))
         each += flops(lambda: loss().backward())[1]
     fresh = -(-recipe.steps // getattr(recipe, "epochs", 1))                # rounded up
     return round((once * fresh + each * recipe.steps) / steps)
@@ -149,13 +149,13 @@ def run_recipe(name, seed=0, steps=200, samples=40, out="runs/ablation", vit="as
     on_cpu = full if full.device.type == "cpu" else Llama.from_pretrained(llm, train.default_dtype("cpu"))
     start, cost, seconds = str(vit), {}, {}
     folders = dict(translator=f"translator-{name}-seed{seed}", encoder=f"encoder-{name}-{steps}-seed{seed}")
-    for stage in folders if route.taught else ["encoder"]:
+    for stage in folders if route.targets else ["encoder"]:
         what, folder = plan_stage(stage, route, start, steps, **common), out / folders[stage]
         print(f"{name}, seed {seed}: stage {stage}, {what['recipe']['steps']} steps", flush=True)
         seconds[stage] = run_stage(what, folder, full)["seconds"]
         cost[stage] = count_flops(what, on_cpu)
         start = str(folder / f"{stage}.safetensors")
-    surrogate = load_surrogate(full, start) if route.taught else None
+    surrogate = load_surrogate(full, start) if route.targets else None
     rows = graft.compare(VLM.from_pretrained(full, start), surrogate, samples, seed=VALIDATION_SEED)
     machine = f"CPU, {torch.get_num_threads()} threads" if full is on_cpu else torch.cuda.get_device_name(device)
     versions = dict(torch=torch.__version__, python=sys.version.split()[0], machine=machine, dtype=str(precision))

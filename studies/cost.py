@@ -375,9 +375,10 @@ def show_fits(name):
     return "\n".join(lines)
 
 
-FITS = f"""GB of each GPU, one sample at a time; below 24 to 141 GB: the most samples at a time that fit, – for none. On
-more than one GPU the decoder's layers are shared out (--fsdp). Activation checkpointing, samples of average length.
-EFLOPs (1e18) of the whole stage; hours if training gets {UTILIZATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s."""
+FITS = f"""GB of each GPU, one sample at a time; the columns 24 GB to 141 GB: the largest micro-batch that fits, – for
+none. On more than one GPU the decoder's layers are shared out (--fsdp). Activation checkpointing, samples of average
+length. EFLOPs (1e18) of the whole stage; hours if training gets {UTILIZATION:.0%} of an H100's
+{PEAK / 1e12:.0f} TFLOP/s."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Command line

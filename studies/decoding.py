@@ -3,7 +3,7 @@ How fast are answers decoded? The default LLM in float32, bfloat16 and int8, bes
 
     python -m studies.decoding
 
-Tokens per second behind the first token, all rows of a batch together, and the time to the first token; medians over
+Tokens per second after the first token, all rows of a batch together, and the time to the first token; medians over
 rounds in which all take turns, because absolute times on shared machines wander: trust the ratios.
 """
 import platform
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from formats.errors import Parser, number, run_cli
 from model import Llama
 from studies.benchmark import clock, in_fresh_process, peak_memory
+from surrogate import build_surrogate, fork
 from train import default_dtype
 
 OURS = {"float32": dict(), "bfloat16": dict(dtype=torch.bfloat16), "int8": dict(quantize="int8")}
@@ -75,6 +76,18 @@ def time_decoding(systems, length, batch, tokens=48, rounds=5, device="cpu"):
     return {name: (median(pairs, 0), median(pairs, 1), said[name]) for name, pairs in times.items()}
 
 
+@torch.no_grad()
+def time_trunk(length=60, batch=20, rounds=5, device="cpu"):
+    """(seconds for a prompt through surrogate, then LLM; seconds where both share the trunk), medians in turns."""
+    llm = Llama.from_pretrained(device=device)
+    L = llm.config.num_hidden_layers
+    surrogate = build_surrogate(llm, [(2 * L // 3, L - 2)])
+    x = llm.embed(torch.randint(100, 4000, (batch, length), device=device))                          # (B, T, C)
+    ways = (lambda: (surrogate.run(x), llm.run(x))), (lambda: fork(surrogate, llm, x))
+    times = [[clock(way, device)[0] for way in ways] for _ in range(rounds + 1)]
+    return [statistics.median(t) for t in zip(*times[1:])]
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_device()
@@ -98,6 +111,9 @@ def main(argv=None):
         for name in names:
             m = in_fresh_process(f"memory_of({name!r})", "decoding")
             print(f"| {name} | {m['held'] / 2**20:.0f} MiB | {m['peak'] / 2**20:.0f} MiB |", flush=True)
+    apart, shared = time_trunk(rounds=args.rounds, device=args.device)
+    print(f"\npair and graft over 20 prompts of 60 tokens: {apart:.2f} s, with their trunk shared {shared:.2f} s "
+          f"({shared / apart:.0%})", flush=True)
     systems = {name: system(name, args.device)[1] for name in names}
     for length in args.length:
         for batch in args.batch:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from data import world
 from formats import official
 from formats.tokenizer import Tokenizer
-from model import Llama, LlamaConfig
+from model import VLM, Llama, LlamaConfig
+from surrogate import load_surrogate
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +90,14 @@ def stages(tiny_llm, tmp_path_factory):
     train.main(["decoder", *common, "--init", files["encoder"], "--out", str(folder / "decoder")])
     train.main(["encoder", *common, "--init", files["vit"], "--replace", "none", "--out", str(folder / "full")])
     return files
+
+
+@pytest.fixture(scope="module")
+def vlm(stages, tiny_llm):
+    """The graft: an encoder trained with the surrogate, and the full LLM."""
+    return VLM.from_pretrained(tiny_llm, stages["encoder"])
+
+
+@pytest.fixture(scope="module")
+def surrogate(vlm, stages):
+    return load_surrogate(vlm.decoder, stages["encoder"])

@@ -20,7 +20,7 @@ from studies.ablation import RECIPES, Route
 
 TINY = {
     "answers": Route("from the answers", "2-4", "answers", projector=True, steps=1),
-    "taught": Route("by the LLM", "1-2,3-4", "llm", steps=4, epochs=2),
+    "distilled": Route("by distillation", "1-2,3-4", "llm", steps=4, epochs=2),
     "direct": Route("on the full LLM", "none", None, steps=0),
 }
 TASKS = ("color", "capital")        # that are asked
@@ -94,19 +94,19 @@ def test_results(results, tiny_llm):
         assert all(n > 0 for n in r["flops"].values()) and r["versions"]["torch"] == torch.__version__
         systems = {"text", "graft"} if name == "direct" else {"text", "graft", "pair"}
         assert {(row["task"], row["system"]) for row in r["rows"]} == {(t, s) for t in TASKS for s in systems}
-    assert results["taught"]["flops"]["encoder"] < results["direct"]["flops"]["encoder"], "fewer layers"
+    assert results["distilled"]["flops"]["encoder"] < results["direct"]["flops"]["encoder"], "fewer layers"
 
 
 def test_the_stages_of_the_recipes(out, results):
-    """Answers with the projector, lessons without; stage 2 begins with the surrogate of stage 1."""
+    """Answers with the projector, distillation without; stage 2 begins with the surrogate of stage 1."""
     read = lambda folder: checkpoints.read_checkpoint(next((out / folder).glob("*.safetensors")))
     trained, about = read("translator-answers-seed0")
     assert "adapter.0.weight" in trained and "epochs" not in about["recipe"] and about["ranges"] == [[2, 4]]
-    trained, about = read("translator-taught-seed0")
+    trained, about = read("translator-distilled-seed0")
     assert all(n.startswith("decoder.") for n in trained) and about["recipe"]["epochs"] == 2
     assert {n.split(".")[3] for n in trained} == {"1", "2"}, "two translators"
-    trained, about = read("encoder-taught-2-seed0")
-    assert about["start"] == str(out / "translator-taught-seed0" / "translator.safetensors")
+    trained, about = read("encoder-distilled-2-seed0")
+    assert about["start"] == str(out / "translator-distilled-seed0" / "translator.safetensors")
     assert not any(n.startswith("decoder.") for n in trained) and about["ranges"] == [[1, 2], [3, 4]]
 
 
@@ -114,14 +114,14 @@ def test_nothing_is_done_twice(run, results, monkeypatch):
     """A finished result is read; other steps begin with the same surrogate; other samples ask the same encoder."""
     with monkeypatch.context() as patch:
         patch.setattr(Llama, "from_pretrained", None)
-        assert run("taught") == results["taught"]
+        assert run("distilled") == results["distilled"]
     trained, prepare = [], ablation.prepare
     monkeypatch.setattr(ablation, "count_flops", lambda about, llm: 1)
     monkeypatch.setattr(ablation, "prepare", lambda what, llm: trained.append(what["stage"]) or prepare(what, llm))
-    assert run("taught", steps=1)["steps"] == 1 and trained == ["encoder"]
-    assert run("taught", samples=2)["samples"] == 2 and trained == ["encoder"]
+    assert run("distilled", steps=1)["steps"] == 1 and trained == ["encoder"]
+    assert run("distilled", samples=2)["samples"] == 2 and trained == ["encoder"]
     with pytest.raises(UserError, match="translator.safetensors is of another run: recipe was .*; delete it, or"):
-        run("taught", route=dataclasses.replace(TINY["taught"], steps=3))
+        run("distilled", route=dataclasses.replace(TINY["distilled"], steps=3))
 
 
 def test_a_stage_goes_on_after_a_break(stages, tiny_llm, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_a_stage_goes_on_after_a_break(stages, tiny_llm, tmp_path, monkeypatch):
 def test_the_recipes_can_be_planned():
     """Every row of RECIPES has layers that the default LLM has, and numbers in their range."""
     for route in RECIPES.values():
-        if route.taught:
+        if route.targets:
             common = dict(steps=1, batch=16, dtype="auto", text="", seed=0, llm="smollm2-135m")
             what = ablation.plan_stage("translator", route, "assets/vit.safetensors", **common)
             assert what["recipe"]["steps"] == route.steps and what["ranges"][-1][1] == 28

@@ -33,7 +33,8 @@ CONFIGS = dict(  # changes of a config.json -> the words that name them
     huge=(dict(vocab_size=10**30), "vocab_size = 1000"), layers=(dict(num_hidden_layers=10**6), "from 1 to 1,000"),
     yes=(dict(hidden_size=True), "hidden_size = True"), eps=(dict(rms_norm_eps=float("nan")), "rms_norm_eps = nan"),
     theta=(dict(rope_theta=-1), "rope_theta = -1"), heads=(dict(num_key_value_heads=4), "2 attention heads"),
-    odd=(dict(head_dim=15), "must be even"), tied=(dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
+    odd=(dict(head_dim=20), "a multiple of 8"), big=(dict(head_dim=136), "at most 128"),
+    tied=(dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
     rope=(dict(rope_scaling=[8]), "[8]"), factor=(dict(rope_scaling=dict(rope_type="llama3")), "lacks 'factor'"),
     yarn=(dict(rope_scaling=dict(rope_type="yarn")), "RoPE scaling of type yarn"),
     other=(dict(hidden_size=48), "(500, 48)"),
@@ -61,8 +62,8 @@ ABOUT = dict(  # changes of what a checkpoint says of itself -> the words
 )  # fmt: skip
 VITS = dict(
     text=("x", "vit_config = 'x'"), lacks=({}, "lacks 'image_size'"), patch=(dict(patch_size=0), "patch_size = 0"),
-    wide=(dict(hidden_size=96_000), "another ViT"), many=(dict(num_hidden_layers=6), "another ViT"),
-    head=(dict(num_attention_heads=5), "multiple"),
+    wide=(dict(hidden_size=96_000, num_attention_heads=1000), "another ViT"),
+    many=(dict(num_hidden_layers=6), "another ViT"), head=(dict(num_attention_heads=5), "multiple"),
 )  # fmt: skip
 RECORDS = dict(
     parent=(dict(image="../a.png"), "'../a.png' leads out of"), root=(dict(image="/etc/passwd"), "leads out of"),
@@ -207,6 +208,9 @@ CASES = [
      "does not belong"),
     (f"{T} --init none --vit {{encoder}}", "encoder.safetensors", "not a ViT"),
     (f"{T} --init none --vit {{bad}}/gone.safetensors", "gone.safetensors"),
+    (f"{E} --vit assets/vit.safetensors", "--vit", "goes on with another ViT", "--init none"),
+    (f"{T} micro_batch=3", "micro_batch"), ("extras.vit steps=0 --out {out}", "steps=0", "between 1"),
+    ("extras.distillation steps=0 --out {out}", "steps=0"), ("extras.vit micro_batch=2 --out {out}", "'micro_batch'"),
     ("train encoder --recipe llama-3.1-8b --out {out}", "llama-3.1-8b", "--data", "--images"),
     ("train translator --recipe llama-3.1-8b --data x.json --out {out}", "--text"),
     ("extras.distillation --llm {llm} --init none --replace 2-4 --out {out}", "projector that stage 0 aligned"),
@@ -232,6 +236,7 @@ CASES = [
     ("surrogate --llm {bad}/fifo.gguf --out {out}", "no tokenizer at", "fifo.gguf"),
     ("graft --encoder {bad}/fifo.safetensors --out {out}", "fifo.safetensors is not a file"),
     ("graft --encoder {bad}/loop.safetensors --out {out}", "no such checkpoint", "loop.safetensors"),
+    (f"{G} --question Why?", "--question", "--image"), (f"{G} --pair", "--pair", "--image"),
     *((f"{G} --image {{bad}}/{name}", name, words) for name, words in {
         "fifo.png": "not an image", "loop.png": "no such image", "gone.png": "no such image", "images": "not an image",
         "images/text.png": "not an image", "images/cut.png": "damaged or truncated", "bomb.png": "megapixels",
@@ -269,6 +274,18 @@ CASES = [
         "encoder --recipe llama-3.1-8b dtype=float32": ("bfloat16",),
         "encoder --recipe llama-3.1-8b max_length=300": ("579 visual tokens",)}.items()),
 ]  # fmt: skip
+
+
+def test_a_run_does_not_overwrite_its_start(stages, tiny_llm, capsys):
+    for stage, more in (("encoder", []), ("translator", ["--replace", "2-4"])):
+        folder = Path(stages[stage]).parent
+        before = Path(stages[stage]).read_bytes()
+        for name in ("train", "extras.distillation") if stage == "translator" else ("train",):
+            argv = [name, *([stage] if name == "train" else []), "--init", stages[stage], *more, "--out", str(folder)]
+            assert_refused(capsys, [*argv, "--llm", tiny_llm, "steps=1"], f"{stage}.safetensors", "another --out")
+        assert Path(stages[stage]).read_bytes() == before
+    assert_refused(capsys, ["extras.vit", "--llm", tiny_llm, "--init", stages["vit"], "steps=1", "--out",
+                            str(Path(stages["vit"]).parent)], "vit.safetensors", "another --out")
 
 
 def contents(folder):

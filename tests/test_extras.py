@@ -9,7 +9,7 @@ from test_train import assert_close, assert_complete, grads, make_vlm, mixed_bat
 import train
 from extras import distillation, parallel, recentre, vit
 from extras.lora import add_lora
-from formats.checkpoints import read_checkpoint
+from formats.checkpoints import read_checkpoint, save_checkpoint
 from formats.errors import run_cli
 from model import VLM, Llama, ViT, ViTConfig
 
@@ -40,7 +40,19 @@ def test_stage_0_resumes(tiny_llm, tmp_path, monkeypatch):
     assert all(torch.equal(whole[n], broken[n]) for n in whole)
 
 
-def test_recentre_takes_back_what_all_visual_tokens_share(stages, tmp_path, capsys):
+def test_recentre_finds_a_start_that_has_moved(stages, tmp_path):
+    """As the shipped files, whose metadata names runs/, and which lie side by side."""
+    for stage in ("encoder", "translator", "vit"):
+        tensors, about = read_checkpoint(stages[stage])
+        gone = {k: f"runs/gone/{Path(about[k]).name}" for k in ("start", "vit") if about.get(k)}
+        save_checkpoint(tmp_path / f"{stage}.safetensors", tensors, about | gone)
+    moved = tmp_path / "encoder.safetensors"
+    llm = Llama.from_pretrained(about["llm"])
+    ours, theirs = (recentre.offset(*recentre.before_and_after(f, llm), n=3)[0] for f in (moved, stages["encoder"]))
+    assert torch.equal(ours, theirs)
+
+
+def test_recentre_subtracts_what_all_visual_tokens_share(stages, tmp_path, capsys):
     llm = Llama.from_pretrained(read_checkpoint(stages["encoder"])[1]["llm"])
     out = str(tmp_path / "encoder.safetensors")
     moved, _ = recentre.offset(*recentre.before_and_after(stages["encoder"], llm))
@@ -89,8 +101,8 @@ def test_distillation_loss_and_gradients(tiny_llm, ranges):
     """The full LLM teaches the translators, and nothing else."""
     vlm, llm = make_vlm(tiny_llm, ranges)
     batch, parameters = mixed_batch(vlm), train.trained_parameters(vlm, "translator", projector=False)
-    lesson = distillation.teach(vlm, llm, batch)
-    losses = distillation.distillation_loss(vlm.decoder, llm, lesson)
+    cached = distillation.teacher_states(vlm, llm, batch)
+    losses = distillation.distillation_loss(vlm.decoder, llm, cached)
     expected = oracle(vlm, llm, batch)
     for ours, theirs in zip(losses, expected):
         assert relative(ours.item(), theirs.item()) < 1e-4
@@ -106,19 +118,19 @@ def test_distillation_is_zero_for_a_perfect_translator(tiny_llm):
     with torch.no_grad():
         for ours, theirs in zip(vlm.decoder.model.layers[3].parameters(), llm.model.layers[3].parameters()):
             ours.copy_(theirs)
-    lesson = distillation.teach(vlm, llm, mixed_batch(vlm))
-    assert [x.item() for x in distillation.distillation_loss(vlm.decoder, llm, lesson)] == [0, 0]
+    cached = distillation.teacher_states(vlm, llm, mixed_batch(vlm))
+    assert [x.item() for x in distillation.distillation_loss(vlm.decoder, llm, cached)] == [0, 0]
 
 
-def test_later_epochs_read_kept_states(stages, tiny_llm, tmp_path, monkeypatch):
+def test_later_epochs_read_cached_states(stages, tiny_llm, tmp_path, monkeypatch):
     """The LLM runs once over a sample, however often it is read; one resumed amid an epoch makes the same bits."""
-    taught, teach = [], distillation.teach
-    monkeypatch.setattr(distillation, "teach", lambda *args: taught.append(1) or teach(*args))
+    calls, states = [], distillation.teacher_states
+    monkeypatch.setattr(distillation, "teacher_states", lambda *args: calls.append(1) or states(*args))
     common = ["--llm", tiny_llm, "--init", stages["vit"], "--replace", "2-4",
               "steps=5", "epochs=2", "batch=5", "lr=1e-3", "save_every=2", "dtype=float32"]
     go = lambda out, *more: distillation.main([*common, "--out", str(tmp_path / out), *more])
     go("whole")
-    assert len(taught) == 6                                         # images and text apart; 3 of 5 steps are fresh
+    assert len(calls) == 6                                         # images and text apart; 3 of 5 steps are fresh
     assert_complete(tmp_path / "whole", "translator", 5, 1e-3)
     go("again", "epochs=1")
     (whole, about), (again, _) = (read_checkpoint(tmp_path / f / "translator.safetensors") for f in ("whole", "again"))

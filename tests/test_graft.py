@@ -25,17 +25,6 @@ ROOT = Path(__file__).parent.parent
 Q = "What is it?"
 
 
-@pytest.fixture(scope="module")
-def vlm(stages, tiny_llm):
-    """The graft: an encoder trained with the surrogate, and the full LLM."""
-    return VLM.from_pretrained(tiny_llm, stages["encoder"])
-
-
-@pytest.fixture(scope="module")
-def surrogate(vlm, stages):
-    return load_surrogate(vlm.decoder, stages["encoder"])
-
-
 def as_pair(vlm, surrogate):
     """The same encoder in front of the surrogate, as a VLM of its own."""
     pair = copy.copy(vlm)
@@ -321,6 +310,18 @@ def test_question_from_the_command_line(vlm, surrogate, stages, tmp_path, capsys
     expected = (as_pair(vlm, surrogate) if system else vlm).chat(RAGGED[1].image, Q, max_new_tokens=9)
     printed = capsys.readouterr().out
     assert printed.split("\n[first token after")[0].strip() == expected
+
+
+def test_stage_3_answers_in_floating_point(stages, tiny_llm, tmp_path, capsys):
+    """Its LLM is its own: without an option it is not asked in int8. In the table it is not called zero-shot."""
+    RAGGED[1].image.save(tmp_path / "sign.png")
+    graft.main(["--encoder", stages["decoder"], "--image", str(tmp_path / "sign.png"), "--max-new-tokens", "9"])
+    expected = VLM.from_pretrained(tiny_llm, stages["decoder"]).chat(
+        RAGGED[1].image, "Describe the image.", max_new_tokens=9)
+    assert capsys.readouterr().out.split("\n[first token after")[0].strip() == expected
+    graft.main(["--encoder", stages["decoder"], "--eval", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "there is no surrogate" in printed and "zero-shot" not in printed
 
 
 def test_conversation_as_a_user_sees_it(stages, tmp_path):

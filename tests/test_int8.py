@@ -1,11 +1,13 @@
 """kernels/int8.py: the rounding against its own bound, the two ways to multiply, every way to load, the real LLM."""
 import json
+import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import save_tiny_llm
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
@@ -18,6 +20,16 @@ from surrogate import build_surrogate, load_surrogate, read_texts
 @pytest.fixture(scope="module")
 def quantized(tiny_llm):
     return Llama.from_pretrained(tiny_llm, quantize="int8")
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_weights_that_are_not_finite(tiny_llm, tmp_path, odd):
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = odd
+    save_file(weights, tmp_path / "llm" / "model.safetensors")
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds numbers that are not finite"):
+        Llama.from_pretrained(tmp_path / "llm", quantize="int8")
 
 
 def test_weights_are_off_by_half_a_scale_at_most():

@@ -71,10 +71,11 @@ def test_model_card(folder, stages, tmp_path):
     rows = [dict(task=t, trained=t == "color", system=s, said=x, ranked=x) for t, s, x in (
         ("color", "graft", .5), ("capital", "graft", .25), ("language", "graft", .75), ("capital", "pair", 0))]
     scores = tmp_path / "results.json"
-    scores.write_text(json.dumps(dict(about=about, samples=3, command="python graft.py", rows=rows)))
+    scores.write_text(json.dumps(dict(about=about, samples=3, seed=7, rows=rows)))
     text = (shared(stages["encoder"], tmp_path / "a", "--scores", str(scores)) / "README.md").read_text()
+    assert "3 held-out drawn images a task (`graft.py --eval`, seed 7)" in text
     assert "| never trained, said freely | 50% | 0% |" in text and "| trained, said freely | 50% |  |" in text
-    scores.write_text(json.dumps(dict(about=about | dict(seed=1), samples=3, command="", rows=rows)))
+    scores.write_text(json.dumps(dict(about=about | dict(seed=1), samples=3, seed=7, rows=rows)))
     with pytest.raises(UserError, match="scores of another encoder"):
         shared(stages["encoder"], tmp_path / "b", "--scores", str(scores))
     assert not (tmp_path / "b").exists()
@@ -113,6 +114,18 @@ def test_stage_2_goes_on_from_a_shared_translator(stages, tiny_llm, tmp_path):
     ours, theirs = (read_checkpoint(f)[0] for f in (tmp_path / "run", stages["encoder"]))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert VLM.from_pretrained(Llama.from_pretrained(tiny_llm), encoder=tmp_path / "run")
+
+
+def test_a_hub_name_as_the_start(stages, tiny_llm, tmp_path, monkeypatch):
+    """What train.py --init org/name leaves behind finds its translators again."""
+    import formats.checkpoints
+    folder = shared(stages["translator"], tmp_path / "shared")
+    tensors, about = read_checkpoint(folder)
+    convert.save_checkpoint(folder / "translator.safetensors", tensors, about | dict(llm=tiny_llm))
+    monkeypatch.setattr(formats.checkpoints, "find", lambda name: {"org/name": folder}[str(name)])
+    train.main(["encoder", "steps=1", "batch=2", "dtype=float32", "--init", "org/name", "--out", str(tmp_path / "run")])
+    assert read_checkpoint(tmp_path / "run")[1]["start"] == "org/name"
+    assert load_surrogate(Llama.from_pretrained(tiny_llm), tmp_path / "run").translators
 
 
 def test_what_cannot_be_shared(stages, tmp_path):

@@ -25,21 +25,10 @@ from data import world
 from extras import side_by_side, web
 from formats.errors import run_cli
 from model import VLM
-from surrogate import load_surrogate
 
 ROOT = Path(__file__).parent.parent
 CAPITAL = "What is the capital of the country on the sign?"
 KENYA = ("sign", "Kenya")
-
-
-@pytest.fixture(scope="module")
-def vlm(stages, tiny_llm):
-    return VLM.from_pretrained(tiny_llm, stages["encoder"])
-
-
-@pytest.fixture(scope="module")
-def surrogate(vlm, stages):
-    return load_surrogate(vlm.decoder, stages["encoder"])
 
 
 def prompt_of(vlm, question=CAPITAL):
