@@ -25,11 +25,11 @@ def test_a_surrogate_is_built_alone_and_out_of_the_llm(monkeypatch, capsys):
         seen.append(eval(f"benchmark.{call}") | dict(peak=2**20))
         return seen[-1]
     monkeypatch.setattr(benchmark, "in_fresh_process", here)
-    benchmark.compare_surrogate_memory(ranges=((2, 4),), layers=6, width=96, vocab=64, shards=2)
+    benchmark.compare_surrogate_memory(ranges=((2, 4),), layers=6, width=192, vocab=64, shards=2)
     assert "of 4 layers" in capsys.readouterr().out
-    layer = 2 * 96 * 96 + 2 * 32 * 96 + 3 * 96 * 256 + 2 * 96                       # q, o; k, v; MLP; two norms
+    layer = 2 * 192 * 192 + 2 * 64 * 192 + 3 * 192 * 512 + 2 * 192                       # q, o; k, v; MLP; two norms
     assert [s["layers"] for s in seen] == [4, 4]
-    assert [s["size"] for s in seen] == [2 * (4 * layer + 64 * 96 + 96)] * 2        # two bytes a weight, tied head
+    assert [s["size"] for s in seen] == [2 * (4 * layer + 64 * 192 + 192)] * 2        # two bytes a weight, tied head
 
 
 def test_memory_option_runs_only_the_memory(monkeypatch):
