@@ -49,6 +49,20 @@ def option_logp(decoder, before, tokens, lengths, chunk=256):
     return logp.sum(1)
 
 
+def rank(options, tokenizer, run, decoders, caches, last, row=0):
+    """log p (K,) of each of K options, for every decoder: what each makes of them behind its cache's row.
+
+    run(x, caches): the decoders' hidden states. last: theirs (C,) at the end of the prompt, which predict the first
+    tokens.
+    """
+    ids = [torch.tensor(tokenizer.encode_text(o) + tokenizer.turn_end) for o in options]
+    tokens = pad_sequence(ids, batch_first=True).to(decoders[0].device)                         # (K, L)
+    n = torch.tensor([len(i) for i in ids], device=tokens.device)                               # (K,)
+    hidden = run(decoders[0].embed(tokens), [c.repeat(*tokens.shape, rows=[row]) for c in caches])
+    before = [torch.cat([x.expand(len(n), 1, -1), h[:, :-1]], dim=1) for x, h in zip(last, hidden)]     # (K, L, C) each
+    return [option_logp(decoder, b, tokens, n) for decoder, b in zip(decoders, before)]
+
+
 @torch.no_grad()
 def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_new_tokens=40):
     """What the LLM, and with `surrogate` the surrogate, make of the same prompts: embeds (B, T, d), lengths (B,).
@@ -69,21 +83,14 @@ def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_ne
         cache.advance(T, ragged)
 
     # one sample's options at a time: there may be many or few of them, and so they take little memory
-    scores = {name: [] for name in decoders}
-    for i, sample in enumerate(samples):
-        options = [tokenizer.encode_text(o) + tokenizer.turn_end for o in sample.options]
-        n = torch.tensor([len(o) for o in options], device=llm.device)              # (K,)
-        tokens = pad_sequence([torch.tensor(o) for o in options], batch_first=True).to(llm.device)      # (K, L)
-        hidden = run(llm.embed(tokens), [c.repeat(*tokens.shape, rows=[i]) for c in caches])
-        for (name, decoder), x, h in zip(decoders.items(), last, hidden):
-            before = torch.cat([x[i].expand(len(n), 1, -1), h[:, :-1]], dim=1)      # (K, L, C)
-            scores[name].append(option_logp(decoder, before, tokens, n))
+    scores = [rank(sample.options, tokenizer, run, [*decoders.values()], caches, [x[i] for x in last], i)
+              for i, sample in enumerate(samples)]
 
     out = {}
-    for (name, decoder), x, cache in zip(decoders.items(), last, caches):
+    for (name, decoder), x, cache, logps in zip(decoders.items(), last, caches, zip(*scores)):
         stream = decoder.decode(x, cache.repeat(1, max_new_tokens), max_new_tokens)
         texts = [tokenizer.decode(t).strip() for t in collect(stream, tokenizer.stop_tokens)]
-        out[name] = [(int(logp.argmax()), text) for logp, text in zip(scores[name], texts)]
+        out[name] = [(int(logp.argmax()), text) for logp, text in zip(logps, texts)]
     return out
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import surrogate
-from data.batches import Batches
+from data.batches import Batches, shares
 from data.sources import CHATS, read_data
-from formats.checkpoints import ancestry, beside, load_checkpoint, open_checkpoint
+from formats.checkpoints import ancestry, beside, checkpoint_file, load_checkpoint, open_checkpoint
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
 from formats.log import Log, check_resume, check_start
@@ -244,12 +244,13 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
         ranges = given or (target.ranges if same else "auto")
         if ranges != "auto" and (same or theirs):
             ranges = surrogate.check_ranges(ranges, target.llm_config.num_hidden_layers if same else theirs)
-    own = start if was.get("stage") == "vit" else was.get("vit", "")    # the ViT whose weights the start goes on with
-    if Path(own).suffix == ".safetensors":
-        own = str(beside(own, start)) if own != start else own  # a shipped or shared file may name that of another run
-        if vit and Path(vit).resolve() != Path(own).resolve():
-            raise UserError(f"--vit {vit}: {start} goes on with another ViT, {own}: "
-                            "for a new projector give --init none")
+    own = was.get("vit", "")                                # the ViT that the start goes on with
+    if was.get("stage") == "vit":
+        own = str(checkpoint_file(start))
+    elif Path(own).suffix == ".safetensors":
+        own = str(beside(own, start))       # where it lies now: a shipped or shared file may name that of another run
+    if vit and Path(own).suffix == ".safetensors" and Path(vit).resolve() != Path(own).resolve():
+        raise UserError(f"--vit {vit}: {start} goes on with another ViT, {own}: for a new projector give --init none")
     vit = vit or own or target.vit
     about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed,
                  recipe=dataclasses.asdict(recipe), data=data, images=images, text=text)
@@ -343,6 +344,7 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     check_out(out)
     check_start(about, out)
     about = check_resume(out, about) if args.resume else about
+    shares(recipe, team.world)
     samples, n = read_data(stage, about, args.on_bad_record)
     if recipe.steps == 0:
         if n is None:

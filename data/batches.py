@@ -146,6 +146,17 @@ def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", 
 # ---- What a step reads ----------------------------------------------------------------------------------------------
 
 
+def shares(recipe, world):
+    """(samples of a step for each of `world` processes, how many of them at a time)."""
+    share, left = divmod(recipe.batch, world)
+    micro = recipe.micro_batch or share
+    if left or not share or share % micro:
+        raise UserError(f"a batch of {recipe.batch} cannot be shared out: {micro} samples at a time in {world} "
+                        f"process(es) make {micro * world}, which does not divide {recipe.batch} "
+                        "(see batch and micro_batch)")
+    return share, micro
+
+
 class Batches(torch.utils.data.Dataset):
     """
     batches[step] -> the micro-batches that this process reads in that step.
@@ -158,12 +169,7 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, samples, recipe, tokenizer, n_visual, image_size, rank=0, world=1, mixed=False):
-        share, left = divmod(recipe.batch, world)
-        micro = recipe.micro_batch or share
-        if left or not share or share % micro:
-            raise UserError(f"a batch of {recipe.batch} cannot be shared out: {micro} samples at a time in {world} "
-                            f"process(es) make {micro * world}, which does not divide {recipe.batch} "
-                            "(see batch and micro_batch)")
+        share, micro = shares(recipe, world)
         self.samples, self.batch, self.share, self.micro, self.rank = samples, recipe.batch, share, micro, rank
         self.mixed, self.workers = mixed, recipe.workers
         self.collate = functools.partial(collate, tokenizer=tokenizer, n_visual=n_visual, size=image_size,

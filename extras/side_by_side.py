@@ -16,11 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch.nn.utils.rnn import pad_sequence
 
+import graft
 from data import world
 from data.images import CLIP_MEAN, CLIP_STD, preprocess
-from graft import TASKS, option_logp
 from model import KVCache
 from surrogate import kept_layers
 
@@ -50,21 +49,18 @@ def talk(vlm, surrogate, prompt, image, max_new_tokens=40):
 def rank(vlm, decoder, prompt, image, options):
     """[(option, its probability among the options), …], the likeliest first."""
     embeds, _ = vlm.embed_prompts([prompt], [image])                                        # (1, T, d)
-    ids = [torch.tensor(vlm.tokenizer.encode_text(o) + vlm.tokenizer.turn_end) for o in options]
-    tokens = pad_sequence(ids, batch_first=True).to(decoder.device)      # (K, L)
     cache = KVCache(decoder, 1, embeds.shape[1])
-    last = decoder.run(embeds, cache=cache)[:, -1:].expand(len(ids), -1, -1)                # (K, 1, d)
+    last = decoder.run(embeds, cache=cache)[0, -1]                                          # (d,)
     cache.advance(embeds.shape[1])
-    hidden = decoder.run(decoder.embed(tokens), cache=cache.repeat(*tokens.shape))          # (K, L, d)
-    lengths = torch.tensor([len(i) for i in ids], device=decoder.device)
-    logp = option_logp(decoder, torch.cat([last, hidden[:, :-1]], 1), tokens, lengths)
+    run = lambda x, caches: [decoder.run(x, cache=caches[0])]
+    logp, = graft.rank(options, vlm.tokenizer, run, [decoder], [cache], [last])             # (K,)
     return sorted(zip(options, logp.softmax(0).tolist()), key=lambda pair: -pair[1])
 
 
 def sample_of(question, subject):
     """The world's sample, with its options, of this question about this picture. None if they are not the world's."""
     kind, name = subject[:2]
-    for task in TASKS:
+    for task in graft.TASKS:
         if task in world.KNOWLEDGE_TASKS:
             asked, fits = world.KNOWLEDGE_QUESTIONS[task][kind == "flag"], kind != "shape" and name in world.FACTS
         else:

@@ -11,6 +11,7 @@ import math
 import sys
 from dataclasses import replace
 
+from data.batches import shares
 from formats import checkpoints
 from formats.errors import Parser, UserError, number, run_cli
 from formats.files import check_out_file
@@ -176,11 +177,8 @@ def stage_plan(stage, name, ranks=8, fsdp=False, lora=0, text_gradients=False, t
     """
     target, recipe = target or TARGETS[name], recipe or recipe_of(stage, name)
     images, texts = data or (IMAGES[recipe.loss_on], TEXTS[stage])
-    share, left = divmod(recipe.batch, ranks)               # as data.batches.Batches shares a batch out
-    micro_batch, visual, longest = recipe.micro_batch or share, target.vit_config.num_patches + 3, recipe.max_length
-    if left or not share or share % micro_batch:
-        raise UserError(f"a batch of {recipe.batch} cannot be shared out: micro-batches of {micro_batch} on {ranks} "
-                        f"GPU(s) make {micro_batch * ranks}, which does not divide {recipe.batch}")
+    share, micro_batch = shares(recipe, ranks)
+    visual, longest = target.vit_config.num_patches + 3, recipe.max_length
     if longest < visual:
         raise UserError(f"max_length={longest} would cut the image: it has {visual} visual tokens")
     if recipe.dtype == "float32":
