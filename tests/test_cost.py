@@ -165,7 +165,7 @@ def test_stage_plan():
 
 
 def test_bad_plans_say_what_is_wrong():
-    with pytest.raises(UserError, match=r"batch of 128 .* micro-batches of 8 on 3 .* 24, which does not divide 128"):
+    with pytest.raises(UserError, match=r"batch of 128 .* 8 samples at a time in 3 .* 24, which does not divide 128"):
         cost.stage_plan("encoder", "llama-3.1-8b", ranks=3)
     with pytest.raises(UserError, match="llama-2-7b.*llama-3.2-3b, llama-3.1-8b, llama-3.1-70b"):
         cost.recipe_of("encoder", "llama-2-7b")
