@@ -50,7 +50,7 @@ def option_logp(decoder, before, tokens, lengths, chunk=256):
 
 
 def rank(options, tokenizer, run, decoders, caches, last, row=0):
-    """log p (K,) of each of K options, for every decoder: what each makes of them behind its cache's row.
+    """log p (K,) of each of K options, for every decoder: what it makes of them after the prompt in a row of its cache.
 
     run(x, caches): the decoders' hidden states. last: theirs (C,) at the end of the prompt, which predict the first
     tokens.

@@ -103,7 +103,7 @@ def main(argv=None):
     import transformers
     names = [*THEIRS, *OURS]
     if default_dtype(args.device) != torch.bfloat16:
-        names.remove("bfloat16")        # emulated: a prompt takes 45 times as long
+        names.remove("bfloat16")        # emulated: a prompt takes 5 times as long
     print(f"{chip}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"Python {platform.python_version()}; ratio: to transformers' better one\n")
     if not on_gpu:
