@@ -103,15 +103,14 @@ class Distillation(Recipe):
 
 
 @dataclass(frozen=True)
-class Contrast(Recipe):
+class Words(Recipe):
     """Of extras/vit.py."""
     steps: int = option(600, "optimizer steps", 1, 10**9)
-    near: float = option(0.0, "weight of the visual tokens' squared distance from the words of the caption", 0, 1e3)
     UNUSED = ("micro_batch", "loss_on", "projector", "max_length", "checkpointing")
 
 
 SMALL = dict(
-    vit=Contrast(steps=600, batch=128, lr=1e-3, workers=1),               # stage 0, extras/vit.py; shipped: 4000 steps
+    vit=Words(steps=600, batch=128, lr=1e-3, workers=1),                # stage 0, extras/vit.py; shipped: 8000 steps
     distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1; shipped: 800 steps
     translator=Recipe(steps=400, lr=1e-3, projector=False),
     encoder=Recipe(steps=200, lr=2e-4),                                 # stage 2

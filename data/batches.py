@@ -45,7 +45,7 @@ class Sample:
     task: str = ""
     answer: str = ""  # the last assistant turn
     options: list[str] = ()  # candidate answers for ranking, `answer` among them; [] where there are none
-    caption: str = ""  # for contrastive pre-training
+    caption: str = ""  # what the image shows, in words: stage 0 learns it
     right: list = ()  # in a free answer, one word of every group must occur ...
     rivals: list = ()  # ... and none of these may
 

@@ -1,16 +1,12 @@
 """
-Stage 0: pre-train a small ViT on the drawn world, CLIP's way. It stands in for CLIP, with which the paper starts.
+Stage 0: pre-train a small ViT and the projector on the drawn world. They stand in for CLIP, where the paper starts.
 
     python -m extras.vit                        # runs/vit/vit.safetensors
+    python -m extras.vit steps=8000             # the shipped one
 
-The shipped one first learns to tell images apart, then to come near the words (`near`):
-
-    python -m extras.vit steps=4000 --out runs/contrast
-    python -m extras.vit steps=700 lr=5e-4 near=1 --init runs/contrast/vit.safetensors
-
-CLIP trains a text tower beside the ViT, and compares one vector an image with one a caption. Here the LLM's own token
-embeddings, frozen, take the tower's place, and every visual token is compared with every word of the caption (FILIP,
-arXiv 2111.07783). So visual tokens begin near the LLM's words for what is seen. The LLM itself never runs.
+Each visual token learns to be a word of the caption, in order, over and over: of "the flag of Japan", the first is
+"the", the fourth "Japan", the fifth "the" again. What a word looks like is known: the LLM has an embedding for it. So
+the LLM reads an image as if it read the caption, before anything was trained through it; and it need not run here.
 """
 import collections
 import dataclasses
@@ -19,7 +15,6 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from data.batches import as_is
 from data.images import preprocess
@@ -37,41 +32,28 @@ from train import Optimizer, dtype_of
 RECIPE = SMALL["vit"]
 
 
-def caption_features(captions, tokenizer, embeddings):
-    """{caption: (unit vectors (L, d), weights (L,))}: its L different tokens' embeddings in the LLM; weights sum to 1.
+def spelled(captions, tokenizer):
+    """({caption: its tokens, in order}, {token: weight}): rare tokens weigh more, since "the" tells no image from
+    another, and "Japan" does: 0.2 + log(captions / captions that hold it)."""
+    tokens = {c: tokenizer.encode(" " + c) for c in captions}
+    held_by = collections.Counter(t for c in captions for t in set(tokens[c]))
+    return tokens, {t: 0.2 + math.log(len(captions) / n) for t, n in sorted(held_by.items())}
 
-    Tokens are weighted by log(captions / captions that hold it): what all captions say tells no image from another.
+
+def word_loss(visual, words, scale, targets, weights):
+    """(loss, share of the visual tokens whose nearest word is the right one).
+
+    visual (B, P, d) and the embeddings of all captions' words (V, d), both around the mean of all text. targets (B, P):
+    which word each visual token is to be. weights (V,). The LLM tells words apart by their direction, so the loss is a
+    cross-entropy over cosines; and it wants the words themselves, so direction and length have to be a word's, too.
     """
-    tokens = {c: sorted(set(tokenizer.encode(" " + c))) for c in captions}
-    frequency = collections.Counter(t for c in captions for t in tokens[c])
-    rarity = {t: math.log(len(captions) / n) for t, n in frequency.items()}
-    centred = F.normalize(embeddings.float() - embeddings.float().mean(0), dim=-1)
-    weights = {c: torch.tensor([rarity[t] for t in ts]) for c, ts in tokens.items()}
-    return {c: (centred[ts], weights[c] / weights[c].sum()) for c, ts in tokens.items()}
-
-
-def late_interaction(visual, text, weights):
-    """How well images fit captions, (B, C): each token of a caption looks for the visual token that fits it best, and
-    each visual token for the caption's token that fits it best (FILIP, arXiv 2111.07783, section 3.1).
-
-    visual (B, P, d), text (C, L, d): unit vectors. weights (C, L): how much a token counts; 0: padding.
-    """
-    cosine = torch.einsum("bpd,cld->bcpl", visual, text)                                # (B, C, P, L)
-    found = (cosine.amax(2) * weights).sum(-1)                                          # (B, C): caption in the image
-    told = cosine.masked_fill((weights == 0)[:, None], -1).amax(3).mean(2)              # (B, C): image in the caption
-    return (found + told) / 2
-
-
-def nearest_words(visual, text, weights):
-    """The word of its own caption that each visual token fits best, rare ones first: (B, P, d) of text (B, L, d)."""
-    fit = (visual @ text.mT) * weights[:, None]                                         # (B, P, L)
-    return torch.gather(text, 1, fit.argmax(2, keepdim=True).expand(-1, -1, text.shape[-1]))
-
-
-def contrastive_loss(scores, same):
-    """CLIP's loss. scores (B, B): of image i and caption j, scaled. same (B, B): equal captions."""
-    targets = same.float() / same.sum(1, keepdim=True)
-    return (F.cross_entropy(scores, targets) + F.cross_entropy(scores.T, targets)) / 2
+    cosine = F.normalize(visual, dim=-1) @ F.normalize(words, dim=-1).T                 # (B, P, V)
+    which = F.cross_entropy((scale * cosine).transpose(1, 2), targets, reduction="none")            # (B, P)
+    direction = 1 - cosine.gather(2, targets[..., None]).squeeze(2)                     # (B, P)
+    length = visual.norm(dim=-1) / words.norm(dim=-1)[targets]                          # (B, P)
+    weight = weights[targets]
+    loss = ((which + 4 * direction + (length - 1).square()) * weight).sum() / weight.sum()
+    return loss, (cosine.argmax(2) == targets).float().mean()
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -100,10 +82,9 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     llm, tokenizer = Llama.from_pretrained(path), Tokenizer.from_pretrained(path)
     embeddings = llm.model.embed_tokens.weight
     mean = embeddings.float().mean(0)
-    text_norm = (embeddings - mean).norm(dim=-1).mean()
     # every caption of the world, by frequency
-    captions = [world("describe", i, seed).caption for i in range(4096)]
-    text_of = caption_features(captions, tokenizer, embeddings)
+    tokens_of, weight_of = spelled([world("describe", i, seed).caption for i in range(4096)], tokenizer)
+    place = {t: i for i, t in enumerate(weight_of)}
     torch.manual_seed(seed)
     vlm = VLM(ViT(ViTConfig()), llm, tokenizer)
     with torch.no_grad():
@@ -111,26 +92,22 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     if start:
         load_checkpoint(vlm, read_checkpoint(start)[0], start)
     vlm.to(device)
-    logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.03), device=device))
+    logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.05), device=device))
     vlm.requires_grad_(False)
     learns = {n: p.requires_grad_(True) for n, p in vlm.named_parameters() if n.startswith(("encoder.", "adapter."))}
     optimizer = Optimizer(learns | {"logit_scale": logit_scale}, recipe)
     vlm.to(dtype)
     mean = mean.to(device, dtype).float()                                               # rounded as the bias is
+    words = embeddings[list(place)].to(device).float() - mean                           # (V, d)
+    weights = torch.tensor(list(weight_of.values()), device=device)                     # (V,)
     saved = lambda weights: [(n, t) for n, t in weights.items() if n in dict(vlm.named_parameters())]   # not the scale
     log = Log(out, about, optimizer, resume=resume, export=saved)
     for step, (pixels, names) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
         visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean         # (B, 1 + P, d), no soi, eoi
-        text, weights = (pad_sequence(x, batch_first=True).to(device) for x in zip(*(text_of[n] for n in names)))
-        same = torch.tensor([[a == b for b in names] for a in names], device=device)    # (B, B)
-        scores = late_interaction(F.normalize(visual, dim=-1), text, weights)           # (B, B)
-        loss = contrastive_loss(logit_scale.exp() * scores, same)
-        # the contrast sees directions alone: this keeps visual tokens about as long as text's embeddings
-        loss = loss + 0.1 * (visual.norm(dim=-1) / text_norm - 1).square().mean()
-        if recipe.near:     # contrast is content with words that can be told apart, the LLM wants the words themselves
-            words = nearest_words(visual, text, weights)                                # (B, 1 + P, d), unit vectors
-            loss = loss + recipe.near * (visual / text_norm - words).square().sum(-1).mean()
-        right = same.gather(1, scores.argmax(1, keepdim=True)).float().mean()
+        # visual token p is word p of the caption, said over and over: (B, 1 + P)
+        spelling = [[place[tokens_of[c][p % len(tokens_of[c])]] for p in range(visual.shape[1])] for c in names]
+        targets = torch.tensor(spelling, device=device)
+        loss, right = word_loss(visual, words, logit_scale.exp(), targets, weights)
         loss.backward()
         optimizer.gather()
         log.add(step, loss=loss, right=right, lr=optimizer.update())

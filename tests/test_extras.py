@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_train import assert_close, assert_complete, grads, make_vlm, mixed_batch, relative, rows_of, without_clock
 
 import train
@@ -40,6 +39,35 @@ def test_stage_0_resumes(tiny_llm, tmp_path, monkeypatch):
     assert all(torch.equal(whole[n], broken[n]) for n in whole)
 
 
+def test_word_loss_against_its_formula_token_by_token():
+    torch.manual_seed(0)
+    visual, words, weights = torch.randn(2, 3, 8), torch.randn(5, 8), torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])
+    targets = torch.tensor([[0, 4, 4], [2, 1, 3]])
+    total, right = 0, 0
+    for b in range(2):
+        for p in range(3):
+            v, t = visual[b, p], targets[b, p]
+            cosines = torch.stack([v @ w / (v.norm() * w.norm()) for w in words])
+            which = -(7 * cosines).log_softmax(0)[t]
+            total += weights[t] * (which + 4 * (1 - cosines[t]) + (v.norm() / words[t].norm() - 1) ** 2)
+            right += (cosines.argmax() == t).float()
+    loss, share = vit.word_loss(visual, words, 7, targets, weights)
+    torch.testing.assert_close(loss, total / weights[targets].sum())
+    assert share == right / 6
+    perfect, share = vit.word_loss(words[targets], words, 1e4, targets, weights)
+    assert perfect < 1e-5 and share == 1
+
+
+def test_captions_are_spelled_in_order_and_rare_words_weigh_more(smollm_tokenizer):
+    tokenizer = smollm_tokenizer
+    flags, sign = ["the flag of Japan", "the flag of Peru"], "a sign with the word Japan"
+    tokens, weights = vit.spelled([*flags, sign], tokenizer)
+    assert [tokenizer.decode([t]) for t in tokens[flags[0]]] == [" the", " flag", " of", " Japan"]
+    the, flag, _, japan = tokens[flags[0]]
+    assert weights[the] == pytest.approx(0.2) and weights[flag] == weights[japan] > weights[the]
+    assert weights.keys() == {t for ts in tokens.values() for t in ts}
+
+
 def test_recentre_finds_a_start_that_has_moved(stages, tmp_path):
     """As the shipped files, whose metadata names runs/, and which lie side by side."""
     for stage in ("encoder", "translator", "vit"):
@@ -65,20 +93,6 @@ def test_recentre_subtracts_what_all_visual_tokens_share(stages, tmp_path, capsy
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------
-
-
-def test_late_interaction_of_captions_of_different_lengths():
-    from extras.vit import late_interaction
-    torch.manual_seed(0)
-    visual = F.normalize(torch.randn(3, 5, 8), dim=-1)
-    texts = [F.normalize(torch.randn(n, 8), dim=-1) for n in (4, 1)]
-    weights = [torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0])]
-    scores = late_interaction(visual, *(torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (texts, weights)))
-    for i, image in enumerate(visual):
-        for j, (text, weight) in enumerate(zip(texts, weights)):
-            found = sum(w * max(t @ v for v in image) for t, w in zip(text, weight))
-            told = sum(max(t @ v for t in text) for v in image) / len(image)
-            torch.testing.assert_close(scores[i, j], (found + told) / 2)
 
 
 def oracle(vlm, llm, batch):
