@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from PIL import Image
 
-from data.images import CLIP_MEAN, CLIP_STD, SIZE, preprocess
+from data.images import SIZE, preprocess
 from formats.errors import UserError
 from formats.tokenizer import IMAGE  # the id that stands for an image in a token list; "<image>" in text
 
@@ -107,8 +107,7 @@ class Mixed:
 LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}  # stages 1-2, stage 3; kinds as in Tokenizer.chat_targets
 
 
-def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", max_length=None,
-            mean=CLIP_MEAN, std=CLIP_STD):  # fmt: skip
+def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", max_length=None):
     """
     Samples -> a batch, padded on the right to its longest sequence:
         tokens  (B, T) int64    IMAGE stands n_visual times where the image goes; padding is tokenizer.pad
@@ -131,7 +130,7 @@ def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", 
             kinds = kinds[:at] + [0] * n_visual + kinds[at + 1 :]
             if max_length is not None and at + n_visual > max_length:
                 raise UserError(f"sample {i}: max_length {max_length} would cut the image; it needs {at + n_visual}")
-            pixels.append(preprocess(sample.image, size, mean, std))
+            pixels.append(preprocess(sample.image, size))
         next_ids = [t if kind in LOSS_KINDS[loss_on] else -100 for t, kind in zip(ids[1:], kinds[1:])] + [-100]
         rows.append((ids[:max_length], next_ids[:max_length]))
     lengths = torch.tensor([len(ids) for ids, _ in rows])

@@ -65,18 +65,19 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def preprocess(image, size=SIZE, mean=CLIP_MEAN, std=CLIP_STD):
+def preprocess(image, size=SIZE):
     """
     PIL image or path -> float32 (3, size, size). Padded to a centred square with the mean color (as LLaVA does), then
-    what transformers' CLIPImageProcessor does: bicubic resize, scale to 0..1, subtract mean, divide by std.
+    what transformers' CLIPImageProcessor does: bicubic resize, scale to 0..1, subtract CLIP's mean, divide by its std.
     """
     image = open_image(image)
     w, h = image.size
     if w != h:
-        square = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * m) for m in mean))
+        square = Image.new("RGB", (max(w, h),) * 2, tuple(int(255 * m) for m in CLIP_MEAN))
         square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
         image = square
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (H, W, 3) -> (3, H, W)
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
