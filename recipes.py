@@ -110,7 +110,7 @@ class Words(Recipe):
 
 
 SMALL = dict(
-    vit=Words(steps=600, batch=128, lr=1e-3, workers=1),                # stage 0, extras/vit.py; shipped: 8000 steps
+    vit=Words(steps=600, batch=128, lr=1e-3, workers=1),                # stage 0, extras/vit.py; shipped: 7000 steps
     distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1; shipped: 800 steps
     translator=Recipe(steps=400, lr=1e-3, projector=False),
     encoder=Recipe(steps=200, lr=2e-4),                                 # stage 2

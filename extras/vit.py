@@ -2,10 +2,10 @@
 Stage 0: pre-train a small ViT and the projector on the drawn world. They stand in for CLIP, where the paper starts.
 
     python -m extras.vit                        # runs/vit/vit.safetensors
-    python -m extras.vit steps=8000             # the shipped one
+    python -m extras.vit steps=7000             # the shipped one
 
-Each visual token learns to be a word of the caption, in order, over and over: of "the flag of Japan", the first is
-"the", the fourth "Japan", the fifth "the" again. What a word looks like is known: the LLM has an embedding for it. So
+Each visual token learns to be a word of the caption, in order, over and over, so that the last one is its last word:
+"Japan the flag of Japan the flag of Japan" for nine tokens. What a word looks like is known: the LLM has an embedding for it. So
 the LLM reads an image as if it read the caption, before anything was trained through it; and it need not run here.
 """
 import collections
@@ -104,8 +104,9 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     log = Log(out, about, optimizer, resume=resume, export=saved)
     for step, (pixels, names) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
         visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean         # (B, 1 + P, d), no soi, eoi
-        # visual token p is word p of the caption, said over and over: (B, 1 + P)
-        spelling = [[place[tokens_of[c][p % len(tokens_of[c])]] for p in range(visual.shape[1])] for c in names]
+        P = visual.shape[1]
+        # the caption over and over, so that the last visual token is its last word: (B, P)
+        spelling = [[place[tokens_of[c][(p - P) % len(tokens_of[c])]] for p in range(P)] for c in names]
         targets = torch.tensor(spelling, device=device)
         loss, right = word_loss(visual, words, logit_scale.exp(), targets, weights)
         loss.backward()
