@@ -4,9 +4,9 @@ Stage 0: pre-train a small ViT and the projector on the drawn world. They stand 
     python -m extras.vit                        # runs/vit/vit.safetensors
     python -m extras.vit steps=7000             # the shipped one
 
-Each visual token learns to be a word of the caption, in order, over and over, so that the last one is its last word:
-"Japan the flag of Japan the flag of Japan" for nine tokens. What a word looks like is known: the LLM has an embedding for it. So
-the LLM reads an image as if it read the caption, before anything was trained through it; and it need not run here.
+Each visual token learns to be a word of the caption, in order, over and over, and the last one the last word: for nine
+tokens, "Japan the flag of Japan the flag of Japan". The LLM has an embedding for each word: that is the target. So it
+reads an image as if it read the caption, before anything was trained through it, and it need not run here.
 """
 import collections
 import dataclasses
