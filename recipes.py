@@ -113,7 +113,7 @@ SMALL = dict(
     vit=Words(steps=600, batch=128, lr=1e-3, workers=1),                # stage 0, extras/vit.py; shipped: 7000 steps
     distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1; shipped: 800 steps
     translator=Recipe(steps=400, lr=1e-3, projector=False),
-    encoder=Recipe(steps=200, lr=2e-4),                                 # stage 2
+    encoder=Recipe(steps=200, lr=5e-5),                                 # stage 2
     decoder=Recipe(steps=30, lr=5e-5, loss_on="answers"),
 )
 

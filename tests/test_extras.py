@@ -6,10 +6,9 @@ import torch
 from test_train import assert_close, assert_complete, grads, make_vlm, mixed_batch, relative, rows_of, without_clock
 
 import train
-from extras import distillation, parallel, recentre, vit
+from extras import distillation, parallel, vit
 from extras.lora import add_lora
-from formats.checkpoints import read_checkpoint, save_checkpoint
-from formats.errors import run_cli
+from formats.checkpoints import read_checkpoint
 from model import VLM, Llama, ViT, ViTConfig
 
 # ---- stage 0 --------------------------------------------------------------------------------------------------------
@@ -66,30 +65,6 @@ def test_captions_are_spelled_in_order_and_rare_words_weigh_more(smollm_tokenize
     the, flag, _, japan = tokens[flags[0]]
     assert weights[the] == pytest.approx(0.2) and weights[flag] == weights[japan] > weights[the]
     assert weights.keys() == {t for ts in tokens.values() for t in ts}
-
-
-def test_recentre_finds_a_start_that_has_moved(stages, tmp_path):
-    """As the shipped files, whose metadata names runs/, and which lie side by side."""
-    for stage in ("encoder", "translator", "vit"):
-        tensors, about = read_checkpoint(stages[stage])
-        gone = {k: f"runs/gone/{Path(about[k]).name}" for k in ("start", "vit") if about.get(k)}
-        save_checkpoint(tmp_path / f"{stage}.safetensors", tensors, about | gone)
-    moved = tmp_path / "encoder.safetensors"
-    llm = Llama.from_pretrained(about["llm"])
-    ours, theirs = (recentre.offset(*recentre.before_and_after(f, llm), n=3)[0] for f in (moved, stages["encoder"]))
-    assert torch.equal(ours, theirs)
-
-
-def test_recentre_subtracts_what_all_visual_tokens_share(stages, tmp_path, capsys):
-    llm = Llama.from_pretrained(read_checkpoint(stages["encoder"])[1]["llm"])
-    out = str(tmp_path / "encoder.safetensors")
-    moved, _ = recentre.offset(*recentre.before_and_after(stages["encoder"], llm))
-    recentre.main([stages["encoder"], "--out", out])
-    left, way = recentre.offset(*recentre.before_and_after(out, llm))
-    assert left.norm() < 0.1 * moved.norm() and way > 0
-    for argv, words in (([out], "recentred already"), ([stages["vit"]], "no checkpoint of the stage encoder")):
-        assert run_cli(lambda: recentre.main([*argv, "--out", str(tmp_path / "again.safetensors")])) == 2
-        assert words in capsys.readouterr().err
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------
