@@ -177,7 +177,7 @@ def test_table():
 def test_demo_says_what_pair_and_graft_say(vlm, surrogate, capsys):
     examples = graft.demo(vlm, surrogate)
     asked = [(s.task, s.caption) for s, _ in examples[:2]]
-    assert asked == [("capital", "the flag of Germany"), ("language", "the flag of Italy")]
+    assert asked == [("capital", "a sign with the word Kenya"), ("language", "the flag of Peru")]
     assert any(s.task in world.TRAINED_TASKS for s, _ in examples)
     sample, said = examples[1]
     for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
@@ -352,4 +352,4 @@ def test_the_graft_knows_what_the_pair_does_not(smollm, smollm_tokenizer):
     vlm = VLM.from_pretrained(smollm, file, tokenizer=smollm_tokenizer)
     rows = graft.compare(vlm, load_surrogate(smollm, file), n=12, tasks=world.KNOWLEDGE_TASKS, seed=11, progress=False)
     said = {name: sum(12 * r["said"] for r in rows if r["system"] == name) for name in ("text", "graft", "pair")}
-    assert said["graft"] >= said["pair"] + 3, said         # of 36; over 300 images: assets/results.json
+    assert said["graft"] >= said["pair"] + 3, said         # of 36; over 900 images: assets/results.json
