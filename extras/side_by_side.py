@@ -104,7 +104,7 @@ def plot_words(vlm, image):
     shown = preprocess(image, c.image_size).permute(1, 2, 0).numpy() * CLIP_STD + CLIP_MEAN     # (S, S, 3)
     fig = Figure(figsize=(3.4, 3.6), dpi=130, layout="constrained")
     ax = fig.add_subplot(xticks=[], yticks=[])
-    ax.set_title(f"nearest words (whole image: {cls!r})", fontsize=9, parse_math=False)
+    ax.set_title(f"nearest words (CLS: {cls!r})", fontsize=9, parse_math=False)
     ax.imshow(shown.clip(0, 1), interpolation="nearest", alpha=0.75)
     side = c.image_size // c.patch_size
     for i, (word, cosine) in enumerate(words):
