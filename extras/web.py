@@ -25,7 +25,7 @@ try:
 except ImportError:         # all but `page` works without
     gr = None
 
-SUBJECTS = [s for _, s in DEMO] + [("flag", "Japan"), ("sign", "Egypt"), ("sign", "Horse")]
+SUBJECTS = [s for _, s in DEMO] + [("flag", "Germany"), ("sign", "Egypt"), ("sign", "Horse")]
 SUGGESTIONS = {"trained": [asked[0] for asked, _ in world.QUESTIONS.values()],
                "never trained": [asked[0] for both in world.KNOWLEDGE_QUESTIONS.values() for asked in both],
                "free": ["What does it remind you of?", "Tell a short story about it.", "Is it larger than a house?"]}
