@@ -40,6 +40,11 @@ def spelled(captions, tokenizer):
     return tokens, {t: 0.2 + math.log(len(captions) / n) for t, n in sorted(held_by.items())}
 
 
+def laid_out(tokens, P):
+    """The caption's tokens over and over in P places, so that the last place holds the last token."""
+    return [tokens[(p - P) % len(tokens)] for p in range(P)]
+
+
 def word_loss(visual, words, scale, targets, weights):
     """(loss, share of the visual tokens whose nearest word is the right one).
 
@@ -104,10 +109,8 @@ def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu
     log = Log(out, about, optimizer, resume=resume, export=saved)
     for step, (pixels, names) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
         visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean         # (B, 1 + P, d), no soi, eoi
-        P = visual.shape[1]
-        # the caption over and over, so that the last visual token is its last word: (B, P)
-        spelling = [[place[tokens_of[c][(p - P) % len(tokens_of[c])]] for p in range(P)] for c in names]
-        targets = torch.tensor(spelling, device=device)
+        spelling = [[place[t] for t in laid_out(tokens_of[c], visual.shape[1])] for c in names]
+        targets = torch.tensor(spelling, device=device)                                 # (B, 1 + P)
         loss, right = word_loss(visual, words, logit_scale.exp(), targets, weights)
         loss.backward()
         optimizer.gather()

@@ -65,6 +65,7 @@ def test_captions_are_spelled_in_order_and_rare_words_weigh_more(smollm_tokenize
     the, flag, _, japan = tokens[flags[0]]
     assert weights[the] == pytest.approx(0.2) and weights[flag] == weights[japan] > weights[the]
     assert weights.keys() == {t for ts in tokens.values() for t in ts}
+    assert vit.laid_out("abcd", 9) == list("dabcdabcd") and vit.laid_out("abcd", 3) == list("bcd")
 
 
 # ---- distillation ---------------------------------------------------------------------------------------------------
