@@ -28,6 +28,7 @@ from formats import checkpoints, official
 from formats.errors import MissingFile, UserError
 from formats.tokenizer import IMAGE, Tokenizer
 from kernels import int8
+from kernels.graph import record
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Llama
@@ -263,11 +264,15 @@ class Llama(nn.Module):
     @torch.no_grad()
     def decode(self, x, cache, max_new_tokens, temperature=0.0, top_p=1.0, generator=None):
         """Yield tokens (B,), given the last position's hidden state x (B, C) and a cache of everything up to it."""
-        for step in range(max_new_tokens):
+        step = lambda token: self.run(self.embed(token[:, None]), cache=cache)[:, -1]
+        for i in range(max_new_tokens):
             token = sample(self.logits(x), temperature, top_p, generator)   # only the last position meets the LM head
             yield token
-            if step < max_new_tokens - 1:
-                x = self.run(self.embed(token[:, None]), cache=cache)[:, -1]
+            if i == 0 and x.is_cuda:
+                cache.fix()
+                step = record(step, token)
+            if i < max_new_tokens - 1:
+                x = step(token)
                 cache.advance(1)
 
     def generate(self, prompts=None, embeds=None, lengths=None, stop=(), **options):
@@ -349,10 +354,19 @@ class KVCache:
 
     def advance(self, T, lengths=None):
         """Count the T positions just stored; `lengths` (B,) says how many of each row are real (prompts are padded)."""
-        if lengths is not None or self.lengths is not None:
-            new = T if lengths is None else lengths.to(self.keys[0].device)
-            self.lengths = new + (self.used if self.lengths is None else self.lengths)
+        new = T if lengths is None else lengths.to(self.keys[0].device)
+        if self.lengths is not None:
+            self.lengths += new
+        elif lengths is not None:
+            self.lengths = new + self.used
         self.used += T
+
+    def fix(self):
+        """From now on attend to all `size` positions, of which `lengths`, a tensor, says the valid ones: every step has
+        the same shapes then, and can be replayed as a CUDA graph."""
+        if self.lengths is None:
+            self.lengths = torch.full((len(self.keys[0]),), self.used, device=self.keys[0].device)
+        self.used = self.size
 
     def repeat(self, n, room, rows=slice(None)):
         """A new cache with every row (or these) n times, side by side, and `room` more positions: n continuations."""
@@ -493,20 +507,24 @@ class VLM(nn.Module):
 
     def visual_tokens(self, pixels):
         """pixels (N, 3, S, S) -> (N, n_visual, d), where d is the width of the LLM (paper, section 3)."""
-        pixels = pixels.to(self.embd_soi)                                   # device and dtype of the weights
+        pixels = pixels.to(self.embd_soi, non_blocking=True)                # device and dtype of the weights
         x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
         x = self.adapter(x)                                                 # (N, 1 + P, d)
         soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
         return torch.cat([soi, x, eoi], dim=1)                # (N, 1 + (1 + P) + 1, d)
 
     def embed(self, tokens, pixels=None):
-        """Token ids (B, T), IMAGE at every place of a visual token, and pixels (N, 3, S, S) -> embeddings (B, T, d)."""
+        """Token ids (B, T), IMAGE at every place of a visual token, and pixels (N, 3, S, S) -> embeddings (B, T, d).
+
+        Keep `tokens` on the CPU: then finding the images does not stall a GPU.
+        """
         is_image = tokens == IMAGE
-        x = self.decoder.embed(tokens.masked_fill(is_image, 0))             # (B, T, d)
+        x = self.decoder.embed(tokens.masked_fill(is_image, 0).to(self.decoder.device, non_blocking=True))  # (B, T, d)
         if pixels is None:
             return x
-        visual = self.visual_tokens(pixels).to(x.dtype)
-        return x.masked_scatter(is_image[..., None], visual)                # visual tokens fill the places in order
+        index = is_image.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)     # (N * n_visual,) places
+        visual = self.visual_tokens(pixels).to(x.dtype).flatten(0, 1)       # (N * n_visual, d), which fill them in order
+        return x.flatten(0, 1).index_copy(0, index, visual).view_as(x)      # (B, T, d)
 
     def loss(self, batch):
         """Sum of -log p over the targets of a batch (see data.batches.collate); divide it by those of the global batch.
@@ -514,7 +532,7 @@ class VLM(nn.Module):
         The same in all stages: what learns is a matter of which parameters require a gradient, and which decoder stands
         here.
         """
-        x = self.decoder.run(self.embed(batch["tokens"].to(self.decoder.device), batch["pixels"]))     # (B, T, d)
+        x = self.decoder.run(self.embed(batch["tokens"], batch["pixels"]))  # (B, T, d)
         return self.decoder.loss(x, batch["targets"])
 
     @classmethod
@@ -565,7 +583,7 @@ class VLM(nn.Module):
             row[:len(p)] = torch.tensor(p)
         size = self.encoder.config.image_size
         pixels = torch.stack([preprocess(i, size) for i in images]) if images else None
-        return self.embed(tokens.to(self.decoder.device), pixels), lengths
+        return self.embed(tokens, pixels), lengths
 
     def generate(self, prompts, images, **options):
         """Continue prompts (lists of ids, as of `prompt`) with images: lists of new ids. Options as Llama.generate."""

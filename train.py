@@ -171,7 +171,7 @@ def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict
     vlm.to(vlm.decoder.dtype)
     log = Log(out, about, optimizer, team, resume, export)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
-        n = team.sum(torch.tensor(count_targets(micro_batches), device=device))     # targets in the whole global batch
+        n = team.sum(torch.full((), count_targets(micro_batches), device=device))  # targets in the whole global batch
         total = torch.zeros((), device=device)
         for batch in micro_batches:
             loss = vlm.loss(batch) / n

@@ -33,7 +33,7 @@ def teacher_states(vlm, llm, batch):
     """What trunk and full LLM make of a batch: a dict of tensors that `distillation_loss` compares translators with."""
     s, device = vlm.decoder, vlm.decoder.device
     after = s.ranges[-1][1] + 1                             # the LLM's layer behind the last replaced range
-    trunk = s.run(vlm.embed(batch["tokens"].to(device), batch["pixels"]), 0, s.trunk)   # (B, T, C): shared with the LLM
+    trunk = s.run(vlm.embed(batch["tokens"], batch["pixels"]), 0, s.trunk)   # (B, T, C): shared with the LLM
     theirs = llm.run(trunk, s.trunk, after)                                             # (B, T, C): what to make
     index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(device)           # (N,) positions with a target
     full = llm.run(theirs, after).flatten(0, 1)[index]                                  # (N, C): the LLM's last state

@@ -38,6 +38,7 @@ try:
 
     from . import attention as _attention
     from . import cross_entropy as _cross_entropy
+    from . import int8_matmul as _int8
     from . import rms_norm as _rms_norm
     from . import swiglu as _swiglu
 except ImportError:

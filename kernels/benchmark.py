@@ -3,7 +3,6 @@ How fast are the kernels, and against whom?
 
     python -m kernels.benchmark                 # on a GPU: one table, a row per shape, every peer timed in the same run
     python -m kernels.benchmark --only attention --markdown table.md
-    python -m kernels.benchmark --step          # a training step of the encoder with the kernels and without
     python -m kernels.benchmark --tune          # times the alternatives to attention.CONFIGS (--tune dkdv: only that)
     python -m kernels.benchmark --compile       # needs no GPU: registers, spills and shared memory of each kernel
 
@@ -19,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +31,18 @@ import kernels
 from formats.errors import Parser, run_cli
 from formats.files import check_out_file
 from kernels.attention import CONFIGS
+from kernels.int8 import Int8Linear
 
 # name, batch, length, query heads, key/value heads, head dim, causal
 ATTENTION = [
-    ("Llama-3.2-3B", 8, 768, 24, 8, 128, True),
-    ("Llama-3.2-3B", 8, 2048, 24, 8, 128, True),
-    ("Llama-3.1-8B", 8, 768, 32, 8, 128, True),
-    ("Llama-3.1-8B", 8, 2048, 32, 8, 128, True),
+    ("Llama-3.2-3B", 8, 1024, 24, 8, 128, True),
+    ("Llama-3.2-3B", 2, 4096, 24, 8, 128, True),
+    ("Llama-3.1-8B", 8, 1024, 32, 8, 128, True),
+    ("Llama-3.1-8B", 2, 4096, 32, 8, 128, True),
+    ("Llama-3.1-70B", 8, 1024, 64, 8, 128, True),
+    ("Llama-3.1-70B", 2, 4096, 64, 8, 128, True),
     ("SmolLM2-135M", 32, 256, 9, 3, 64, True),
     ("CLIP ViT-L/14-336", 32, 577, 16, 16, 64, False),
-    ("one key less", 32, 576, 16, 16, 64, False),
-    ("two keys more", 32, 579, 16, 16, 64, False),
 ]
 # rows of the residual stream, its width
 NORM = [("Llama-3.2-3B", 8 * 768, 3072), ("Llama-3.1-8B", 8 * 2048, 4096), ("SmolLM2-135M", 32 * 256, 576)]
@@ -51,6 +50,9 @@ NORM = [("Llama-3.2-3B", 8 * 768, 3072), ("Llama-3.1-8B", 8 * 2048, 4096), ("Smo
 MLP = [("Llama-3.2-3B", 8 * 768, 8192), ("Llama-3.1-8B", 8 * 2048, 14336), ("SmolLM2-135M", 32 * 256, 1536)]
 CLIP_MLP = [("CLIP ViT-L/14-336", 32 * 577, 4096)]
 # positions with a target, width, vocabulary
+# of a matrix of int8 weights: its width, its rows; and the rows that meet it
+INT8 = [("Llama-3.2-3B", 3072, 8192, 1), ("Llama-3.2-3B", 8192, 3072, 1), ("Llama-3.2-3B", 3072, 128256, 1),
+        ("Llama-3.2-3B", 3072, 8192, 8), ("Llama-3.2-3B", 8192, 3072, 8)]
 HEAD = [("Llama-3.2-3B", 1024, 3072, 128256), ("Llama-3.2-3B", 4096, 3072, 128256), ("SmolLM2-135M", 1024, 576, 49152)]
 
 
@@ -58,7 +60,7 @@ def milliseconds(function, runs=50):
     """Median time by GPU events, with a cold L2 cache.
 
     It is the GPU's time alone: to launch an operator from Python takes longer than a small kernel runs, so the GPU
-    sleeps before every run, and meanwhile Python queues what is to be timed. (--step times all that a step takes.)
+    sleeps before every run, and meanwhile Python queues what is to be timed. (studies/gpu.py times whole steps.)
     """
     for _ in range(3):
         function()  # compiles, and chooses algorithms
@@ -184,7 +186,7 @@ def attention_rows(flops, shapes=ATTENTION, device="cuda", dtype=torch.bfloat16)
         times = timed_peers(lambda q, k, v: kernels.attention(q, k, v, causal), peers, (q, k, v))
         work = 4 * B * H * D * (T * (T + 1) / 2 if causal else T * T)  # two products over the visible pairs; then five
         rows += rows_of(f"attention, {name}", shape, times, (work, 2.5 * work), "FLOP", flops)
-        if causal:
+        if causal and T <= 1024:
             angles = torch.rand(T, D // 2, device=device) * 6
             cos, sin = angles.cos(), angles.sin()
             peers = {"torch.compile of RoPE + best SDPA": compiled(plain_rope_attention)}
@@ -266,10 +268,32 @@ def loss_rows(flops, shapes=HEAD, device="cuda", dtype=torch.bfloat16):
     return rows
 
 
-def environment():
+@torch.no_grad()
+def int8_rows(copy, shapes=INT8, device="cuda", dtype=torch.bfloat16):
+    """A decoding step's product by weights in 8 bits; the rate is that of reading the weights."""
+    rows = []
+    for name, K, N, M in shapes:
+        linear = Int8Linear(torch.randn(N, K, device=device))
+        x, weight = torch.randn(M, K, dtype=dtype, device=device), linear.weight.to(dtype)
+        peers = {"bf16 weights": lambda x: F.linear(x, weight),
+                 "torch.compile": compiled(lambda x: F.linear(x, linear.weight.to(dtype)) * linear.scale.to(dtype))}
+        times = timed_peers(linear, peers, (x,), lambda function, inputs: milliseconds(lambda: function(*inputs)))
+        if "ours" not in times:
+            rows.append((f"int8 weights, {name}", f"{M} x {K} x {N}", "forward", "failed: see stderr", "", "", ""))
+            continue
+        ms = times.pop("ours")
+        rate = N * K / ms * 1e3
+        ratios = ", ".join(f"{peer} {t / ms:.2f}" for peer, t in times.items())
+        rows.append((f"int8 weights, {name}", f"{M} x {K} x {N}", "forward", f"{ms:.3f}", f"{rate / 1e9:.0f} GB/s",
+                     f"{rate / copy:.0%}", ratios))
+        print("  " + " | ".join(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def environment(module="kernels.benchmark"):
     chip = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return (f"{chip}, PyTorch {torch.__version__}, Triton {triton.__version__}, Python {platform.python_version()}; "
-            f"`python -m kernels.benchmark {' '.join(sys.argv[1:])}`")
+            f"`python -m {module} {' '.join(sys.argv[1:])}`")
 
 
 def markdown(header, rows):
@@ -279,76 +303,12 @@ def markdown(header, rows):
 def table(only):
     copy, flops = ceilings()
     parts = {"attention": lambda: attention_rows(flops), "rms_norm": lambda: norm_rows(copy),
-             "swiglu": lambda: mlp_rows(copy), "cross_entropy": lambda: loss_rows(flops)}
+             "swiglu": lambda: mlp_rows(copy), "cross_entropy": lambda: loss_rows(flops),
+             "int8": lambda: int8_rows(copy)}
     rows = [row for name, part in parts.items() if name in only for row in part()]
     header = ("kernel", "shape", "direction", "ms", "rate", "of the ceiling", "peer's time / ours")
     return (f"{environment()}\n\nMeasured ceilings: copy {copy / 1e9:.0f} GB/s, bf16 matrix product "
             f"{flops / 1e12:.0f} TFLOP/s.\n\n" + markdown(header, rows))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A training step of stage 2: the surrogate frozen, the ViT's last third and the projector trained
-
-
-def encoder_step(llm, vit, batch, length, targets, device="cuda", dtype=torch.bfloat16, steps=10):
-    """[(backend, ms per step, tokens/s, peak GB, loss)] without the kernels and with them, in turns, on one model.
-
-    Times are the median of `steps` steps by the clock, launches and all: each step waits for the GPU.
-    """
-    from model import IMAGE, VLM, Llama, ViT
-    torch.manual_seed(0)
-    with torch.device(device):
-        vlm = VLM(ViT(vit), Llama(llm)).to(dtype).requires_grad_(False)
-    last_third = vlm.encoder.layers[-max(1, len(vlm.encoder.layers) // 3):]
-    trained = [vlm.adapter, *last_third, vlm.encoder.vision_model.post_layernorm]
-    parameters = [p.requires_grad_(True) for m in trained for p in m.parameters()]
-    parameters += [vlm.embd_soi.requires_grad_(True), vlm.embd_eoi.requires_grad_(True)]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=device == "cuda")
-    tokens = torch.randint(llm.vocab_size, (batch, length))
-    tokens[:, 8 : 8 + vlm.n_visual] = IMAGE
-    wanted = torch.full((batch, length), -1)
-    wanted[:, -targets:] = torch.randint(llm.vocab_size, (batch, targets))
-    pixels = torch.randn(batch, 3, vit.image_size, vit.image_size)
-    tokens, pixels = tokens.to(device), pixels.to(device, dtype)  # targets stay on the host: model.Llama.loss says why
-
-    def step():
-        loss = vlm.loss(dict(tokens=tokens, targets=wanted, pixels=pixels)) / (batch * targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    results = []
-    for backend in ("torch", "triton", "torch", "triton"):
-        with kernels.backend(backend):
-            loss, seconds, peak = step(), [], 0.0  # the first step compiles
-            step()
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(steps):
-                start = time.perf_counter()
-                step()
-                seconds.append(time.perf_counter() - start)
-            if device == "cuda":
-                peak = torch.cuda.max_memory_allocated() / 2**30
-            seconds = statistics.median(seconds)
-            results.append((backend, f"{1e3 * seconds:.1f}", f"{batch * length / seconds:.0f}", f"{peak:.1f}",
-                            f"{loss:.4f}"))
-            print("  " + " | ".join(results[-1]), file=sys.stderr, flush=True)
-    return results
-
-
-def step_table():
-    from model import LlamaConfig, ViTConfig
-    # layers 0 - 16 and 27 of the 28
-    surrogate = LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=18,
-                            num_attention_heads=24, num_key_value_heads=8, head_dim=128, rope_theta=500000.0)
-    clip = ViTConfig(image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                     num_attention_heads=16)
-    rows = encoder_step(surrogate, clip, batch=8, length=768, targets=64)
-    return (f"{environment()}\n\nEncoder step, Llama-3.2-3B's surrogate (18 layers) and CLIP ViT-L/14-336, "
-            "random weights, bf16, batch 8, 768 positions, 64 targets each.\n\n"
-            + markdown(("backend", "ms per step", "tokens/s", "peak GB", "first loss"), rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,7 +322,7 @@ def tune(which):
     shared_memory = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     chip = CONFIGS["large" if shared_memory >= 220 * 1024 else "small"]
     rows = []
-    for name, B, T, H, Hkv, D, causal in (ATTENTION[1], ATTENTION[4], ATTENTION[5]):
+    for name, B, T, H, Hkv, D, causal in (ATTENTION[3], ATTENTION[7]):
         make = lambda heads: torch.randn(B, T, heads, D, dtype=torch.bfloat16, device="cuda")
         q, k, v, do = make(H), make(Hkv), make(Hkv), make(H)
         o, lse, _, _ = attention._forward_op(q, k, v, causal, None, None, None, True)
@@ -515,9 +475,8 @@ def compile_table(capability, dtypes=(torch.bfloat16, torch.float32), head_dims=
 
 def main(argv=None):
     parser = Parser(__doc__)
-    families = ("attention", "rms_norm", "swiglu", "cross_entropy")
+    families = ("attention", "rms_norm", "swiglu", "cross_entropy", "int8")
     parser.add_argument("--only", nargs="+", choices=families, default=families, help="these kernels only")
-    parser.add_argument("--step", action="store_true", help="a training step of the encoder instead")
     parser.add_argument("--tune", nargs="*", choices=("forward", "dkdv", "dq"), metavar="KERNEL",
                         help="times the alternatives to attention.CONFIGS instead, of these kernels or of all")
     parser.add_argument("--compile", type=int, nargs="?", const=90, metavar="CAPABILITY",
@@ -537,7 +496,7 @@ def main(argv=None):
               "(--compile shows registers, spills and shared memory of the compiled kernels without a GPU.)\n")
         result = check()
     else:
-        result = step_table() if args.step else table(args.only) if args.tune is None else tune(args.tune)
+        result = table(args.only) if args.tune is None else tune(args.tune)
     print(result)
     if args.markdown:
         with open(args.markdown, "w") as f:

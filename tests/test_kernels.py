@@ -317,6 +317,17 @@ def test_activations(backend, dtype):
     check(kernels.quick_gelu, lambda x: x * torch.sigmoid(1.702 * x), (x,), dtype)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_int8_matmul(triton_backend, dtype, rows):
+    from kernels.int8 import Int8Linear
+    linear = Int8Linear(torch.randn(97, 1100)).to(DEVICE)      # no whole number of tiles
+    x = randn(rows, 1100, dtype=dtype).detach()
+    weight = linear.weight.double() * linear.scale.double()[:, None]
+    assert_close(linear(x), x.double() @ weight.t(), dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trained", [False, True])
 def test_linear_cross_entropy(backend, dtype, trained, monkeypatch):
@@ -475,16 +486,19 @@ def test_which_gpus_get_the_kernels(monkeypatch):
     assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)) == 0
 
 
-@needs_triton
-def test_step_of_the_benchmark():
-    from kernels import benchmark
-    llm = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-                      num_key_value_heads=1, head_dim=16)
-    vit = ViTConfig(image_size=16, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                    num_attention_heads=2)
-    rows = benchmark.encoder_step(llm, vit, batch=1, length=20, targets=3, device=DEVICE, dtype=torch.float32, steps=1)
-    assert [row[0] for row in rows] == ["torch", "triton"] * 2
-    assert all(float(row[4]) == pytest.approx(float(rows[0][4]), rel=1e-3) for row in rows)
+def test_the_benchmarks_step_is_the_same_in_all_systems():
+    """Ours, with the kernels and without, and transformers with all logits: one loss."""
+    from recipes import RECIPES, Target
+    from studies import gpu
+    target = Target("", "", ((2, 4),), LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16), ViTConfig(
+        image_size=336, patch_size=56, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2))
+    rows = gpu.step_rows(target, RECIPES["llama-3.2-3b"]["encoder"], 2, DEVICE, torch.float32, steps=1)
+    assert [row[0] for row in rows] == ["ours", "ours, PyTorch only", "transformers, all logits"]
+    losses = [float(row[-1]) for row in rows]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5) and losses[0] > 1
 
 
 def run(code, **environment):

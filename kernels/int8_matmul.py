@@ -1,0 +1,61 @@
+"""A few rows times a matrix of int8 weights, in Triton.
+
+    y = x W^T,    W[n] = scale[n] * integers[n]
+
+A decoding step has one row a sequence and reads every weight once, so the time is that of reading W: 1 byte a number,
+where bfloat16 has 2. A program owns BLOCK_N rows of W, turns its integers to x's dtype in registers, where that costs
+next to nothing, and applies the scales, which are the same along a row, to the finished sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from .attention import _dot
+
+# BLOCK_N, BLOCK_K, warps, pipeline stages: for one row of x, and for several
+CONFIGS = {"one": (8, 1024, 4, 3), "several": (16, 256, 4, 4)}
+
+
+@triton.jit
+def _matmul(X, stride_x, Weight, Scale, Y, M, N, K: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    scale = tl.load(Scale + n, mask=n < N, other=0.0).to(tl.float32)
+    Weight += n.to(tl.int64)[:, None] * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    partial = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(Weight + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0)  # (BLOCK_N, BLOCK_K)
+        if BLOCK_M == 1:  # the tensor cores want 16 rows: one is summed without them
+            x = tl.load(X + k, mask=k < K, other=0.0).to(tl.float32)
+            partial += w.to(tl.float32) * x[None, :]
+        else:
+            x = tl.load(X + m[:, None] * stride_x + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+            acc = _dot(x, tl.trans(w.to(tl.float32).to(x.dtype)), acc)
+    if BLOCK_M == 1:
+        acc += tl.sum(partial, 1)[None, :]
+    y = (acc * scale[None, :]).to(Y.dtype.element_ty)
+    tl.store(Y + m[:, None] * N + n[None, :], y, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@custom_op("kernels::int8_matmul", mutates_args=())
+def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (M, K), M <= 16; weight (N, K) int8, contiguous; scale (N,) bfloat16 -> (M, N) of x's dtype."""
+    (M, K), N = x.shape, len(weight)
+    y = x.new_empty((M, N))
+    x = x if x.stride(1) == 1 else x.contiguous()
+    BLOCK_N, BLOCK_K, num_warps, num_stages = CONFIGS["one" if M == 1 else "several"]
+    with torch.cuda.device_of(x):
+        _matmul[(triton.cdiv(N, BLOCK_N),)](x, x.stride(0), weight, scale, y, M, N, K, 1 if M == 1 else 16, BLOCK_N,
+                                            BLOCK_K, num_warps=num_warps, num_stages=num_stages)
+    return y
+
+
+@int8_matmul.register_fake
+def _(x, weight, scale):
+    return x.new_empty((len(x), len(weight)))
