@@ -337,9 +337,13 @@ class KVCache:
         self.lengths = None         # (B,) positions used in each row, where they differ
 
     def positions(self, T):
-        """Positions of the next T tokens: (T,), or (B, T) where rows differ."""
+        """Positions of the next T tokens: (T,), or (B, T) where rows differ. Call it before every `append` of them."""
         new = torch.arange(T, device=self.keys[0].device)
-        return new + self.used if self.lengths is None else self.lengths[:, None] + new
+        if self.lengths is None:
+            return new + self.used
+        rows = torch.arange(len(self.lengths), device=new.device)[:, None]
+        self.places, self.valid = (rows, self.lengths[:, None] + new), self.lengths + T     # once, not in every layer
+        return self.places[1]
 
     def append(self, layer, k, v):
         """Store k and v (B, T, Hkv, D) behind what is there. Returns all keys, all values, lengths if rows differ."""
@@ -348,9 +352,8 @@ class KVCache:
         if self.lengths is None:
             K[:, self.used:self.used + T], V[:, self.used:self.used + T] = k, v
         else:
-            rows = torch.arange(len(k), device=k.device)[:, None]           # (B, 1) beside positions (B, T)
-            K[rows, self.positions(T)], V[rows, self.positions(T)] = k, v
-        return K[:, :self.used + T], V[:, :self.used + T], None if self.lengths is None else self.lengths + T
+            K[self.places], V[self.places] = k, v                           # rows (B, 1), positions (B, T)
+        return K[:, :self.used + T], V[:, :self.used + T], None if self.lengths is None else self.valid
 
     def advance(self, T, lengths=None):
         """Count the T positions just stored; `lengths` (B,) says how many of each row are real (prompts are padded)."""
@@ -522,8 +525,8 @@ class VLM(nn.Module):
         x = self.decoder.embed(tokens.masked_fill(is_image, 0).to(self.decoder.device, non_blocking=True))  # (B, T, d)
         if pixels is None:
             return x
-        index = is_image.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)     # (N * n_visual,) places
-        visual = self.visual_tokens(pixels).to(x.dtype).flatten(0, 1)       # (N * n_visual, d), which fill them in order
+        index = is_image.flatten().nonzero().squeeze(1).to(x.device, non_blocking=True)     # (N * n_visual,)
+        visual = self.visual_tokens(pixels).to(x.dtype).flatten(0, 1)       # (N * n_visual, d), in order
         return x.flatten(0, 1).index_copy(0, index, visual).view_as(x)      # (B, T, d)
 
     def loss(self, batch):

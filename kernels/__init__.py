@@ -5,12 +5,13 @@
     rms_norm.py       rms_norm              RMSNorm, fused with the residual addition before it
     swiglu.py         swiglu, quick_gelu    silu(gate) * up of Llama's MLP, x sigmoid(1.702 x) of CLIP's
     cross_entropy.py  linear_cross_entropy  LM head and cross-entropy together, without the (N, vocabulary) logits
-    int8.py           Int8Linear            weights in 8 bits, to decode faster on a CPU (PyTorch's kernel)
+    int8_matmul.py    int8_linear           a product by weights in 8 bits (int8.py rounds them), to decode faster
+    graph.py          record                a decoding step's hundreds of launches, replayed as one
     benchmark.py      python -m kernels.benchmark
 
-Each but int8.py has two backends that compute the same function: Triton kernels for CUDA tensors (on NVIDIA's GPUs from
-Ampere on), plain PyTorch everywhere else (a laptop without Triton never imports it). To force one, set KERNELS=torch or
-KERNELS=triton in the environment, or
+Each but the last two has two backends that compute the same function: Triton kernels for CUDA tensors (on NVIDIA's
+GPUs from Ampere on), plain PyTorch everywhere else (a laptop without Triton never imports it). To force one, set
+KERNELS=torch or KERNELS=triton in the environment, or
 
     with kernels.backend("torch"):
         ...
@@ -27,6 +28,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from formats.errors import UserError
 
@@ -106,6 +108,13 @@ def attention(q, k, v, causal=True, lengths=None, rope=None):
     """
     _check_attention(q, k, v, lengths, rope)
     if _use_triton(q):
+        if _choice == "auto" and lengths is None and _cudnn_is_faster(q, k):
+            if rope is not None:
+                q, k = _attention.rope(q, *rope), _attention.rope(k, *rope)
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                                   is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
+            return o.transpose(1, 2).contiguous()  # (B, Hq, Tq, D) -> (B, Tq, Hq, D)
         return _attention.flash_attention(q, k, v, causal, lengths, rope)
 
     (_, Tq, Hq, _), (Tk, Hkv) = q.shape, k.shape[1:3]
@@ -137,6 +146,12 @@ def attention(q, k, v, causal=True, lengths=None, rope=None):
     if empty is not None:
         o = o.masked_fill(empty[..., None], 0)
     return o.contiguous()
+
+
+def _cudnn_is_faster(q, k):
+    """Where it was measured to be (docs/gpu.md): on Hopper, for sequences long enough to fill the chip."""
+    return (q.dtype != torch.float32 and q.shape[1] == k.shape[1] >= 512 and q.shape[3] in (64, 128)
+            and torch.cuda.get_device_capability(q.device)[0] == 9)
 
 
 def _attention_by_matmul(q, k, v, causal):
@@ -223,6 +238,26 @@ def quick_gelu(x):
     if _use_triton(x):
         return _swiglu.quick_gelu(x)
     return x * torch.sigmoid(1.702 * x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in 8 bits
+
+FEW = 16  # rows up to which an int8 kernel beats a multiplication by floating-point weights
+
+
+def int8_linear(x, weight, scale):
+    """x (..., K) times a matrix of int8 weights (N, K) with a scale for each row, (N,) bfloat16: (..., N). No gradient.
+
+    Few rows, a decoding step: reading the weights takes the time. Many, a prompt: arithmetic does.
+    """
+    rows = x.shape[:-1].numel()
+    if 0 < rows <= FEW and _use_triton(x):
+        return _int8.int8_matmul(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
+    if 0 < rows <= FEW and x.device.type == "cpu":
+        y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight, scale)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

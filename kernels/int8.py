@@ -9,12 +9,9 @@ Activations stay as they are. The weights cannot learn any more: this is for ans
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import kernels
 from formats.errors import UserError
-
-FEW = 16        # rows up to which an int8 kernel beats a multiplication by floating-point weights
 
 
 def round_rows(weight):
@@ -41,16 +38,7 @@ class Int8Linear(nn.Module):
         return self.scale_bits.view(torch.bfloat16)     # (N,)
 
     def forward(self, x):
-        rows = x.shape[:-1].numel()
-        triton = kernels._use_triton(x)
-        if 0 < rows <= FEW and (triton or x.device.type == "cpu"):      # decoding: reading the weights takes the time
-            x2 = x.reshape(rows, -1)
-            if triton:
-                y = kernels._int8.int8_matmul(x2, self.weight, self.scale)
-            else:
-                y = torch._weight_int8pack_mm(x2.bfloat16(), self.weight, self.scale).to(x.dtype)
-            return y.view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)        # a prompt: arithmetic does
+        return kernels.int8_linear(x, self.weight, self.scale)
 
 
 def replace(module, kind, new):

@@ -16,7 +16,7 @@ from torch.library import custom_op
 from .attention import _dot
 
 # BLOCK_N, BLOCK_K, warps, pipeline stages: for one row of x, and for several
-CONFIGS = {"one": (8, 1024, 4, 3), "several": (16, 256, 4, 4)}
+CONFIGS = {"one": (2, 1024, 2, 4), "several": (32, 256, 4, 4)}
 
 
 @triton.jit

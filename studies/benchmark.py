@@ -106,13 +106,13 @@ def in_fresh_process(call, module="benchmark", **environment):
 
 def llava_batch(n_visual, vocab, batch, text=100, answer=60):
     """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens of
-    which the last `answer` are the answer; every row is 8 tokens shorter than the one before, and padded."""
+    which the last `answer` are the answer; of four rows each is 8 tokens shorter than the one before, and padded."""
     T = n_visual + text
     tokens = torch.randint(vocab, (batch, T))
     tokens[:, 10:10 + n_visual] = IMAGE
     targets = torch.full((batch, T), -100)
     for b in range(batch):
-        end = T - 8 * b
+        end = T - 8 * (b % 4)
         targets[b, end - answer - 1:end - 1] = tokens[b, end - answer:end]      # at position t the token t + 1
     return dict(tokens=tokens, targets=targets, pixels=torch.rand(batch, 3, 336, 336))
 

@@ -32,7 +32,7 @@ def transformers_twin(llm):
             vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
             num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
             num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            rope_parameters=dict(c.rope_scaling or dict(rope_type="default"), rope_theta=c.rope_theta),
             tie_word_embeddings=c.tie_word_embeddings, max_position_embeddings=c.max_position_embeddings,
             bos_token_id=1, eos_token_id=2, pad_token_id=2))
     twin.load_state_dict(llm.state_dict() | {"lm_head.weight": llm.lm_head_weight}, assign=True)

@@ -1,7 +1,7 @@
 """
 What does a GPU make of the paper's sizes? A training step of the encoder, and decoding, with random weights.
 
-    python -m studies.gpu step          # stage 2 behind Llama-3.2-3B's surrogate: ours, and transformers with all logits
+    python -m studies.gpu step          # stage 2 behind Llama-3.2-3B's surrogate, beside transformers
     python -m studies.gpu decode        # tokens/s of a 3B and an 8B Llama, and the share of what memory allows
 
 All rows of a table come from one run, taking turns. (kernels/benchmark.py times the kernels one by one.)
@@ -20,7 +20,7 @@ import train
 from formats.errors import Parser, UserError, number, run_cli
 from kernels import int8
 from kernels.benchmark import ceilings, environment, markdown
-from model import VLM, Llama, LlamaConfig, ViT
+from model import VLM, Llama, ViT
 from recipes import RECIPES, TARGETS
 from studies.benchmark import llava_batch
 from studies.decoding import transformers_twin
@@ -53,8 +53,7 @@ class Theirs(torch.nn.Module):
                 num_attention_heads=c.num_attention_heads, layer_norm_eps=c.layer_norm_eps))
         ours, names = vlm.encoder.state_dict(), self.encoder.state_dict()
         prefix = "" if "vision_model.post_layernorm.weight" in names else "vision_model."     # transformers 4 or 5
-        ids = {n: torch.arange(c.num_patches + 1, device=vlm.embd_soi.device)[None] for n in names if "position_ids" in n}
-        self.encoder.load_state_dict(ids | {n: ours[prefix + n] for n in names if n not in ids}, assign=True)
+        self.encoder.load_state_dict({n: ours[prefix + n] for n in names}, assign=True)
         for module in self.encoder.modules():
             if hasattr(module, "position_ids"):             # no parameter, and so still on "meta"
                 module.position_ids = torch.arange(c.num_patches + 1, device=vlm.embd_soi.device)[None]
@@ -78,19 +77,20 @@ class Theirs(torch.nn.Module):
         soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
         x = torch.cat([soi, x, eoi], dim=1)
         text = self.decoder.get_input_embeddings()(tokens.clamp(min=0))
-        start = int((batch["tokens"][0] < 0).nonzero()[0])                              # the image, as llava_batch has it
+        start = int((batch["tokens"][0] < 0).nonzero()[0])          # the image's, as in llava_batch
         embeds = torch.cat([text[:, :start], x, text[:, start + x.shape[1]:]], dim=1)
         logits = self.decoder(inputs_embeds=embeds).logits.float()                      # (B, T, vocab)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
-def step_rows(target, recipe, batch, device="cuda", dtype=torch.bfloat16, steps=10):
+def step_rows(target, recipe, batch, device="cuda", dtype=torch.bfloat16, steps=5):
     """Rows of (system, ms a step, tokens/s, peak GiB, waits, GPU busy, first loss), all for the same weights and batch.
 
     waits: how often a step waits for the GPU; busy: the share of the time in which a kernel runs (torch.profiler).
     """
     llm = random_model(Llama, target.llm_config, dtype, device)
-    vlm = VLM(random_model(ViT, target.vit_config, dtype, device), build_surrogate(llm, target.ranges)).to(device, dtype)
+    vit = random_model(ViT, target.vit_config, dtype, device)
+    vlm = VLM(vit, build_surrogate(llm, target.ranges)).to(device, dtype)
     del llm
     learns = train.trained_parameters(vlm, "encoder")
     systems = {"ours": ("triton", vlm, learns), "ours, PyTorch only": ("torch", vlm, learns)}
@@ -116,10 +116,16 @@ def step_rows(target, recipe, batch, device="cuda", dtype=torch.bfloat16, steps=
                 return loss.item()
 
             with kernels.backend(backend if torch.cuda.is_available() else "auto"):
-                results[name].append(measure(step, steps, device))
+                try:
+                    results[name].append(measure(step, steps, device))
+                except torch.OutOfMemoryError:
+                    print(f"{name}: out of memory", file=sys.stderr)
             for p in parameters.values():
                 p.requires_grad_(False)
     for name, turns in results.items():
+        if not turns:
+            rows.append((name, "out of memory", "", "", "", "", ""))
+            continue
         best = min(turns, key=lambda r: r["ms"])
         rows.append((name, f"{best['ms']:.1f}", f"{b['tokens'].numel() / best['ms'] * 1e3:.0f}", f"{best['peak']:.1f}",
                      best["waits"], best["busy"], f"{turns[0]['loss']:.4f}"))
@@ -175,7 +181,7 @@ def decode_times(llm, prompts, new):
     return times
 
 
-def decode_rows(name, config, bandwidth, length=512, new=128, batches=(1, 8), rounds=3, device="cuda", compiled=False):
+def decode_rows(name, config, bandwidth, length=512, new=128, batches=(1, 8), rounds=2, device="cuda", compiled=False):
     """Rows of (model, system, batch, tokens/s, ms to the first token, GB read a step, share of the bandwidth)."""
     llm = random_model(Llama, config, torch.bfloat16, device)
     twin, rows = transformers_twin(llm), []
