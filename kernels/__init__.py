@@ -111,7 +111,7 @@ def attention(q, k, v, causal=True, lengths=None, rope=None):
         if _choice == "auto" and lengths is None and _cudnn_is_faster(q, k):
             if rope is not None:
                 q, k = _attention.rope(q, *rope), _attention.rope(k, *rope)
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
                 o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                                                    is_causal=causal, enable_gqa=q.shape[2] != k.shape[2])
             return o.transpose(1, 2).contiguous()  # (B, Hq, Tq, D) -> (B, Tq, Hq, D)
@@ -149,7 +149,8 @@ def attention(q, k, v, causal=True, lengths=None, rope=None):
 
 
 def _cudnn_is_faster(q, k):
-    """Where it was measured to be (docs/gpu.md): on Hopper, for sequences long enough to fill the chip."""
+    """NVIDIA's own kernel, where it was measured to be (docs/gpu.md): on Hopper, from some 500 positions on. It uses
+    what Triton has no words for, groups of warps that each do another part of the work."""
     return (q.dtype != torch.float32 and q.shape[1] == k.shape[1] >= 512 and q.shape[3] in (64, 128)
             and torch.cuda.get_device_capability(q.device)[0] == 9)
 
@@ -320,7 +321,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, N, rows):
             h, t = hidden[i : i + rows], targets[i : i + rows]  # (n, d), (n,)
             losses, d_logits = step(h @ weight.t(), t, need_hidden or need_weight)  # (n,), (n, V)
-            loss += losses.sum()
+            loss = loss + losses.sum()  # not +=: from that, torch.compile of PyTorch 2.11 makes a gradient of zeros
             if need_hidden:
                 d_hidden[i : i + rows] = d_logits @ weight  # (n, d)
             if need_weight:

@@ -212,6 +212,24 @@ def test_lengths(backend, Tq, lengths, causal):
 
 
 @needs_triton
+@pytest.mark.parametrize("T", [511, 513])
+def test_cudnn_takes_long_sequences(monkeypatch, T):
+    """On Hopper: the same function by another kernel. Elsewhere PyTorch stands in for it, to test the way there."""
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "_use_triton", lambda x: True)
+        monkeypatch.setattr(kernels, "sdpa_kernel", lambda *_, **__: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    angles = torch.rand(T, 32, device=DEVICE) * 6
+    rope = (angles.cos(), angles.sin())
+    inputs = tuple(randn(1, T, heads, 64, dtype=torch.bfloat16) for heads in (2, 1, 1))
+    check(partial(kernels.attention, rope=rope), partial(attention, rope=rope), inputs, torch.bfloat16)
+    if DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9:
+        assert calls == [1] * (T >= 512)
+
+
+@needs_triton
 @pytest.mark.parametrize("causal", [True, False])
 def test_large_logits(triton_backend, causal):
     q, k, v = (randn(1, 77, heads, 64) for heads in (3, 1, 1))
@@ -410,6 +428,17 @@ def test_models_with_and_without_kernels(dtype):
     largest = max(g.norm() for n, g in results[0].items() if n.endswith("weight"))
     for name, plain in results[0].items():
         assert (results[1][name] - plain).norm() <= tolerance * max(plain.norm(), 1e-3 * largest), name
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
+def test_decoding_as_a_graph():
+    """One launch a step, in place of hundreds, and the same tokens."""
+    llm = Llama(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2, head_dim=16)).to(DEVICE).requires_grad_(False)
+    prompts = [[5, 17, 3, 88], [60], [9, 30]]
+    alone = [llm.generate([p], max_new_tokens=30, use_cache=False)[0] for p in prompts]
+    assert llm.generate(prompts, max_new_tokens=30) == alone
+    assert [llm.generate([p], max_new_tokens=30)[0] for p in prompts] == alone
 
 
 def layer(q, k, v, weight, rope):

@@ -257,6 +257,22 @@ def test_batch_of_different_lengths_equals_each_alone(tiny):
         tiny.generate(PROMPTS, max_new_tokens=3, use_cache=False)
 
 
+@torch.no_grad()
+def test_steps_of_one_shape(tiny):
+    """As a CUDA graph replays them: over the whole cache, whose rows' lengths are a tensor."""
+    embeds, lengths = tiny.embed(torch.randint(97, (2, 6))), torch.tensor([6, 4])
+    for ragged in (None, lengths):
+        said = []
+        for fixed in (False, True):
+            cache = KVCache(tiny, 2, 6 + 20)
+            x = tiny.run(embeds, cache=cache)[:, 3]
+            cache.advance(6, ragged)
+            if fixed:
+                cache.fix()
+            said.append(torch.stack(list(tiny.decode(x, cache, 20))))
+        assert torch.equal(*said)
+
+
 def test_stop_tokens(tiny):
     free = tiny.generate(PROMPTS, max_new_tokens=30)
     stop = {free[0][4], free[1][9]}
