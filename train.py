@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import surrogate
 from data.batches import Batches, shares
@@ -87,7 +88,7 @@ class Optimizer:
                 p.grad = None
 
     def norm(self):
-        return torch.stack([m.grad.norm() for m in self.master.values() if m.grad is not None]).norm()
+        return get_total_norm([m.grad for m in self.master.values() if m.grad is not None])
 
     def update(self):
         """One step with the gradients gathered since the last. Returns the learning rate used."""
@@ -95,9 +96,7 @@ class Optimizer:
         if not norm.isfinite():                             # nothing has been touched yet
             raise UserError(f"the gradient became {norm.item()} at step {self.step}: try a smaller lr "
                             "(checkpoints are intact)")
-        for m in self.master.values():
-            if m.grad is not None:
-                m.grad *= (self.recipe.clip / (norm + 1e-6)).clamp(max=1.0)
+        clip_grads_with_norm_(self.master.values(), self.recipe.clip, norm)
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.adam.zero_grad()

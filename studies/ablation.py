@@ -57,8 +57,8 @@ RECIPES = {
     "shipped": Route("two translators, distilled from the full LLM: the shipped weights"),
     "short": Route("the same, on as many samples, each read only once", steps=200, epochs=1),
     "one": Route("one translator in place of the two", "20-28"),
-    "cut-16": Route("an earlier cut, about where the LLM's prediction turns", "16-21,22-28"),
-    "cut-18": Route("a cut between these two", "18-22,23-28"),
+    "cut-16": Route("an earlier cut, where the LLM's prediction turns; stage 1 half as long", "16-21,22-28", steps=400),
+    "cut-18": Route("a cut between these two; stage 1 half as long", "18-22,23-28", steps=400),
     "cut-23": Route("a late cut: one translator, and nearly the full LLM", "23-28"),
     "direct": Route("no surrogate: the encoder learns through the full LLM", "none", None, steps=0),
 }
