@@ -13,16 +13,16 @@ def record(function, x):
 
     `function` runs three times here, so it must not count its calls. Its result is the same tensor every time.
     """
-    x = x.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):               # unrecorded: compiles kernels, and lets cuBLAS choose its algorithms
-        for _ in range(2):
-            function(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = function(x)
+    x, graph = x.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.device(x.device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):           # unrecorded: compiles kernels, and lets cuBLAS choose its algorithms
+            for _ in range(2):
+                function(x)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):        # other threads may use the GPU
+            y = function(x)
 
     def replay(new):
         x.copy_(new)

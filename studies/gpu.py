@@ -171,56 +171,47 @@ def weight_bytes(llm):
     return sum(t.numel() * t.element_size() for n, t in llm.state_dict().items() if tied or "embed_tokens" not in n)
 
 
-@torch.no_grad()
-def decode_times(llm, prompts, new):
-    """Seconds at which each of `new` tokens came, from the beginning on: (new,) list."""
+def ours(llm, prompts, new):
+    """(tokens/s of all rows after the first ten of each, seconds to the first) of greedy decoding."""
     start, times = time.perf_counter(), []
     for token in llm.stream(llm.embed(prompts), max_new_tokens=new):
-        token.tolist()
+        token.tolist()                                      # waits for it
         times.append(time.perf_counter() - start)
-    return times
+    return len(prompts) * (new - 11) / (times[-1] - times[10]), times[0]
 
 
+def theirs(twin, prompts, new, **options):
+    """The same of transformers' generate."""
+    ends = [timed(lambda: twin.generate(prompts, do_sample=False, min_new_tokens=n, max_new_tokens=n,
+                                        attention_mask=torch.ones_like(prompts), **options)) for n in (1, 11, new)]
+    return len(prompts) * (new - 11) / (ends[2] - ends[1]), ends[0]
+
+
+@torch.no_grad()
 def decode_rows(name, config, bandwidth, length=512, new=128, batches=(1, 8), rounds=2, device="cuda", compiled=False):
     """Rows of (model, system, batch, tokens/s, ms to the first token, GB read a step, share of the bandwidth)."""
-    llm = random_model(Llama, config, torch.bfloat16, device)
-    twin, rows = transformers_twin(llm), []
-    quantized = None
-
-    def ours(llm):
-        def run(prompts):
-            times = decode_times(llm, prompts, new)
-            return len(prompts) * (new - 11) / (times[-1] - times[10]), times[0]
-        return run
-
-    def theirs(**options):
-        def run(prompts):
-            ends = []
-            for n in (1, 11, new):
-                ends.append(timed(lambda: twin.generate(prompts, do_sample=False, min_new_tokens=n, max_new_tokens=n,
-                                                        attention_mask=torch.ones_like(prompts), **options)))
-            return len(prompts) * (new - 11) / (ends[2] - ends[1]), ends[0]
-        return run
-
-    systems = {"ours": (ours(llm), weight_bytes(llm)), "transformers": (theirs(), weight_bytes(llm))}
-    if compiled:
-        systems["transformers, static cache"] = (theirs(cache_implementation="static"), weight_bytes(llm))
-    for stage in ("bfloat16", "int8"):
-        if stage == "int8":                                 # the twin shares the weights: it is done
-            twin = None
-            quantized = int8.quantize(llm)
-            systems = {"ours, int8": (ours(quantized), weight_bytes(quantized))}
+    def in_turns(systems, size):
         for batch in batches:
             prompts = torch.randint(config.vocab_size, (batch, length), device=device)
             results = {n: [] for n in systems}
-            for _ in range(rounds + 1):
-                for n, (run, _) in systems.items():
+            for _ in range(rounds + 1):                     # the first compiles
+                for n, run in systems.items():
                     results[n].append(run(prompts))
-            for n, (_, size) in systems.items():
+            for n in systems:
                 rate, first = (statistics.median(r[k] for r in results[n][1:]) for k in (0, 1))
                 share = size * rate / batch / bandwidth
                 rows.append((name, n, batch, f"{rate:.1f}", f"{1e3 * first:.0f}", f"{size / 1e9:.1f}", f"{share:.0%}"))
                 print("  " + " | ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
+
+    llm, rows = random_model(Llama, config, torch.bfloat16, device), []
+    twin = transformers_twin(llm)
+    systems = {"ours": lambda p: ours(llm, p, new), "transformers": lambda p: theirs(twin, p, new)}
+    if compiled:
+        systems["transformers, static cache"] = lambda p: theirs(twin, p, new, cache_implementation="static")
+    in_turns(systems, weight_bytes(llm))
+    twin = None                                             # it shares the weights, which are rounded now
+    int8.quantize(llm)
+    in_turns({"ours, int8": lambda p: ours(llm, p, new)}, weight_bytes(llm))
     return rows
 
 
