@@ -207,7 +207,8 @@ class Llama(nn.Module):
             cos, sin = self.rope(x.shape[1])
         else:
             positions = cache.positions(x.shape[1])                         # (T,), or (B, T) where rows differ
-            cos, sin = (table[positions] for table in self.rope(cache.size))
+            cache.tables = self.rope(cache.size)    # held there, since a CUDA graph reads them where they are
+            cos, sin = (table[positions] for table in cache.tables)
         for i in range(len(self.model.layers))[start:stop]:
             if i in self.checkpointed and torch.is_grad_enabled():
                 x = checkpoint(self.model.layers[i], x, cos, sin, use_reentrant=False)
@@ -263,15 +264,18 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def decode(self, x, cache, max_new_tokens, temperature=0.0, top_p=1.0, generator=None):
-        """Yield tokens (B,), given the last position's hidden state x (B, C) and a cache of everything up to it."""
+        """Yield tokens (B,), given the last position's hidden state x (B, C) and a cache of everything up to it.
+
+        On a GPU a step is one CUDA graph, which leaves the cache to these tokens: no prompt can follow in it.
+        """
         step = lambda token: self.run(self.embed(token[:, None]), cache=cache)[:, -1]
         for i in range(max_new_tokens):
             token = sample(self.logits(x), temperature, top_p, generator)   # only the last position meets the LM head
             yield token
-            if i == 0 and x.is_cuda:
-                cache.fix()
-                step = record(step, token)
             if i < max_new_tokens - 1:
+                if i == 0 and x.is_cuda:
+                    cache.fix()
+                    step = record(step, token)
                 x = step(token)
                 cache.advance(1)
 
@@ -334,7 +338,8 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=llm.dtype, device=llm.device) for _ in llm.model.layers]
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.used = 0               # positions used in the longest row: the host knows it, so slicing needs no sync
-        self.lengths = None         # (B,) positions used in each row, where they differ
+        self.lengths = None         # (B,) positions used in each row, where they differ (or the cache is fixed)
+        self.places = self.valid = None     # then: where the new tokens go, and the lengths with them
 
     def positions(self, T):
         """Positions of the next T tokens: (T,), or (B, T) where rows differ. Call it before every `append` of them."""

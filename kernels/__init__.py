@@ -16,6 +16,8 @@ KERNELS=torch or KERNELS=triton in the environment, or
     with kernels.backend("torch"):
         ...
 
+A third, KERNELS=cudnn, is Triton, but for long sequences NVIDIA's own attention, which on an H200 is the faster one.
+
 The PyTorch versions below are also the place to read *what* is computed; the files beside this one say *how* it is
 made fast. Layout is (B, T, H, D) everywhere, batch, time, head, channel: what a projection's `.view` gives, so that
 nothing is transposed or copied on the way in or out.
@@ -46,13 +48,15 @@ try:
 except ImportError:
     triton = None
 
+BACKENDS = ("auto", "triton", "torch", "cudnn")
 _choice = os.environ.get("KERNELS", "auto")
 
 
 def check_choice():
     """UserError if KERNELS names no backend, or one that is not here: a model that is built asks, before it loads."""
-    if _choice not in ("auto", "triton", "torch"):
-        raise UserError(f"KERNELS={_choice:.40}: expected 'triton', 'torch' or nothing (Triton for CUDA, else PyTorch)")
+    if _choice not in BACKENDS:
+        raise UserError(f"KERNELS={_choice:.40}: expected 'triton', 'torch', 'cudnn' or nothing (Triton for CUDA, else "
+                        "PyTorch)")
     if _choice == "triton" and triton is None:
         raise UserError("the backend is 'triton', but Triton is not installed: pip install triton, or choose 'torch'")
     if _choice == "triton" and not torch.cuda.is_available() and not _attention.INTERPRET.value:
@@ -62,10 +66,11 @@ def check_choice():
 
 @contextmanager
 def backend(name):
-    """Within the block, run every function here on `name`: "triton", "torch", or "auto" (Triton for CUDA tensors)."""
+    """Within the block, run every function here on `name`: "triton", "torch", "auto" (Triton for CUDA tensors), or
+    "cudnn" (the same, but cuDNN's attention for long sequences)."""
     global _choice
-    if name not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend={name!r}: expected 'auto', 'triton' or 'torch'")
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r}: expected 'auto', 'triton', 'torch' or 'cudnn'")
     before, _choice = _choice, name
     try:
         yield
@@ -74,12 +79,12 @@ def backend(name):
 
 
 def _use_triton(x):
-    if _choice != "auto":
+    if _choice not in ("auto", "cudnn"):
         check_choice()
     if _choice == "triton" and not x.is_cuda and not _attention.INTERPRET.value:
         raise ValueError("the backend is 'triton', but a tensor is on the CPU, where Triton only runs in its "
                          "interpreter: start Python with TRITON_INTERPRET=1, or choose 'torch'")
-    if _choice == "auto":  # float64 is for checking gradients: only PyTorch computes it
+    if _choice in ("auto", "cudnn"):  # float64 is for checking gradients: only PyTorch computes it
         return triton is not None and x.is_cuda and x.dtype != torch.float64 and _fits(x.device)
     return _choice == "triton"
 
@@ -108,7 +113,7 @@ def attention(q, k, v, causal=True, lengths=None, rope=None):
     """
     _check_attention(q, k, v, lengths, rope)
     if _use_triton(q):
-        if _choice == "auto" and lengths is None and _cudnn_is_faster(q, k):
+        if _choice == "cudnn" and lengths is None and _cudnn_is_faster(q, k):
             if rope is not None:
                 q, k = _attention.rope(q, *rope), _attention.rope(k, *rope)
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
@@ -149,8 +154,7 @@ def attention(q, k, v, causal=True, lengths=None, rope=None):
 
 
 def _cudnn_is_faster(q, k):
-    """NVIDIA's own kernel, where it was measured to be (docs/gpu.md): on Hopper, from some 500 positions on. It uses
-    what Triton has no words for, groups of warps that each do another part of the work."""
+    """Where it was measured to be (docs/gpu.md): on Hopper, from some 500 positions on."""
     return (q.dtype != torch.float32 and q.shape[1] == k.shape[1] >= 512 and q.shape[3] in (64, 128)
             and torch.cuda.get_device_capability(q.device)[0] == 9)
 
@@ -244,7 +248,7 @@ def quick_gelu(x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights in 8 bits
 
-FEW = 16  # rows up to which an int8 kernel beats a multiplication by floating-point weights
+FEW = 16  # rows up to which the int8 kernels are used: one and eight were measured to be faster
 
 
 def int8_linear(x, weight, scale):

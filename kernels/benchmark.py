@@ -50,10 +50,10 @@ NORM = [("Llama-3.2-3B", 8 * 768, 3072), ("Llama-3.1-8B", 8 * 2048, 4096), ("Smo
 MLP = [("Llama-3.2-3B", 8 * 768, 8192), ("Llama-3.1-8B", 8 * 2048, 14336), ("SmolLM2-135M", 32 * 256, 1536)]
 CLIP_MLP = [("CLIP ViT-L/14-336", 32 * 577, 4096)]
 # positions with a target, width, vocabulary
-# of a matrix of int8 weights: its width, its rows; and the rows that meet it
+HEAD = [("Llama-3.2-3B", 1024, 3072, 128256), ("Llama-3.2-3B", 4096, 3072, 128256), ("SmolLM2-135M", 1024, 576, 49152)]
+# a matrix of int8 weights: its width, its rows; and the rows that meet it
 INT8 = [("Llama-3.2-3B", 3072, 8192, 1), ("Llama-3.2-3B", 8192, 3072, 1), ("Llama-3.2-3B", 3072, 128256, 1),
         ("Llama-3.2-3B", 3072, 8192, 8), ("Llama-3.2-3B", 8192, 3072, 8)]
-HEAD = [("Llama-3.2-3B", 1024, 3072, 128256), ("Llama-3.2-3B", 4096, 3072, 128256), ("SmolLM2-135M", 1024, 576, 49152)]
 
 
 def milliseconds(function, runs=50):
@@ -305,7 +305,7 @@ def table(only):
     parts = {"attention": lambda: attention_rows(flops), "rms_norm": lambda: norm_rows(copy),
              "swiglu": lambda: mlp_rows(copy), "cross_entropy": lambda: loss_rows(flops),
              "int8": lambda: int8_rows(copy)}
-    with kernels.backend("triton"):         # by itself, long attention on Hopper goes to cuDNN: it is a peer here
+    with kernels.backend("triton"):
         rows = [row for name, part in parts.items() if name in only for row in part()]
     header = ("kernel", "shape", "direction", "ms", "rate", "of the ceiling", "peer's time / ours")
     return (f"{environment()}\n\nMeasured ceilings: copy {copy / 1e9:.0f} GB/s, bf16 matrix product "
@@ -413,7 +413,8 @@ def compile_launch(kernel, args, options, capability):
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
     values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in options.items() if k in kernel.arg_names}
-    pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+    pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
+                torch.int8: "*i8"}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name, x = parameter.name, values[parameter.name]
@@ -466,6 +467,9 @@ def compile_table(capability, dtypes=(torch.bfloat16, torch.float32), head_dims=
             square(kernels.swiglu(make(33, 8192), make(33, 8192))).backward()
             square(kernels.quick_gelu(make(33, 4096))).backward()
             kernels.linear_cross_entropy(make(33, 64), make(128256, 64), torch.zeros(33, dtype=torch.long))
+            for rows in (1, 8):
+                kernels.int8_linear(make(rows, 3072), torch.zeros(8192, 3072, dtype=torch.int8),
+                                    torch.zeros(8192, dtype=torch.bfloat16))
 
     launches = record_launches(run, large=capability in (90, 100, 103))
     rows = dict.fromkeys(compile_launch(*launch, capability) for launch in launches)  # each once

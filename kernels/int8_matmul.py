@@ -50,6 +50,7 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     y = x.new_empty((M, N))
     x = x if x.stride(1) == 1 else x.contiguous()
     BLOCK_N, BLOCK_K, num_warps, num_stages = CONFIGS["one" if M == 1 else "several"]
+    num_stages = 2 if x.dtype == torch.float32 else num_stages  # within the 99 KB of shared memory that any chip has
     with torch.cuda.device_of(x):
         _matmul[(triton.cdiv(N, BLOCK_N),)](x, x.stride(0), weight, scale, y, M, N, K, 1 if M == 1 else 16, BLOCK_N,
                                             BLOCK_K, num_warps=num_warps, num_stages=num_stages)

@@ -23,7 +23,7 @@ from torch.library import custom_op
 
 # Rows are short (d = 576 .. 8192) and many: a program keeps one row in its registers. With this many programs at most,
 # all of them are on the chip at once and each walks over its share of the rows.
-MAX_PROGRAMS = 132 * 2  # twice the H200's processors: 6 % faster than four times, 35 % than once
+MAX_PROGRAMS = 132 * 2  # twice an H200's processors: 6 % less time than four times as many, 35 % less than once
 
 
 @triton.jit

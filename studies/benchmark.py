@@ -106,7 +106,7 @@ def in_fresh_process(call, module="benchmark", **environment):
 
 def llava_batch(n_visual, vocab, batch, text=100, answer=60):
     """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens of
-    which the last `answer` are the answer; of four rows each is 8 tokens shorter than the one before, and padded."""
+    which the last `answer` are the answer; lengths fall by 8, beginning again every four rows, and are padded."""
     T = n_visual + text
     tokens = torch.randint(vocab, (batch, T))
     tokens[:, 10:10 + n_visual] = IMAGE

@@ -94,12 +94,9 @@ def step_rows(target, recipe, batch, device="cuda", dtype=torch.bfloat16, steps=
     del llm
     learns = train.trained_parameters(vlm, "encoder")
     systems = {"ours": ("triton", vlm, learns), "ours, PyTorch only": ("torch", vlm, learns)}
-    try:
-        theirs = Theirs(vlm)
-        systems["transformers, all logits"] = ("torch", theirs, theirs.trained(learns))
-        vlm.requires_grad_(False)
-    except ImportError:
-        print("transformers is not installed: its row is missing", file=sys.stderr)
+    theirs = Theirs(vlm)
+    systems["transformers, all logits"] = ("torch", theirs, theirs.trained(learns))
+    vlm.requires_grad_(False)
     b = llava_batch(vlm.n_visual, target.llm_config.vocab_size, batch)
     rows, results = [], {name: [] for name in systems}
     for turn in range(2):
@@ -115,7 +112,7 @@ def step_rows(target, recipe, batch, device="cuda", dtype=torch.bfloat16, steps=
                 optimizer.update()
                 return loss.item()
 
-            with kernels.backend(backend if torch.cuda.is_available() else "auto"):
+            with kernels.backend(backend):
                 try:
                     results[name].append(measure(step, steps, device))
                 except torch.OutOfMemoryError:

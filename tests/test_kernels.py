@@ -213,7 +213,7 @@ def test_lengths(backend, Tq, lengths, causal):
 
 @needs_triton
 @pytest.mark.parametrize("T", [511, 513])
-def test_cudnn_takes_long_sequences(monkeypatch, T):
+def test_cudnn_takes_long_sequences_if_asked(monkeypatch, T):
     """On Hopper: the same function by another kernel. Elsewhere PyTorch stands in for it, to test the way there."""
     calls, sdpa = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
@@ -224,7 +224,8 @@ def test_cudnn_takes_long_sequences(monkeypatch, T):
     angles = torch.rand(T, 32, device=DEVICE) * 6
     rope = (angles.cos(), angles.sin())
     inputs = tuple(randn(1, T, heads, 64, dtype=torch.bfloat16) for heads in (2, 1, 1))
-    check(partial(kernels.attention, rope=rope), partial(attention, rope=rope), inputs, torch.bfloat16)
+    with kernels.backend("cudnn"):
+        check(partial(kernels.attention, rope=rope), partial(attention, rope=rope), inputs, torch.bfloat16)
     if DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9:
         assert calls == [1] * (T >= 512)
 
@@ -521,16 +522,17 @@ def test_which_gpus_get_the_kernels(monkeypatch):
     assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)) == 0
 
 
+@needs_triton
 def test_the_benchmarks_step_is_the_same_in_all_systems():
     """Ours, with the kernels and without, and transformers with all logits: one loss."""
     from recipes import RECIPES, Target
     from studies import gpu
-    target = Target("", "", ((2, 4),), LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2,
+    target = Target("", "", ((1, 2),), LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16), ViTConfig(
-        image_size=336, patch_size=56, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        image_size=336, patch_size=112, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2))
-    rows = gpu.step_rows(target, RECIPES["llama-3.2-3b"]["encoder"], 2, DEVICE, torch.float32, steps=1)
+    rows = gpu.step_rows(target, RECIPES["llama-3.2-3b"]["encoder"], 1, DEVICE, torch.float32, steps=1)
     assert [row[0] for row in rows] == ["ours", "ours, PyTorch only", "transformers, all logits"]
     losses = [float(row[-1]) for row in rows]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5) and losses[0] > 1
@@ -542,7 +544,7 @@ def test_the_benchmark_of_decoding():
                          num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     rows = gpu.decode_rows("tiny", config, 1e12, length=5, new=15, batches=(2,), rounds=1, device=DEVICE)
     assert [row[1] for row in rows] == ["ours", "transformers", "ours, int8"]
-    assert all(float(row[3]) > 0 for row in rows)
+    assert all(float(row[3]) > 0 for row in rows if row[1] != "transformers")   # theirs is a difference of two times
 
 
 def run(code, **environment):
