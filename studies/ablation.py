@@ -49,6 +49,7 @@ class Route:
     projector: bool = False                 # with answers: does the projector learn in stage 1, too?
     steps: int = 800                        # of stage 1
     epochs: int = 4                         # with the LLM: how often stage 1 reads the same samples
+    lr: float = SMALL["encoder"].lr         # of stage 2
 
 
 RECIPES = {
@@ -57,8 +58,9 @@ RECIPES = {
     "shipped": Route("two translators, distilled from the full LLM: the shipped weights"),
     "short": Route("the same, on as many samples, each read only once", steps=200, epochs=1),
     "one": Route("one translator in place of the two", "20-28"),
-    "cut-16": Route("an earlier cut, where the LLM's prediction turns; stage 1 half as long", "16-21,22-28", steps=400),
-    "cut-18": Route("a cut between these two; stage 1 half as long", "18-22,23-28", steps=400),
+    "cut-16": Route("cheap: an early cut, half of stage 1, a lower rate in stage 2", "16-21,22-28", steps=400, lr=1e-5),
+    "cut-17": Route("the same, one layer later", "17-21,22-28", steps=400, lr=1e-5),
+    "cut-18": Route("the same, two layers later", "18-22,23-28", steps=400, lr=1e-5),
     "cut-23": Route("a late cut: one translator, and nearly the full LLM", "23-28"),
     "direct": Route("no surrogate: the encoder learns through the full LLM", "none", None, steps=0),
 }
@@ -69,7 +71,9 @@ RECIPES = {
 def plan_stage(stage, route, start, steps, batch, dtype, text, **common):
     """What a stage of a route is (see train.plan). steps: of stage 2."""
     how, kind = dataclasses.asdict(SMALL[stage]) | dict(steps=steps, batch=batch, dtype=dtype), Recipe
-    if stage == "translator":
+    if stage == "encoder":
+        how |= dict(lr=route.lr)
+    else:
         how |= dict(steps=route.steps, projector=route.projector)
         if route.targets == "llm":
             how, kind = how | dict(epochs=route.epochs), Distillation
