@@ -252,22 +252,28 @@ def name_points(ax, points):
 
 def plot_cost(results):
     """The frontier, a figure: what each recipe costs, and how much of direct training's score its graft has."""
-    (groups, cost), points, fig = by_recipe(results), {}, Figure(**PAPER)
-    ax = fig.add_subplot(xlabel="training FLOPs of stages 1 and 2, % of direct training's",
-                         ylabel="graft, said freely, never trained: % of direct training's score")
+    (groups, cost), fig = by_recipe(results), Figure(**PAPER | dict(figsize=(11, 5)))
     names, several = list(dict.fromkeys(name for name, _ in groups)), len({steps for _, steps in groups}) > 1
-    for (name, steps), group in groups.items():
-        best, own = (scores(g, "graft", "said", False) for g in (groups.get(("direct", steps), []), group))
-        if any(best):                                       # else there is nothing to compare with
-            x, ys = 100 * cost[name, steps] / cost["direct", steps], [100 * y / mean(best) for y in own]
-            point, k = (x, mean(ys), stdev(ys) if len(ys) > 1 else 0), names.index(name)
-            points[f"{name}, {steps} steps" if several else name] = point
-            ax.errorbar(*point, fmt=SHAPES[k % len(SHAPES)], color=COLORS[k % len(COLORS)], ms=8, capsize=3)
-    front = [p for p in sorted(points.values()) if all(q[1] < p[1] for q in points.values() if q[0] < p[0])]
-    ax.plot([p[0] for p in front], [p[1] for p in front], "--", color="#999999", lw=1, zorder=0)
-    ax.set_title("dashed: nothing is cheaper and better" if points else "no result of direct to compare with")
-    ax.margins(0.15)
-    name_points(ax, points)
+    measures = ("said", False, "said freely, never trained"), ("ranked", True, "ranked first, trained")
+    axes, named = fig.subplots(1, 2), []
+    for ax, (measure, trained, what) in zip(axes, measures):
+        points = {}
+        for (name, steps), group in groups.items():
+            best, own = (scores(g, "graft", measure, trained) for g in (groups.get(("direct", steps), []), group))
+            if any(best):                                   # else there is nothing to compare with
+                x, ys = 100 * cost[name, steps] / cost["direct", steps], [100 * y / mean(best) for y in own]
+                point, k = (x, mean(ys), stdev(ys) if len(ys) > 1 else 0), names.index(name)
+                points[f"{name}, {steps}" if several and name != "direct" else name] = point
+                ax.errorbar(*point, fmt=SHAPES[k % len(SHAPES)], color=COLORS[k % len(COLORS)], ms=8, capsize=3)
+        front = [p for p in sorted(points.values()) if all(q[1] < p[1] for q in points.values() if q[0] < p[0])]
+        ax.plot([p[0] for p in front], [p[1] for p in front], "--", color="#999999", lw=1, zorder=0)
+        ax.set(xlabel="training FLOPs of stages 1 and 2, % of direct training's",
+               ylabel=f"graft, {what}: % of direct training's score",
+               title="steps of stage 2; dashed: nothing is cheaper and better" if points else "no result of direct to compare with")
+        ax.margins(0.3, 0.15)
+        named.append(points)
+    for ax, points in zip(axes, named):                     # when nothing moves any more
+        name_points(ax, points)
     return fig
 
 
