@@ -268,9 +268,10 @@ def plot_cost(results):
         front = [p for p in sorted(points.values()) if all(q[1] < p[1] for q in points.values() if q[0] < p[0])]
         ax.plot([p[0] for p in front], [p[1] for p in front], "--", color="#999999", lw=1, zorder=0)
         ax.set(xlabel="training FLOPs of stages 1 and 2, % of direct training's",
-               ylabel=f"graft, {what}: % of direct training's score",
-               title="steps of stage 2; dashed: nothing is cheaper and better" if points else "no result of direct to compare with")
-        ax.margins(0.3, 0.15)
+               ylabel=f"graft, {what}: % of direct training's score", title="no result of direct to compare with")
+        if points:
+            ax.set_title("steps of stage 2; dashed: nothing is cheaper and better")
+        ax.margins(0.45, 0.15)
         named.append(points)
     for ax, points in zip(axes, named):                     # when nothing moves any more
         name_points(ax, points)
