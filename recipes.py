@@ -111,9 +111,9 @@ class Words(Recipe):
 
 SMALL = dict(
     vit=Words(steps=600, batch=128, lr=1e-3, workers=1),                # stage 0, extras/vit.py; shipped: 7000 steps
-    distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1; shipped: 800 steps
+    distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1
     translator=Recipe(steps=400, lr=1e-3, projector=False),
-    encoder=Recipe(steps=200, lr=5e-5),                                 # stage 2
+    encoder=Recipe(steps=1000, lr=1e-5),                                # stage 2
     decoder=Recipe(steps=30, lr=5e-5, loss_on="answers"),
 )
 
@@ -142,7 +142,7 @@ CLIP = dict(vit="openai/clip-vit-large-patch14-336", vit_config=ViTConfig(
     image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096,
     num_hidden_layers=24, num_attention_heads=16))
 TARGETS = {
-    "small": Target(DEFAULT_LLM, "assets/vit.safetensors", ((20, 23), (24, 28)), LlamaConfig(), ViTConfig()),
+    "small": Target(DEFAULT_LLM, "assets/vit.safetensors", ((16, 21), (22, 28)), LlamaConfig(), ViTConfig()),
     "llama-3.2-3b": Target("meta-llama/Llama-3.2-3B-Instruct", ranges=((16, 26),), **CLIP, llm_config=llama3(
         32.0, num_hidden_layers=28, hidden_size=3072, intermediate_size=8192, num_attention_heads=24,
         tie_word_embeddings=True)),

@@ -2,7 +2,7 @@
 Stage 1 with the full LLM as teacher, where the paper's learns from the answers alone.
 
     python -m extras.distillation                       # in place of `python train.py translator`
-    python -m extras.distillation steps=800             # the shipped one
+    python -m extras.distillation                       # the shipped one
 
 The LLM's own predictions say far more per sample than the answer's tokens do, and they pull the translator towards what
 the LLM *would do*, not towards solving the task itself. It takes stage 0's aligned projector, so nothing before the
@@ -87,7 +87,7 @@ def main(argv=None):
     parser.add_argument("--llm", help="target LLM: folder, .gguf file or hub name (default: that of --init)")
     parser.add_argument("--init", help="checkpoint of stage vit or translator "
                         "(default: runs/vit/vit.safetensors, or the shipped one)")
-    parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two translators "
+    parser.add_argument("--replace", help="layers that translators replace, e.g. 16-21,22-28 by two translators "
                         "(default: the recipe's)")
     parser.add_argument("--out", default="runs/translator",
                         help="folder for checkpoint, log and plot (default: %(default)s)")

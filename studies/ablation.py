@@ -37,31 +37,31 @@ VALIDATION_SEED = 1000                      # of split "test"; graft.EVAL_SEED i
 ASSETS = checkpoints.ROOT / "assets"        # ablation.json: the results worth keeping, as a list
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# ---- The recipes. They differ in the surrogate; stage 2 is the same in all ------------------------------------------
+# ---- The recipes. They differ in the surrogate, and in the rate of stage 2 ------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Route:
     """A way to a trained encoder: what stands in for the full LLM, and how its translators are trained."""
     says: str                               # what it shows, in one line
-    ranges: str = "20-23,24-28"             # layers that one translator each replaces; none: the full LLM itself
+    ranges: str = "16-21,22-28"             # layers that one translator each replaces; none: the full LLM itself
     targets: str | None = "llm"             # of stage 1: "answers", as in the paper, or the "llm" (extras/distillation)
     projector: bool = False                 # with answers: does the projector learn in stage 1, too?
-    steps: int = 800                        # of stage 1
+    steps: int = 400                        # of stage 1
     epochs: int = 4                         # with the LLM: how often stage 1 reads the same samples
-    lr: float = SMALL["encoder"].lr         # of stage 2
+    lr: float = 5e-5                        # of stage 2; the paper's
 
 
 RECIPES = {
-    "paper": Route("one translator learns from the answers, and so does the projector", "20-28", "answers", True, 400),
-    "answers": Route("two translators learn from the answers, after stage 0", targets="answers", steps=400),
-    "shipped": Route("two translators, distilled from the full LLM: the shipped weights"),
-    "short": Route("the same, on as many samples, each read only once", steps=200, epochs=1),
-    "one": Route("one translator in place of the two", "20-28"),
-    "cut-16": Route("cheap: an early cut, half of stage 1, a lower rate in stage 2", "16-21,22-28", steps=400, lr=1e-5),
-    "cut-17": Route("the same, one layer later", "17-21,22-28", steps=400, lr=1e-5),
-    "cut-18": Route("the same, two layers later", "18-22,23-28", steps=400, lr=1e-5),
-    "cut-23": Route("a late cut: one translator, and nearly the full LLM", "23-28"),
+    "paper": Route("one translator learns from the answers, and so does the projector", "20-28", "answers", True),
+    "answers": Route("two translators learn from the answers, after stage 0", targets="answers"),
+    "shipped": Route("two translators, distilled from the full LLM: the shipped weights", lr=1e-5),
+    "short": Route("the same, on as many samples, each read only once", steps=100, epochs=1, lr=1e-5),
+    "one": Route("one translator in place of the two", "16-28", lr=1e-5),
+    "cut-17": Route("a later cut", "17-21,22-28", lr=1e-5),
+    "cut-18": Route("a still later one", "18-22,23-28", lr=1e-5),
+    "cut-20": Route("a late one, stage 1 twice as long: much like the full LLM", "20-23,24-28", steps=800),
+    "cut-23": Route("the latest: one translator, and nearly the full LLM", "23-28"),
     "direct": Route("no surrogate: the encoder learns through the full LLM", "none", None, steps=0),
 }
 

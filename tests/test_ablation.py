@@ -175,8 +175,8 @@ MADE = [made("direct", tera=(0, 50)), made("shipped", grafted=0.4), made("shippe
 def test_table():
     rows = [line.strip("| ").split(" | ") for line in ablation.table(MADE).splitlines()]
     assert {len(r) for r in rows[:1] + rows[2:]} == {8}
-    assert rows[2] == ["shipped", "20-23,24-28", "200", "2", "10 + 20", "60%", "10 ± 0 → 42 ± 3", "10 ± 0 → 42 ± 3"]
-    assert rows[3] == ["shipped", "20-23,24-28", "600", "1", "10 + 60", "–", "10 → 50", "10 → 50"], "no direct of 600"
+    assert rows[2] == ["shipped", "16-21,22-28", "200", "2", "10 + 20", "60%", "10 ± 0 → 42 ± 3", "10 ± 0 → 42 ± 3"]
+    assert rows[3] == ["shipped", "16-21,22-28", "600", "1", "10 + 60", "–", "10 → 50", "10 → 50"], "no direct of 600"
     assert rows[4] == ["direct", "none", "200", "1", "50", "100%", "50", "50"]
 
 
