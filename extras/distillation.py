@@ -1,8 +1,7 @@
 """
 Stage 1 with the full LLM as teacher, where the paper's learns from the answers alone.
 
-    python -m extras.distillation                       # in place of `python train.py translator`
-    python -m extras.distillation                       # the shipped one
+    python -m extras.distillation                       # in place of `python train.py translator`; the shipped one
 
 The LLM's own predictions say far more per sample than the answer's tokens do, and they pull the translator towards what
 the LLM *would do*, not towards solving the task itself. It takes stage 0's aligned projector, so nothing before the
