@@ -144,6 +144,7 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
+        self.words = None           # mean and length of the word embeddings, see `as_words`
         self.place = None           # sharded (extras/parallel.py): what cuts this process's slice out of a tensor
         self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again backward
 
@@ -197,6 +198,16 @@ class Llama(nn.Module):
 
     def embed(self, tokens):
         return self.model.embed_tokens(tokens)                              # (B, T) -> (B, T, C)
+
+    def as_words(self, x):
+        """Directions (…, C) -> points as far from the mean of all word embeddings as words are on average. Where an
+        encoder cannot make its tokens long, it can say only what a word could: a surrogate is easier to keep true."""
+        if self.words is None or self.words[0].device != x.device:
+            with torch.no_grad():
+                E = self.embed(torch.arange(self.config.vocab_size, device=self.device)).float()        # (vocab, C)
+                self.words = E.mean(0), (E - E.mean(0)).norm(dim=-1).mean()
+        mean, length = self.words
+        return (mean + length * F.normalize(x.float(), dim=-1)).to(x.dtype)
 
     def run(self, x, start=0, stop=None, cache=None):
         """Hidden states (B, T, C) through the layers start … stop-1: in pieces, so that two models can share a trunk.
@@ -498,15 +509,17 @@ class VLM(nn.Module):
     that the paper released. Grafting is nothing more than calling this with another decoder.
     """
 
-    def __init__(self, encoder, decoder, tokenizer=None):
+    def __init__(self, encoder, decoder, tokenizer=None, like_words=False):
+        """like_words: give every visual token the length of a word (see `as_words`). Ours, not the paper's."""
         super().__init__()
         C, d = encoder.config.hidden_size, decoder.config.hidden_size
         self.encoder = encoder
         self.adapter = nn.Sequential(nn.Linear(C, d), nn.GELU(), nn.Linear(d, d))
-        self.embd_soi = nn.Parameter(torch.randn(1, d) * 0.02)      # start of image
-        self.embd_eoi = nn.Parameter(torch.randn(1, d) * 0.02)      # end of image
+        self.embd_soi = nn.Parameter(torch.randn(1, d) * d ** -0.5)     # start of image
+        self.embd_eoi = nn.Parameter(torch.randn(1, d) * d ** -0.5)     # end of image
         self.decoder = decoder
         self.tokenizer = tokenizer
+        self.like_words = like_words
 
     @property
     def n_visual(self):
@@ -519,7 +532,8 @@ class VLM(nn.Module):
         x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
         x = self.adapter(x)                                                 # (N, 1 + P, d)
         soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
-        return torch.cat([soi, x, eoi], dim=1)                # (N, 1 + (1 + P) + 1, d)
+        x = torch.cat([soi, x, eoi], dim=1)                   # (N, 1 + (1 + P) + 1, d)
+        return self.decoder.as_words(x) if self.like_words else x
 
     def embed(self, tokens, pixels=None):
         """Token ids (B, T), IMAGE at every place of a visual token, and pixels (N, 3, S, S) -> embeddings (B, T, d).
@@ -568,7 +582,8 @@ class VLM(nn.Module):
             decoder = copy.deepcopy(decoder)
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
-        vlm = cls(vit, decoder, tokenizer).to(decoder.device, decoder.dtype)
+        like_words = about.get("recipe", {}).get("like_words", False)
+        vlm = cls(vit, decoder, tokenizer, like_words).to(decoder.device, decoder.dtype)
         checkpoints.load_checkpoint(vlm, tensors, encoder)
         return vlm.requires_grad_(False).eval()
 

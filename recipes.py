@@ -33,7 +33,13 @@ class Recipe:
     warmup: float = option(0.0305, "share of the steps in which the learning rate rises; then a cosine to 0", 0, 1)
     clip: float = option(1.0, "largest norm of the gradient", 1e-6, 1e9)
     loss_on: str = option("answers+special", "which tokens carry loss: answers+special (chat tokens, too) or answers")
-    projector: bool = option(True, "stage translator: does the projector learn, too? (not if stage 0 aligned it)")
+    like_words: bool = option(False, "visual tokens are as long as words; ours, not the paper's (see model.py, as_words)")
+    vit_layers: int = option(0, "layers of the ViT that learn, the last ones; 0: its last third", 0, 1000)
+    vit_lr: float = option(1.0, "learning rate of the ViT, in units of lr", 0, 1)
+    distill: int = option(0, "stage encoder: on every n-th step the full LLM teaches the translators, on the images as "
+                          "the encoder shows them; 0: they stay frozen, as in the paper", 0, 10**9)
+    distill_lr: float = option(0.3, "learning rate of these translators, in units of lr", 0, 1)
+    noise: float = option(0.5, "noise on visual tokens while the LLM teaches, up to this part of their length", 0, 10)
     max_length: int = option(4096, "longest sequence in tokens; longer ones are cut", 32, 10**6)
     checkpointing: bool = option(False, "keep only the layers' inputs for the backward pass, compute the rest again")
     dtype: str = option("auto", "auto, float32 or bfloat16; auto: bfloat16 where the chip multiplies it in hardware")
@@ -99,22 +105,22 @@ class Distillation(Recipe):
     """Of extras/distillation.py."""
     steps: int = option(400, "optimizer steps", 1, 10**9)
     epochs: int = option(4, "how often the same samples are read; steps / epochs steps of them are fresh", 1, 1000)
-    UNUSED = ("projector", "checkpointing", "workers")
+    UNUSED = ("like_words", "vit_layers", "vit_lr", "distill", "distill_lr", "noise", "micro_batch", "checkpointing", "workers")
 
 
 @dataclass(frozen=True)
 class Words(Recipe):
     """Of extras/vit.py."""
     steps: int = option(600, "optimizer steps", 1, 10**9)
-    UNUSED = ("micro_batch", "loss_on", "projector", "max_length", "checkpointing")
+    UNUSED = (*Distillation.UNUSED[:-1], "loss_on", "max_length")
 
 
 SMALL = dict(
-    vit=Words(steps=600, batch=128, lr=1e-3, workers=1),                # stage 0, extras/vit.py; shipped: 7000 steps
-    distillation=Distillation(steps=400, lr=1e-3, projector=False),     # stage 1
-    translator=Recipe(steps=400, lr=1e-3, projector=False),
-    encoder=Recipe(steps=1000, lr=1e-5),                                # stage 2
-    decoder=Recipe(steps=30, lr=5e-5, loss_on="answers"),
+    vit=Words(steps=600, batch=128, lr=1e-3, workers=1, dtype="float32"),   # stage 0, extras/vit.py; shipped: 3500
+    distillation=Distillation(steps=2000, batch=8, lr=5e-4),            # stage 1, extras/distillation.py
+    translator=Recipe(steps=400, lr=1e-3, like_words=True),             # stage 1, the paper's
+    encoder=Recipe(steps=1000, batch=8, lr=1e-3, like_words=True, vit_layers=3, vit_lr=0.1, distill=4),     # stage 2
+    decoder=Recipe(steps=30, lr=5e-5, loss_on="answers", like_words=True, vit_layers=3),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +148,7 @@ CLIP = dict(vit="openai/clip-vit-large-patch14-336", vit_config=ViTConfig(
     image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096,
     num_hidden_layers=24, num_attention_heads=16))
 TARGETS = {
-    "small": Target(DEFAULT_LLM, "assets/vit.safetensors", ((16, 21), (22, 28)), LlamaConfig(), ViTConfig()),
+    "small": Target(DEFAULT_LLM, "assets/vit.safetensors", ((20, 23), (24, 28)), LlamaConfig(), ViTConfig()),
     "llama-3.2-3b": Target("meta-llama/Llama-3.2-3B-Instruct", ranges=((16, 26),), **CLIP, llm_config=llama3(
         32.0, num_hidden_layers=28, hidden_size=3072, intermediate_size=8192, num_attention_heads=24,
         tie_word_embeddings=True)),

@@ -14,6 +14,7 @@ import re
 import sys
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from formats import checkpoints, official
@@ -181,6 +182,35 @@ def fork(surrogate, llm, embeds, caches=(None, None)):
         for i in range(surrogate.trunk):
             theirs.keys[i], theirs.values[i] = ours.keys[i], ours.values[i]
     return surrogate.run(x, surrogate.trunk, None, ours), llm.run(x, surrogate.trunk, None, theirs)
+
+
+@torch.no_grad()
+def teacher_states(surrogate, llm, trunk, batch):
+    """The LLM's states behind the common trunk, whose output for a batch is trunk (B, T, C): a dict of tensors that
+    `distillation_loss` compares the translators with."""
+    after = surrogate.ranges[-1][1] + 1                     # the LLM's layer behind the last replaced range
+    theirs = llm.run(trunk, surrogate.trunk, after)                                     # (B, T, C): what to make
+    index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(trunk.device)     # (N,) positions with a target
+    full = llm.run(theirs, after).flatten(0, 1)[index]                                  # (N, C): the LLM's last state
+    real = (torch.arange(trunk.shape[1]) < batch["lengths"][:, None]).to(trunk.device)  # (B, T): not padding
+    return dict(trunk=trunk, theirs=theirs, full=full, index=index, real=real)
+
+
+def distillation_loss(surrogate, llm, cached):
+    """KL divergence of the LLM's predictions from the surrogate's, mean over targets; distance of the translators'
+    states from the LLM's, mean over positions."""
+    last = surrogate.translators[-1] + 1                    # the layer behind the last translator
+    theirs, real = cached["theirs"], cached["real"]
+    ours = surrogate.run(cached["trunk"], surrogate.trunk, last)                        # (B, T, C)
+    # each position in units of its own length: the first token's state is many times as long as the others' ("massive
+    # activations", arXiv 2402.17762), and would be all that a common unit sees
+    off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (B, T) each
+    state = surrogate.run(ours, last).flatten(0, 1)[cached["index"]]                    # (N, C)
+    logp = surrogate.logits(state).float().log_softmax(-1)                              # (N, vocab)
+    with torch.no_grad():
+        full_logp = llm.logits(cached["full"]).float().log_softmax(-1)                  # (N, vocab)
+    kl = F.kl_div(logp, full_logp, log_target=True, reduction="sum") / max(1, len(state))
+    return kl, (off / size).masked_fill(~real, 0).sum() / real.sum()
 
 
 def count_parameters(model):

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import surrogate
@@ -26,7 +27,7 @@ from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
 from formats.log import Log, check_resume, check_start
 from formats.official import find, llama_config
-from formats.tokenizer import Tokenizer
+from formats.tokenizer import IMAGE, Tokenizer
 from model import VLM, Llama, base_vit
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
 
@@ -34,15 +35,25 @@ from recipes import RECIPES, STAGES, TARGETS, help_text, override
 # 1. Which parameters a stage trains (paper, section 4)
 
 
-def trained_parameters(vlm, stage, projector=True):
-    """{name: parameter} that a stage trains: these get gradients, all others are frozen. projector=False leaves out
-    everything before the decoder: stage 1, where stage 0 aligned the projector already."""
+def translator_parameters(decoder):
+    """{name: parameter} of a surrogate's translators, named as in a VLM; all others are frozen."""
+    decoder.requires_grad_(False)
+    layers = {i: decoder.model.layers[i] for i in decoder.translators}
+    return {f"decoder.model.layers.{i}.{n}": p.requires_grad_(True)
+            for i, layer in layers.items() for n, p in layer.named_parameters()}
+
+
+def trained_parameters(vlm, stage, vit_layers=0, distill=0):
+    """{name: parameter} that a stage trains: these get gradients, all others are frozen.
+
+    vit_layers: how many of the ViT learn; 0: the last third, 8 of CLIP-L's 24. distill: in stage 2, too, the
+    translators learn (ours)."""
     L = vlm.encoder.config.num_hidden_layers
-    prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."] if projector else []
-    if stage == "translator":
+    prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."]
+    if stage == "translator" or distill:
         prefixes += [f"decoder.model.layers.{i}." for i in vlm.decoder.translators]
-    if stage in ("encoder", "decoder"):                     # the last third of the ViT: 8 of CLIP-L's 24 layers
-        prefixes += [f"encoder.vision_model.encoder.layers.{i}." for i in range(L - max(1, L // 3), L)]
+    if stage in ("encoder", "decoder"):
+        prefixes += [f"encoder.vision_model.encoder.layers.{i}." for i in range(L - (vit_layers or max(1, L // 3)), L)]
     if stage == "decoder":
         prefixes += ["decoder."]
     vlm.requires_grad_(False)
@@ -70,10 +81,15 @@ class Optimizer:
     bfloat16 keeps 8 significant bits: most updates would be rounded away. Make this first, then cast the model.
     """
 
-    def __init__(self, parameters, recipe):
+    def __init__(self, parameters, recipe, shares={}):
+        """shares: {start of a name: learning rate in units of the recipe's}, where that is not 1."""
         self.parameters, self.recipe, self.step = parameters, recipe, 0
         self.master = {n: self.local(p).detach().float().clone() for n, p in parameters.items()}
-        self.adam = torch.optim.AdamW(self.master.values(), lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        groups = {}
+        for n, m in self.master.items():
+            groups.setdefault(next((x for start, x in shares.items() if n.startswith(start)), 1.0), []).append(m)
+        self.adam = torch.optim.AdamW([dict(params=ms, share=x) for x, ms in groups.items()], lr=recipe.lr,
+                                      betas=(0.9, 0.999), weight_decay=0.0)
 
     @staticmethod
     def local(p):
@@ -97,7 +113,8 @@ class Optimizer:
             raise UserError(f"the gradient became {norm.item()} at step {self.step}: try a smaller lr "
                             "(checkpoints are intact)")
         clip_grads_with_norm_(self.master.values(), self.recipe.clip, norm)
-        self.adam.param_groups[0]["lr"] = lr
+        for group in self.adam.param_groups:
+            group["lr"] = lr * group["share"]
         self.adam.step()
         self.adam.zero_grad()
         self.write_back()
@@ -157,28 +174,60 @@ class Solo:
         return dict(tensors)
 
 
-def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict.items):
+def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict.items, llm=None):
     """Train what `about["stage"]` trains, through whatever decoder the VLM has. Returns the log: a dict a step.
 
     batches: see data.batches.Batches. about: what the run is, kept in every checkpoint. Into the folder `out` go
     STAGE.safetensors (what was trained), state.safetensors (for resume=True), log.csv and loss.png. export: trained
-    weights -> the (name, tensor) pairs that are saved.
+    weights -> the (name, tensor) pairs that are saved. llm: with recipe.distill, who teaches the translators.
     """
     stage, device, team = about["stage"], vlm.decoder.device, team or Solo(vlm.decoder.device)
-    learns = trained_parameters(vlm, stage, recipe.projector or stage != "translator")
-    optimizer = team.Optimizer(learns, recipe)
+    distill = recipe.distill if llm else 0
+    learns = trained_parameters(vlm, stage, recipe.vit_layers, distill)
+    translators = [p for n, p in learns.items() if n.startswith("decoder.")] if distill else []
+    optimizer = team.Optimizer(learns, recipe, {"encoder.": recipe.vit_lr} | ({"decoder.": recipe.distill_lr} if distill
+                                                                             else {}))
     vlm.to(vlm.decoder.dtype)
     log = Log(out, about, optimizer, team, resume, export)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
         n = team.sum(torch.full((), count_targets(micro_batches), device=device))  # targets in the whole global batch
-        total = torch.zeros((), device=device)
+        total, taught = torch.zeros((), device=device), {}
         for batch in micro_batches:
-            loss = vlm.loss(batch) / n
-            loss.backward()
+            if distill and step % distill == 0:
+                loss, taught = loss_and_lesson(vlm, llm, batch, translators, recipe.noise, about["seed"] * 10**6 + step)
+                (loss / n + sum(taught.values()) / len(micro_batches)).backward()
+            else:
+                for p in translators:
+                    p.requires_grad_(False)
+                loss = vlm.loss(batch)
+                (loss / n).backward()
             optimizer.gather()
-            total += loss.detach()
-        log.add(step, loss=team.sum(total), lr=optimizer.update(), targets=n)
+            total += loss.detach() / n
+        log.add(step, loss=team.sum(total), lr=optimizer.update(), targets=n, **({"kl": taught.get("kl", "")} if distill else {}))
     return log.close()
+
+
+def loss_and_lesson(vlm, llm, batch, translators, noise, seed):
+    """(VLM.loss of a batch, {"kl", "distance"}: how far the translators are from the LLM on the same images).
+
+    The first trains the encoder alone, the second the translators alone: two branches behind the common trunk, which
+    runs once. Noise on the visual tokens: in their neighbourhood, too, the translators are to do what the LLM does, so
+    that the encoder's gradients are those of the LLM.
+    """
+    s, tokens = vlm.decoder, batch["tokens"]
+    embeds = vlm.embed(tokens, batch["pixels"])                                         # (B, T, C)
+    generator = torch.Generator().manual_seed(seed)
+    size = noise * torch.rand(len(tokens), 1, 1, generator=generator) * (tokens == IMAGE)[..., None]    # (B, T, 1)
+    length = (embeds.detach() - s.as_words(torch.zeros_like(embeds[:1, :1]))).float().norm(dim=-1, keepdim=True)
+    off = F.normalize(torch.randn(embeds.shape, generator=generator), dim=-1)           # (B, T, C)
+    trunk = s.run(embeds + (size * off).to(embeds.device, embeds.dtype) * length.to(embeds.dtype), 0, s.trunk)
+    for p in translators:
+        p.requires_grad_(False)
+    loss = s.loss(s.run(trunk, s.trunk), batch["targets"])
+    for p in translators:
+        p.requires_grad_(True)
+    kl, distance = surrogate.distillation_loss(s, llm, surrogate.teacher_states(s, llm, trunk.detach(), batch))
+    return loss, dict(kl=kl, distance=distance)
 
 
 def count_targets(micro_batches):
@@ -190,9 +239,11 @@ def count_targets(micro_batches):
 
 
 def default_dtype(device):
-    """bfloat16 where the chip multiplies it in hardware (GPUs, and CPUs with AMX or AVX512-BF16), else float32."""
+    """bfloat16 where the chip multiplies it faster: GPUs, CPUs with AMX, AMD's with AVX512-BF16; else float32. (Intel's
+    AVX512-BF16 without AMX was measured at half of float32's speed.)"""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = str(device).startswith("cuda") or cpu.get("amx_bf16", False) or cpu.get("avx512_bf16", False)
+    amd = cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
+    fast = str(device).startswith("cuda") or cpu.get("amx_bf16", False) or amd
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -204,9 +255,9 @@ def starting_point(stage, target, init=None):
     """What a stage goes on from: what is named, else runs/ of the stage before, else the shipped; None: CLIP alone."""
     if init:
         return None if init == "none" else init
-    before = {"translator": "vit", "encoder": "translator", "decoder": "encoder"}[stage]
-    if before == "vit" and Path(target.vit).suffix != ".safetensors":
+    if stage == "translator":
         return None                                         # the paper starts with CLIP
+    before = {"encoder": "translator", "decoder": "encoder"}[stage]
     mine, shipped = Path(f"runs/{before}/{before}.safetensors"), f"assets/{before}.safetensors"
     return str(mine) if mine.exists() or target is not TARGETS["small"] else shipped
 
@@ -243,14 +294,15 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
         ranges = given or (target.ranges if same else "auto")
         if ranges != "auto" and (same or theirs):
             ranges = surrogate.check_ranges(ranges, target.llm_config.num_hidden_layers if same else theirs)
-    own = was.get("vit", "")                                # the ViT that the start goes on with
+    own = was.get("vit", "")                                # the ViT that the start goes on with, if it has one
     if was.get("stage") == "vit":
         own = str(checkpoint_file(start))
     elif Path(own).suffix == ".safetensors":
         own = str(beside(own, start))       # where it lies now: a shipped or shared file may name that of another run
     if vit and Path(own).suffix == ".safetensors" and Path(vit).resolve() != Path(own).resolve():
         raise UserError(f"--vit {vit}: {start} goes on with another ViT, {own}: for a new projector give --init none")
-    vit = vit or own or target.vit
+    mine = target is TARGETS["small"] and Path("runs/vit/vit.safetensors").exists()
+    vit = vit or own or ("runs/vit/vit.safetensors" if mine else target.vit)
     about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed,
                  recipe=dataclasses.asdict(recipe), data=data, images=images, text=text)
     return json.loads(json.dumps(about))
@@ -274,10 +326,9 @@ def build(about, dtype, device, shard=None, llm=None):
         decoder = surrogate.from_pretrained(path, ranges, dtype, device, shard)
     if ranges and ranges == was.get("ranges"):
         surrogate.load_translators(decoder, start)
-    # a new projector, and the start and end vectors, which no file of stage 0 or of a translator holds: the same again
-    # whenever a stage starts without them, since translators were trained beside them
-    torch.manual_seed(0)
-    vlm = VLM(base_vit(about["vit"], start or about["vit"]), decoder, Tokenizer.from_pretrained(path))
+    torch.manual_seed(about["seed"])                        # for a new projector
+    vlm = VLM(base_vit(about["vit"], about["vit"]), decoder, Tokenizer.from_pretrained(path),
+              about["recipe"]["like_words"])
     vlm.to(device)                                          # before the decoder: float32 till the optimizer has copies
     if start:
         tensors = {}
@@ -328,8 +379,6 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     stage, small, team = args.stage, args.recipe == "small", team or Solo(args.device)
     once = ["steps=0"] if args.data and small else []       # without a number of steps, all records once
     recipe = override(RECIPES[args.recipe][stage], once + args.settings)
-    if stage == "translator" and not starting_point(stage, TARGETS[args.recipe], args.init):
-        recipe = dataclasses.replace(recipe, projector=True)    # a new one has to learn
     if args.text and stage != "translator":
         reads = "images alone" if stage == "encoder" else "what --data holds"
         raise UserError(f"--text is for stage translator: stage {stage} reads {reads}")
@@ -352,13 +401,18 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     if team.rank == 0:
         print(f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
               + about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else ""))
-    vlm = build(about, dtype_of(recipe, team.device), team.device, team.shard)
+    dtype, llm = dtype_of(recipe, team.device), None
+    if stage == "encoder" and recipe.distill and about["ranges"]:
+        if team.world > 1:
+            raise UserError("distill: the LLM teaches in one process alone; in several, give distill=0")
+        llm = Llama.from_pretrained(find(about["llm"]), dtype, team.device)     # beside the surrogate, which shares it
+    vlm = build(about, dtype, team.device, team.shard, llm)
     prepare(vlm, about)
     if recipe.checkpointing:
         vlm.decoder.checkpointed = range(len(vlm.decoder.model.layers))
     batches = Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size,
                       team.rank, team.world, team.mixed)
-    train(vlm, recipe, batches, out, about, args.resume, team, lambda weights: export(weights, vlm))
+    train(vlm, recipe, batches, out, about, args.resume, team, lambda weights: export(weights, vlm), llm)
 
 
 if __name__ == "__main__":

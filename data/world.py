@@ -84,7 +84,12 @@ def caption(subject):
 
 SUBJECTS = ([("shape", c, s) for c in COLORS for s in SHAPES] + [("sign", w) for words in WORDS.values() for w in words]
             + [("flag", country) for country in FLAGS])  # fmt: skip
-TRAINED_SUBJECTS = [s for s in SUBJECTS if s[1:] not in HELD_OUT]
+KNOWN_SUBJECTS = [s for s in SUBJECTS if s[1:] not in HELD_OUT]         # stage 0 sees these, as CLIP knows the world
+# Held out of all that follows stage 0, as words and as flags: nothing of stages 1 and 2 shows or names them.
+UNTAUGHT = ("Colombia", "Denmark", "Morocco", "Norway", "Thailand", "Ukraine",
+            "Egypt", "Lion", "Owl", "Pizza", "Honey", "Clock", "Guitar")
+UNTAUGHT_SUBJECTS = [s for s in KNOWN_SUBJECTS if s[1] in UNTAUGHT]             # 6 flags, 8 words on signs
+TRAINED_SUBJECTS = [s for s in KNOWN_SUBJECTS if s[1] not in UNTAUGHT]
 
 # ---- What is asked --------------------------------------------------------------------------------------------------
 
@@ -161,15 +166,14 @@ def instructions(path=Path(__file__).parent.parent / "assets" / "instructions.js
 
 def _subject(rng, task, index, split):
     """What the picture of sample `index` shows."""
-    if task in KNOWLEDGE_TASKS:  # signs and flags in turn
-        return ("sign", rng.choice(WORDS["country"])) if index % 2 == 0 else ("flag", rng.choice(list(FLAGS)))
     kind = {"color": "shape", "shape": "shape", "read": "sign", "flag": "flag"}.get(task)
-    kind = kind or rng.choice(["shape", "sign", "flag"])
-    if kind == "shape":
-        held_out = split == "test" and rng.random() < 0.5
-        trained = [s[1:] for s in TRAINED_SUBJECTS if s[0] == "shape"]
-        return ("shape", *rng.choice(sorted(HELD_OUT) if held_out else trained))
-    return ("sign", rng.choice(WORDS[rng.choice(list(WORDS))])) if kind == "sign" else ("flag", rng.choice(list(FLAGS)))
+    pool = UNTAUGHT_SUBJECTS if split == "untaught" else TRAINED_SUBJECTS
+    if task in KNOWLEDGE_TASKS:                             # signs and flags in turn
+        kind, pool = "sign" if index % 2 == 0 else "flag", [s for s in pool if s[1] in FACTS]
+    kind = kind or rng.choice(sorted({s[0] for s in pool}))
+    if kind == "shape" and split == "test" and rng.random() < 0.5:
+        return ("shape", *rng.choice(sorted(HELD_OUT)))
+    return rng.choice([s for s in pool if s[0] == kind])
 
 
 def _options(rng, task, subject):
@@ -215,13 +219,16 @@ def world(task, index, seed=0, split="train"):
     Sample number `index` of a task: one of TRAINED_TASKS or KNOWLEDGE_TASKS, or "instruct". The same arguments always
     give the same sample; different ones never share a random stream, so "test" is unseen whatever was trained on.
     Split "train" never shows a combination of HELD_OUT; in "test" half of the shapes are one, and the questions'
-    phrasings are ones that training does not have.
+    phrasings are ones that training does not have. "untaught" is the test about the words and flags of UNTAUGHT, which
+    stages 1 and 2 leave out altogether: its pictures are signs and flags alone.
     """
     tasks = (*QUESTIONS, *KNOWLEDGE_TASKS, "instruct")
     if task not in tasks:
         raise UserError(f"unknown task {task!r}: choose one of {', '.join(tasks)}")
-    if split not in ("train", "test"):
-        raise UserError(f"unknown split {split!r}: choose 'train' or 'test'")
+    if split not in ("train", "test", "untaught"):
+        raise UserError(f"unknown split {split!r}: choose 'train', 'test' or 'untaught'")
+    if split == "untaught" and task in ("color", "shape", "instruct"):
+        raise UserError(f"no {task} is untaught: choose another task, or the split 'test'")
     rng = random.Random(f"{split}/{seed}/{task}/{index}")
     if task == "instruct":
         subject, question, answer = rng.choice(instructions())
@@ -236,7 +243,7 @@ def sample_of(rng, task, subject, split="test"):
     if task in KNOWLEDGE_TASKS:
         question = rng.choice(KNOWLEDGE_QUESTIONS[task][subject[0] == "flag"])
     else:
-        question = rng.choice(QUESTIONS[task][split == "test"])
+        question = rng.choice(QUESTIONS[task][split != "train"])
     phrasing = rng.choice(ANSWERS[task]) if split == "train" else ANSWERS[task][0]
     options = [phrasing.format(w) for w in words]
     options = [o[0].upper() + o[1:] for o in options]

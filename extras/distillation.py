@@ -1,92 +1,112 @@
 """
-Stage 1 with the full LLM as teacher, where the paper's learns from the answers alone.
+Stage 1 for every encoder at once: the full LLM teaches the translators, before any encoder is there.
 
     python -m extras.distillation                       # in place of `python train.py translator`; the shipped one
 
-The LLM's own predictions say far more per sample than the answer's tokens do, and they pull the translator towards what
-the LLM *would do*, not towards solving the task itself. It takes stage 0's aligned projector, so nothing before the
-translator learns, and what trunk and LLM make of a sample stays the same: it is computed once, cached (3 MB for 16
-samples of the small world) and read `epochs` times.
+The paper's translator learns from answers alone, beside one encoder. Behind so small an LLM that is not enough: the
+encoder of stage 2 soon finds inputs to which the surrogate answers as wished, and the LLM does not. Here the translators
+learn to do what the LLM does, whatever stands in the image's place: the caption's words, other words, no words, what
+random encoders make of the picture, and mixtures of these. No trained encoder takes part, so the surrogate serves any.
+
+What the LLM makes of a batch stays the same: it is computed once, cached and read `epochs` times.
 """
+import dataclasses
 import math
+import random
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from data.batches import Batches
-from data.sources import CHATS, read_data
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
+import surrogate
+from data.batches import collate
+from data.world import TRAINED_SUBJECTS, World, caption
+from formats.errors import MAX_SEED, Parser, number, run_cli
 from formats.files import check_out
 from formats.log import Log, check_resume, check_start
-from formats.official import find
-from model import Llama
-from recipes import SMALL, help_text, override
-from train import Optimizer, build, count_targets, dtype_of, plan, trained_parameters
+from formats.official import DEFAULT_LLM, find
+from formats.tokenizer import IMAGE, Tokenizer
+from model import VLM, Llama, ViT, ViTConfig
+from recipes import SMALL, TARGETS, help_text, override
+from surrogate import distillation_loss, teacher_states
+from train import Optimizer, dtype_of, translator_parameters
 
 RECIPE = SMALL["distillation"]
 
 
-@torch.no_grad()
-def teacher_states(vlm, llm, batch):
-    """What trunk and full LLM make of a batch: a dict of tensors that `distillation_loss` compares translators with."""
-    s, device = vlm.decoder, vlm.decoder.device
-    after = s.ranges[-1][1] + 1                             # the LLM's layer behind the last replaced range
-    trunk = s.run(vlm.embed(batch["tokens"], batch["pixels"]), 0, s.trunk)   # (B, T, C): shared with the LLM
-    theirs = llm.run(trunk, s.trunk, after)                                             # (B, T, C): what to make
-    index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(device)           # (N,) positions with a target
-    full = llm.run(theirs, after).flatten(0, 1)[index]                                  # (N, C): the LLM's last state
-    real = (torch.arange(trunk.shape[1]) < batch["lengths"][:, None]).to(device)        # (B, T): not padding
-    return dict(trunk=trunk, theirs=theirs, full=full, index=index, real=real)
+class Slots:
+    """What stands in the image's place: tokens of many kinds, all of a word's length."""
+
+    def __init__(self, llm, tokenizer, config):
+        self.llm, self.tokenizer = llm, tokenizer
+        self.config = config
+        self.n_visual = config.num_patches + 3
+        E = llm.model.embed_tokens.weight.float()
+        self.words = F.normalize(E - E.mean(0), dim=-1)                                 # (vocab, C): their directions
+        spelled = [tokenizer.encode(" " + caption(s)) for s in TRAINED_SUBJECTS]
+        self.common = torch.tensor(sorted({t for ids in spelled for t in ids}), device=llm.device)
+
+    @torch.no_grad()
+    def features(self, pixels, generator):
+        """What a random encoder and a random projector make of pictures, as directions: (B, n_visual, C)."""
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        vlm = VLM(ViT(self.config), self.llm, self.tokenizer)
+        x = vlm.to(self.llm.device, self.llm.dtype).visual_tokens(pixels).float()
+        return F.normalize(x - x.mean((0, 1)), dim=-1)      # around their mean: what tells images apart
+
+    @torch.no_grad()
+    def embed(self, samples, batch, seed):
+        """Embeddings (B, T, C) of a batch with such tokens at the places of its images."""
+        rng, generator = random.Random(f"slots/{seed}"), torch.Generator().manual_seed(seed)
+        device, (P, C) = self.llm.device, (self.n_visual, self.words.shape[1])
+        noise = lambda: F.normalize(torch.randn(P, C, generator=generator), dim=-1).to(device)
+        some = lambda ids: self.words[ids[torch.randint(len(ids), (P,), generator=generator)]]
+        rows = []
+        for sample, feature in zip(samples, self.features(batch["pixels"], generator)):
+            ids = self.tokenizer.encode(" " + sample.caption)
+            words = self.words[[ids[(p - P) % len(ids)] for p in range(P)]]             # (P, C): over and over
+            kind, share = rng.random(), rng.random()
+            if kind < 0.2:                                  # other words of the world mixed in
+                x = (1 - share) * words + share * some(self.common)
+            elif kind < 0.3:                                # any words
+                x = some(torch.arange(len(self.words), device=device))
+            elif kind < 0.4:                                # no words
+                x = noise()
+            else:                                           # between the caption and a random encoder
+                x = (1 - share) * words + share * feature
+            rows.append(F.normalize(x, dim=-1) + 0.6 * rng.random() * noise())
+        is_image = batch["tokens"] == IMAGE
+        x = self.llm.embed(batch["tokens"].masked_fill(is_image, 0).to(device))         # (B, T, C)
+        x[is_image.to(device)] = self.llm.as_words(torch.cat(rows)).to(x.dtype)
+        return x
 
 
-def distillation_loss(surrogate, llm, cached):
-    """(KL divergence of the LLM's predictions from the surrogate's, summed over targets; distance of the translators'
-    states from the LLM's, summed over positions)."""
-    last = surrogate.translators[-1] + 1                    # the layer behind the last translator
-    theirs = cached["theirs"]
-    ours = surrogate.run(cached["trunk"], surrogate.trunk, last)                        # (B, T, C)
-    # each position in units of its own length: the first token's state is many times as long as the others' ("massive
-    # activations", arXiv 2402.17762), and would be all that a common unit sees
-    off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (B, T) each
-    state = surrogate.run(ours, last).flatten(0, 1)[cached["index"]]                    # (N, C)
-    logp = surrogate.logits(state).float().log_softmax(-1)                              # (N, vocab)
-    with torch.no_grad():
-        full_logp = llm.logits(cached["full"]).float().log_softmax(-1)                  # (N, vocab)
-    kl = F.kl_div(logp, full_logp, log_target=True, reduction="sum")
-    return kl, (off / size).masked_fill(~cached["real"], 0).sum()
-
-
-def distill(vlm, llm, recipe, batches, out, about, resume=False):
-    """Train the translators of `vlm.decoder`, a surrogate of `llm`, and nothing else. Returns the log."""
-    optimizer = Optimizer(trained_parameters(vlm, "translator", projector=False), recipe)
-    vlm.to(vlm.decoder.dtype)
-    log, fresh = Log(out, about, optimizer, resume=resume), math.ceil(recipe.steps / recipe.epochs)
-    cache = {}                          # {fresh step: (targets, positions, teacher_states of every micro-batch)}
+def distill(decoder, llm, tokenizer, recipe, out, about, resume=False):
+    """Train the translators of `decoder`, a surrogate of `llm`, and nothing else. Returns the log."""
+    vit = ViTConfig(**about["vit_config"])
+    slots, source, B = Slots(llm, tokenizer, vit), World(about["seed"]), recipe.batch
+    optimizer = Optimizer(translator_parameters(decoder), recipe)
+    log, fresh, cache = Log(out, about, optimizer, resume=resume), math.ceil(recipe.steps / recipe.epochs), {}
     for step in log.bar:
-        if step % fresh not in cache:
-            micro_batches = batches[step % fresh]
-            positions = sum(int(b["lengths"].sum()) for b in micro_batches)
-            cache[step % fresh] = (count_targets(micro_batches), positions,
-                                   [teacher_states(vlm, llm, b) for b in micro_batches])
-        targets, positions, states = cache[step % fresh]
-        sums = torch.zeros(2, device=vlm.decoder.device)
-        for cached in states:
-            kl, distance = distillation_loss(vlm.decoder, llm, cached)
-            (kl / targets + distance / positions).backward()
-            optimizer.gather()
-            sums += torch.stack([kl / targets, distance / positions]).detach()
-        log.add(step, loss=sums.sum(), kl=sums[0], distance=sums[1], lr=optimizer.update())
+        k = step % fresh
+        if k not in cache:
+            samples = [source[i] for i in range(k * B, (k + 1) * B)]
+            batch = collate(samples, tokenizer, slots.n_visual, vit.image_size, recipe.loss_on, recipe.max_length)
+            with torch.no_grad():
+                trunk = decoder.run(slots.embed(samples, batch, about["seed"] * 10**6 + k), 0, decoder.trunk)
+            cache[k] = teacher_states(decoder, llm, trunk, batch)
+        kl, distance = distillation_loss(decoder, llm, cache[k])
+        (kl + distance).backward()
+        optimizer.gather()
+        log.add(step, loss=kl + distance, kl=kl, distance=distance, lr=optimizer.update())
     return log.close()
 
 
 def main(argv=None):
     parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
-    parser.add_argument("--llm", help="target LLM: folder, .gguf file or hub name (default: that of --init)")
-    parser.add_argument("--init", help="checkpoint of stage vit or translator "
-                        "(default: runs/vit/vit.safetensors, or the shipped one)")
-    parser.add_argument("--replace", help="layers that translators replace, e.g. 16-21,22-28 by two translators "
+    parser.add_argument("--llm", default=DEFAULT_LLM, help="folder, .gguf file or hub name (default: %(default)s)")
+    parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two translators "
                         "(default: the recipe's)")
     parser.add_argument("--out", default="runs/translator",
                         help="folder for checkpoint, log and plot (default: %(default)s)")
@@ -97,21 +117,18 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)
-    about = plan("translator", recipe, llm=args.llm, init=args.init, replace=args.replace, seed=args.seed,
-                 data=None, images=None, text=CHATS)
-    if not about["start"]:
-        raise UserError("distillation needs a projector that stage 0 aligned: give a checkpoint of stage vit as --init")
+    path = find(args.llm)
+    llm = Llama.from_pretrained(path, dtype_of(recipe, args.device), args.device)
+    ranges = surrogate.parse_ranges(args.replace) if args.replace else TARGETS["small"].ranges
+    ranges = surrogate.check_ranges(ranges, llm.config.num_hidden_layers)
+    about = dict(stage="translator", llm=args.llm, ranges=[list(r) for r in ranges], start=None, seed=args.seed,
+                 vit_config=vars(ViTConfig()), recipe=dataclasses.asdict(recipe))
     check_start(about, args.out)
     if args.resume:
-        about = check_resume(args.out, about)
-    samples, _ = read_data("translator", about)
-    dtype = dtype_of(recipe, args.device)
-    llm = Llama.from_pretrained(find(about["llm"]), dtype, args.device)
-    vlm = build(about, dtype, args.device, llm=llm)
-    print(f"stage translator, distilled: goes on from {about['start']}, trains for {about['llm']} "
-          f"with the layers {about['ranges']} replaced")
-    batches = Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size)
-    distill(vlm, llm, recipe, batches, args.out, about, args.resume)
+        check_resume(args.out, about)
+    print(f"stage translator, distilled: for {args.llm} with the layers {about['ranges']} replaced")
+    distill(surrogate.build_surrogate(llm, ranges), llm, Tokenizer.from_pretrained(path), recipe, args.out, about,
+            args.resume)
 
 
 if __name__ == "__main__":

@@ -1,127 +1,169 @@
 """
-Stage 0: pre-train a small ViT and the projector on the drawn world. They stand in for CLIP, where the paper starts.
+Stage 0: pre-train a small ViT on the drawn world. It stands in for CLIP, where the paper starts.
 
     python -m extras.vit                        # runs/vit/vit.safetensors
-    python -m extras.vit steps=7000             # the shipped one
+    python -m extras.vit steps=3500             # the shipped one
 
-Each visual token learns to be a word of the caption, in order, over and over, and the last one the last word: for nine
-tokens, "Japan the flag of Japan the flag of Japan". The LLM has an embedding for each word: that is the target. So it
-reads an image as if it read the caption, before anything was trained through it, and it need not run here.
+As CLIP (arXiv 2103.00020) and CoCa (2205.01917) are trained: images and captions that belong together get similar
+vectors, and a small captioner reads the caption from the patches. The text encoder and the captioner are this file's
+own, their vocabulary is the captions' words, and both are thrown away: what is saved is a ViT. No LLM takes part, so
+nothing of the encoder speaks its language yet.
 """
-import collections
 import dataclasses
 import math
+import random
 import sys
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from data.batches import as_is
+from data.drawing import draw
 from data.images import preprocess
-from data.world import world
+from data.world import KNOWN_SUBJECTS, SUBJECTS, caption
 from formats.checkpoints import load_checkpoint, read_checkpoint
 from formats.errors import MAX_SEED, Parser, number, run_cli
 from formats.files import check_out
 from formats.log import Log, check_resume, check_start
-from formats.official import DEFAULT_LLM, find
-from formats.tokenizer import Tokenizer
-from model import VLM, Llama, ViT, ViTConfig
+from model import ViT, ViTConfig
 from recipes import SMALL, help_text, override
 from train import Optimizer, dtype_of
 
 RECIPE = SMALL["vit"]
+END, BEGIN = 0, 1       # ids of no word: the end of a caption (and padding), and where the captioner begins
 
 
-def spelled(captions, tokenizer):
-    """({caption: its tokens, in order}, {token: weight}): rare tokens weigh more, since "the" tells no image from
-    another, and "Japan" does: 0.2 + log(captions / captions that hold it)."""
-    tokens = {c: tokenizer.encode(" " + c) for c in captions}
-    held_by = collections.Counter(t for c in captions for t in set(tokens[c]))
-    return tokens, {t: 0.2 + math.log(len(captions) / n) for t, n in sorted(held_by.items())}
+class Captions:
+    """Captions as rows of word ids, all of one length: each word of the world has an id, as a tiny tokenizer."""
+
+    def __init__(self):
+        texts = [caption(s) for s in SUBJECTS]
+        self.ids = {w: i + 2 for i, w in enumerate(sorted({w for text in texts for w in text.split()}))}
+        self.length = max(len(text.split()) for text in texts) + 1                      # with END
+        self.vocabulary = len(self.ids) + 2
+
+    def __call__(self, texts):
+        rows = [[self.ids[w] for w in text.split()] for text in texts]
+        return torch.tensor([row + [END] * (self.length - len(row)) for row in rows])   # (B, L)
 
 
-def laid_out(tokens, P):
-    """The caption's tokens over and over in P places, so that the last place holds the last token."""
-    return [tokens[(p - P) % len(tokens)] for p in range(P)]
+class TextEncoder(nn.Module):
+    """A caption's ids (B, L) -> one vector each (B, 256). The order of so few words says nothing: a sum will do."""
+
+    def __init__(self, vocabulary, width):
+        super().__init__()
+        self.words = nn.EmbeddingBag(vocabulary, width, mode="sum", padding_idx=END)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 256))
+
+    def forward(self, ids):
+        return self.mlp(self.words(ids))
 
 
-def word_loss(visual, words, scale, targets, weights):
-    """(loss, share of the visual tokens whose nearest word is the right one).
+class Captioner(nn.Module):
+    """The next word of a caption, read from the ViT's tokens: ids (B, L), tokens (B, 1 + P, C) -> logits (B, L, V).
 
-    visual (B, P, d) and the embeddings of all captions' words (V, d), both around the mean of all text. targets (B, P):
-    which word each visual token is to be. weights (V,). The LLM tells words apart by their direction, so the loss is a
-    cross-entropy over cosines; and it wants the words themselves, so direction and length have to be a word's, too.
-    """
-    cosine = F.normalize(visual, dim=-1) @ F.normalize(words, dim=-1).T                 # (B, P, V)
-    which = F.cross_entropy((scale * cosine).transpose(1, 2), targets, reduction="none")            # (B, P)
-    direction = 1 - cosine.gather(2, targets[..., None]).squeeze(2)                     # (B, P)
-    length = visual.norm(dim=-1) / words.norm(dim=-1)[targets]                          # (B, P)
-    weight = weights[targets]
-    loss = ((which + 4 * direction + (length - 1).square()) * weight).sum() / weight.sum()
-    return loss, (cosine.argmax(2) == targets).float().mean()
+    Also the probe of studies/results.py: what it reads from a frozen ViT is the most that a projector could bring
+    across."""
+
+    def __init__(self, captions, width, layers=2):
+        super().__init__()
+        self.words = nn.Parameter(torch.randn(captions.vocabulary, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(captions.length, width) * 0.02)
+        layer = nn.TransformerDecoderLayer(width, 4, 2 * width, 0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
+        mask = nn.Transformer.generate_square_subsequent_mask(captions.length)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, ids, tokens):
+        before = F.pad(ids[:, :-1], (1, 0), value=BEGIN)                                # (B, L)
+        x = F.embedding(before, self.words) + self.positions                            # (B, L, C)
+        x = self.layers(x, tokens, tgt_mask=self.mask.to(x.dtype), tgt_is_causal=True)
+        return x @ self.words.T
+
+    def loss(self, ids, tokens):
+        """(cross-entropy of the words and the first END, share of captions that are right as a whole)."""
+        logits = self(ids, tokens).float()
+        end = (ids == END).int().argmax(1, keepdim=True)                                # (B, 1)
+        targets = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) > end, -100)
+        right = (logits.argmax(-1) == targets) | (targets < 0)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), right.all(1).float().mean()
+
+
+class Pretraining(nn.Module):
+    """The ViT, as `encoder` in the checkpoint, and what is thrown away afterwards."""
+
+    def __init__(self, captions, config):
+        super().__init__()
+        C = config.hidden_size
+        self.encoder = ViT(config)
+        self.captioner = Captioner(captions, C)
+        self.text = TextEncoder(captions.vocabulary, C)
+        self.project = nn.Linear(C, 256, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, pixels, ids):
+        """pixels (B, 3, S, S), ids (B, L) -> (contrastive loss, share of images whose caption is the nearest of the
+        batch, caption loss, share of captions that are right as a whole)."""
+        tokens = self.encoder.vision_model.post_layernorm(self.encoder(pixels))         # (B, 1 + P, C)
+        image = F.normalize(self.project(tokens.mean(1)).float(), dim=-1)               # (B, 256)
+        text = F.normalize(self.text(ids).float(), dim=-1)                              # (B, 256)
+        logits = self.logit_scale.exp().clamp(max=100) * image @ text.T                 # (B, B)
+        same = (ids[:, None] == ids).all(-1).float()        # the world has few captions: many are twice in a batch
+        share = same / same.sum(1, keepdim=True)
+        contrast = -(share * (logits.log_softmax(1) + logits.log_softmax(0))).sum() / (2 * len(ids))
+        nearest = same.gather(1, logits.argmax(1, keepdim=True)).mean()
+        return contrast, nearest, *self.captioner.loss(ids, tokens)
 
 
 class Pictures(torch.utils.data.Dataset):
     """pictures[step] -> (pixels (B, 3, S, S), captions) of a step: half signs, which are hardest, shapes and flags."""
 
-    def __init__(self, batch, seed):
+    def __init__(self, batch, seed, subjects=KNOWN_SUBJECTS):
         self.batch, self.seed = batch, seed
+        self.subjects = [[s for s in subjects if s[0] == kind] for kind in ("sign", "shape", "sign", "flag")]
 
     def __getitem__(self, step):
-        first, tasks = step * self.batch, ["read", "shape", "read", "flag"]
-        samples = [world(tasks[j % 4], first + j, self.seed) for j in range(self.batch)]
-        return torch.stack([preprocess(s.image) for s in samples]), [s.caption for s in samples]
+        pixels, texts = [], []
+        for j in range(self.batch):
+            rng = random.Random(f"picture/{self.seed}/{step * self.batch + j}")
+            subject = rng.choice(self.subjects[j % 4] or sum(self.subjects, []))
+            pixels.append(preprocess(draw(rng, subject)))
+            texts.append(caption(subject))
+        return torch.stack(pixels), texts
 
     def loader(self, steps, workers=0):
         return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
 
 
-def train_vit(recipe, out, llm_name=DEFAULT_LLM, start=None, seed=0, device="cpu", dtype=torch.float32, resume=False):
+def train_vit(recipe, out, start=None, seed=0, device="cpu", dtype=torch.float32, resume=False):
     """Train, and leave a run's files in the folder `out`. start: a checkpoint to go on from. Returns the log."""
-    about = dict(stage="vit", llm=llm_name, start=start, vit_config=vars(ViTConfig()), seed=seed,
-                 recipe=dataclasses.asdict(recipe))
+    about = dict(stage="vit", start=start, vit_config=vars(ViTConfig()), seed=seed, recipe=dataclasses.asdict(recipe))
     check_start(about, out)
     if resume:
         check_resume(out, about)
-    path = find(llm_name)
-    llm, tokenizer = Llama.from_pretrained(path), Tokenizer.from_pretrained(path)
-    embeddings = llm.model.embed_tokens.weight
-    mean = embeddings.float().mean(0)
-    # every caption of the world, by frequency
-    tokens_of, weight_of = spelled([world("describe", i, seed).caption for i in range(4096)], tokenizer)
-    place = {t: i for i, t in enumerate(weight_of)}
     torch.manual_seed(seed)
-    vlm = VLM(ViT(ViTConfig()), llm, tokenizer)
-    with torch.no_grad():
-        vlm.adapter[2].bias.copy_(mean)                     # visual tokens begin around the mean of all text
+    captions = Captions()
+    model = Pretraining(captions, ViTConfig())
     if start:
-        load_checkpoint(vlm, read_checkpoint(start)[0], start)
-    vlm.to(device)
-    logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.05), device=device))
-    vlm.requires_grad_(False)
-    learns = {n: p.requires_grad_(True) for n, p in vlm.named_parameters() if n.startswith(("encoder.", "adapter."))}
-    optimizer = Optimizer(learns | {"logit_scale": logit_scale}, recipe)
-    vlm.to(dtype)
-    mean = mean.to(device, dtype).float()                                               # rounded as the bias is
-    words = embeddings[list(place)].to(device).float() - mean                           # (V, d)
-    weights = torch.tensor(list(weight_of.values()), device=device)                     # (V,)
-    saved = lambda weights: [(n, t) for n, t in weights.items() if n in dict(vlm.named_parameters())]   # not the scale
+        load_checkpoint(model, read_checkpoint(start)[0], start)
+    model.to(device)
+    optimizer = Optimizer(dict(model.named_parameters()), recipe)
+    model.to(dtype)
+    saved = lambda weights: [(n, t) for n, t in weights.items() if n.startswith("encoder.")]
     log = Log(out, about, optimizer, resume=resume, export=saved)
-    for step, (pixels, names) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
-        visual = vlm.visual_tokens(pixels)[:, 1:-1].float() - mean         # (B, 1 + P, d), no soi, eoi
-        spelling = [[place[t] for t in laid_out(tokens_of[c], visual.shape[1])] for c in names]
-        targets = torch.tensor(spelling, device=device)                                 # (B, 1 + P)
-        loss, right = word_loss(visual, words, logit_scale.exp(), targets, weights)
+    for step, (pixels, texts) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
+        contrast, nearest, words, whole = model(pixels.to(device, dtype), captions(texts).to(device))
+        loss = contrast + 2 * words
         loss.backward()
         optimizer.gather()
-        log.add(step, loss=loss, right=right, lr=optimizer.update())
+        log.add(step, loss=loss, nearest=nearest, whole=whole, lr=optimizer.update())
     return log.close()
 
 
 def main(argv=None):
     parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
-    parser.add_argument("--llm", default=DEFAULT_LLM, help="whose embeddings are the targets (default: %(default)s)")
     parser.add_argument("--init", help="checkpoint to go on from (default: a new ViT)")
     parser.add_argument("--out", default="runs/vit", help="folder for checkpoint, log and plot (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
@@ -131,7 +173,7 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)
-    train_vit(recipe, args.out, args.llm, args.init, args.seed, args.device, dtype_of(recipe, args.device), args.resume)
+    train_vit(recipe, args.out, args.init, args.seed, args.device, dtype_of(recipe, args.device), args.resume)
 
 
 if __name__ == "__main__":
