@@ -521,6 +521,14 @@ class VLM(nn.Module):
         self.tokenizer = tokenizer
         self.like_words = like_words
 
+    @classmethod
+    def untrained(cls, vit, decoder, tokenizer, like_words=False, seed=0, checkpoint=None):
+        """Where training starts: a pre-trained ViT (see `base_vit`), and a projector that is random, but for one seed
+        always the same."""
+        encoder = base_vit(vit, checkpoint or vit)
+        torch.manual_seed(seed)
+        return cls(encoder, decoder, tokenizer, like_words)
+
     @property
     def n_visual(self):
         """How many positions an image takes in the LLM: all patches, CLS, start and end (579 for CLIP ViT-L/14-336)."""

@@ -170,7 +170,7 @@ def load_translators(surrogate, checkpoint):
     return surrogate
 
 
-def fork(surrogate, llm, embeds, caches=(None, None)):
+def run_both(surrogate, llm, embeds, caches=(None, None)):
     """Last hidden states (B, T, C) of the surrogate and of the LLM for the same input, running their common trunk once.
 
     `caches`: a key/value cache for each, filled as if each had run alone; the trunk's entries are one and the same

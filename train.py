@@ -28,7 +28,7 @@ from formats.files import check_out
 from formats.log import Log, check_resume, check_start
 from formats.official import find, llama_config
 from formats.tokenizer import IMAGE, Tokenizer
-from model import VLM, Llama, base_vit
+from model import VLM, Llama
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,9 +326,8 @@ def build(about, dtype, device, shard=None, llm=None):
         decoder = surrogate.from_pretrained(path, ranges, dtype, device, shard)
     if ranges and ranges == was.get("ranges"):
         surrogate.load_translators(decoder, start)
-    torch.manual_seed(about["seed"])                        # for a new projector
-    vlm = VLM(base_vit(about["vit"], about["vit"]), decoder, Tokenizer.from_pretrained(path),
-              about["recipe"]["like_words"])
+    vlm = VLM.untrained(about["vit"], decoder, Tokenizer.from_pretrained(path), about["recipe"]["like_words"],
+                        about["seed"])
     vlm.to(device)                                          # before the decoder: float32 till the optimizer has copies
     if start:
         tensors = {}

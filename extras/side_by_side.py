@@ -53,14 +53,14 @@ def rank(vlm, decoder, prompt, image, options):
     last = decoder.run(embeds, cache=cache)[0, -1]                                          # (d,)
     cache.advance(embeds.shape[1])
     run = lambda x, caches: [decoder.run(x, cache=caches[0])]
-    logp, = graft.rank(options, vlm.tokenizer, run, [decoder], [cache], [last])             # (K,)
+    logp, = evaluate.rank(options, vlm.tokenizer, run, [decoder], [cache], [last])             # (K,)
     return sorted(zip(options, logp.softmax(0).tolist()), key=lambda pair: -pair[1])
 
 
 def sample_of(question, subject):
     """The world's sample, with its options, of this question about this picture. None if they are not the world's."""
     kind, name = subject[:2]
-    for task in graft.TASKS:
+    for task in evaluate.TASKS:
         if task in world.KNOWLEDGE_TASKS:
             asked, fits = world.KNOWLEDGE_QUESTIONS[task][kind == "flag"], kind != "shape" and name in world.FACTS
         else:

@@ -17,7 +17,7 @@ from data.drawing import COLORS, SHAPES, draw
 from data.images import open_image
 from extras.side_by_side import plot_lens, plot_words, rank, sample_of, talk
 from formats.errors import MissingFile, UserError
-from graft import DEMO
+from evaluate import DEMO
 
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")       # before it is imported
 try:

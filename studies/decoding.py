@@ -16,7 +16,7 @@ from tqdm import tqdm
 from formats.errors import Parser, number, run_cli
 from model import Llama
 from studies.benchmark import clock, in_fresh_process, peak_memory
-from surrogate import build_surrogate, fork
+from surrogate import build_surrogate, run_both
 from train import default_dtype
 
 OURS = {"float32": dict(), "bfloat16": dict(dtype=torch.bfloat16), "int8": dict(quantize="int8")}
@@ -83,7 +83,7 @@ def time_trunk(length=60, batch=20, rounds=5, device="cpu"):
     L = llm.config.num_hidden_layers
     surrogate = build_surrogate(llm, [(2 * L // 3, L - 2)])
     x = llm.embed(torch.randint(100, 4000, (batch, length), device=device))                          # (B, T, C)
-    ways = (lambda: (surrogate.run(x), llm.run(x))), (lambda: fork(surrogate, llm, x))
+    ways = (lambda: (surrogate.run(x), llm.run(x))), (lambda: run_both(surrogate, llm, x))
     times = [[clock(way, device)[0] for way in ways] for _ in range(rounds + 1)]
     return [statistics.median(t) for t in zip(*times[1:])]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-import graft
+import evaluate
 from data import world
 from data.batches import Sample, wrap
 from formats import checkpoints, official
@@ -72,9 +72,9 @@ def yes_no(sample, i):
     return Sample(sample.image, messages, "yes_no", f"{answer}.", ["Yes.", "No."], sample.caption, [(answer,)], [rival])
 
 
-def draw(n, seed=graft.EVAL_SEED):
+def draw(n, seed=evaluate.EVAL_SEED):
     """{"open": n held-out samples of every task, "yes_no": a question about each of these pictures}"""
-    samples = [world.world(task, i, seed, "test") for task in graft.TASKS for i in range(n)]
+    samples = [world.world(task, i, seed, "test") for task in evaluate.TASKS for i in range(n)]
     return dict(open=samples, yes_no=[yes_no(s, i) for i, s in enumerate(samples)])
 
 
@@ -128,7 +128,7 @@ def ask_graft(samples, llm, encoder, batch):
             part = of[i:i + batch]
             prompts = [vlm.prompt(s.messages[:-1]) for s in part]
             embeds, lengths = vlm.embed_prompts(prompts, [s.image for s in part])
-            answers = graft.answer(embeds, lengths, part, vlm.decoder, surrogate, vlm.tokenizer)
+            answers = evaluate.answer(embeds, lengths, part, vlm.decoder, surrogate, vlm.tokenizer)
             for system, results in answers.items():
                 rows = got.setdefault(system, dict.fromkeys(TASKS, 0))
                 for s, (choice, text) in zip(part, results):

@@ -1,4 +1,4 @@
-"""surrogate.py: the surrogate and the fork against the full model, the prediction trajectory against transformers."""
+"""surrogate.py: the surrogate and run_both against the full model, the prediction trajectory against transformers."""
 
 import json
 
@@ -14,7 +14,7 @@ from model import KVCache, Llama, LlamaConfig, collect
 from surrogate import (
     build_surrogate,
     find_transition,
-    fork,
+    run_both,
     kept_layers,
     load_surrogate,
     parse_ranges,  # fmt: skip
@@ -177,14 +177,14 @@ def test_load_surrogate_refuses(tmp_path, llm):
     refuses({name: torch.zeros(9, 32)}, about, "does not belong", name, "(9, 32)", "(48, 32)")
 
 
-# ---- the fork -------------------------------------------------------------------------------------------------------
+# ---- run_both -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranges", [[(3, 6)], [(2, 3), (5, 6)], []])
 def test_fork_equals_two_passes(llm, ranges):
     s = shake(build_surrogate(llm, ranges))
     embeds = llm.embed(torch.randint(60, (2, 11)))
-    ours, theirs = fork(s, llm, embeds)
+    ours, theirs = run_both(s, llm, embeds)
     assert torch.equal(ours, s.run(embeds)) and torch.equal(theirs, llm.run(embeds))
     assert torch.equal(ours, theirs) == (ranges == [])
 
@@ -202,7 +202,7 @@ def test_fork_with_caches_equals_two_passes(llm):
 
     caches = [KVCache(d, 3, 5) for d in (s, llm)]
     alone = [KVCache(d, 3, 5) for d in (s, llm)]
-    prompt_states = fork(s, llm, x, caches)
+    prompt_states = run_both(s, llm, x, caches)
     for cache, own, decoder, state in zip(caches, alone, (s, llm), prompt_states):
         assert torch.equal(state, decoder.run(x, cache=own))
         cache.advance(5, lengths)
@@ -210,7 +210,7 @@ def test_fork_with_caches_equals_two_passes(llm):
         assert all(torch.equal(a, b) for a, b in zip(cache.keys + cache.values, own.keys + own.values))
 
     wide = [c.repeat(K, 4) for c in caches]
-    states = fork(s, llm, behind, wide)
+    states = run_both(s, llm, behind, wide)
     for decoder, state, own, cache in zip((s, llm), states, alone, wide):
         assert torch.equal(state, decoder.run(behind, cache=own.repeat(K, 4)))
         for row, (p, o) in enumerate((p, o) for p in prompts for o in options):
@@ -218,7 +218,7 @@ def test_fork_with_caches_equals_two_passes(llm):
             assert (state[row, :len(o)] - expected).abs().max() < 1e-4
         cache.advance(3, torch.tensor([len(o) for o in options] * 3))
     token = llm.embed(torch.full((9, 1), 20))  # one behind every option
-    for state, decoder in zip(fork(s, llm, token, wide), (s, llm)):
+    for state, decoder in zip(run_both(s, llm, token, wide), (s, llm)):
         for row, (p, o) in enumerate((p, o) for p in prompts for o in options):
             assert (state[row, 0] - full(decoder, p + o + [20])[-1]).abs().max() < 1e-4
 

@@ -1,0 +1,322 @@
+"""
+What do pair, graft and direct know? Held-out images, asked freely and with options; what the image brings; the demo.
+
+    rows = compare(vlm, surrogate, n=40, before=…, direct=…)    # one row per task and system
+    print(table(rows))
+
+before: the encoder as training starts, with a random projector, and the full LLM.
+pair:   encoder + surrogate, what was trained.
+graft:  the same encoder + the full LLM.
+direct: an encoder trained on the full LLM.
+text:   the caption in the image's place, read by the full LLM; "text, pair": by the surrogate, the most it could say.
+"""
+import dataclasses
+import math
+import random
+import textwrap
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data import world
+from data.batches import collate
+from model import KVCache, collect
+from surrogate import run_both
+
+TASKS = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
+UNTAUGHT_TASKS = ("read", "flag") + world.KNOWLEDGE_TASKS
+EVAL_SEED = 7           # the stream of held-out images; split "test" never meets the stream of training
+FRESH_SEED = 4242       # the stream of training samples over which cross-entropy is measured: never trained
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers, free and ranked
+
+
+def sum_logp(decoder, before, tokens, real, chunk=256):
+    """log p of each row's tokens (n, T), of which `real` (n, T) count; before (n, T, C): the states that predict them."""
+    logp = torch.zeros(tokens.shape, device=tokens.device)
+    pieces = zip(before[real].split(chunk), tokens[real].split(chunk))              # logits are large: a few at a time
+    logp[real] = torch.cat([decoder.logits(x).float().log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
+    return logp.sum(1)
+
+
+def rank(options, tokenizer, run, decoders, caches, last, row=0):
+    """log p (K,) of each of K options behind the prompt in a row of the caches, for every decoder.
+
+    run(x, caches): the decoders' hidden states. last: theirs (C,) at the end of the prompt, which predict the first
+    tokens.
+    """
+    ids = [torch.tensor(tokenizer.encode_text(o) + tokenizer.turn_end) for o in options]
+    tokens = pad_sequence(ids, batch_first=True).to(decoders[0].device)                         # (K, L)
+    n = torch.tensor([len(i) for i in ids], device=tokens.device)                               # (K,)
+    hidden = run(decoders[0].embed(tokens), [c.repeat(*tokens.shape, rows=[row]) for c in caches])
+    before = [torch.cat([x.expand(len(n), 1, -1), h[:, :-1]], dim=1) for x, h in zip(last, hidden)]     # (K, L, C) each
+    real = torch.arange(tokens.shape[1], device=tokens.device) < n[:, None]                     # (K, L)
+    return [sum_logp(decoder, b, tokens, real) for decoder, b in zip(decoders, before)]
+
+
+@torch.no_grad()
+def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_new_tokens=40):
+    """Answers of the LLM, and with `surrogate` of the surrogate, to the same prompts: embeds (B, T, d), lengths (B,).
+
+    Returns {"pair": …, "graft": …} (only the latter without a surrogate), each a list of (index of the likeliest of the
+    sample's options, greedy answer). Prompts and options go through the trunk once for both decoders.
+    """
+    B, T, _ = embeds.shape
+    ragged = None if int(lengths.min()) == T else lengths
+    decoders = {"graft": llm} if surrogate is None else {"pair": surrogate, "graft": llm}
+    caches = [KVCache(d, B, T) for d in decoders.values()]
+
+    def run(x, caches):
+        return [llm.run(x, cache=caches[0])] if surrogate is None else run_both(surrogate, llm, x, caches)
+
+    last = [x[torch.arange(B), lengths - 1] for x in run(embeds, caches)]           # (B, C): behind the prompt
+    for cache in caches:
+        cache.advance(T, ragged)
+
+    # one sample's options at a time: there may be many or few of them, and so they take little memory
+    scores = [rank(sample.options, tokenizer, run, [*decoders.values()], caches, [x[i] for x in last], i)
+              for i, sample in enumerate(samples)]
+
+    out = {}
+    for (name, decoder), x, cache, logps in zip(decoders.items(), last, caches, zip(*scores)):
+        stream = decoder.decode(x, cache.repeat(1, max_new_tokens), max_new_tokens)
+        texts = [tokenizer.decode(t).strip() for t in collect(stream, tokenizer.stop_tokens)]
+        out[name] = [(int(logp.argmax()), text) for logp, text in zip(logps, texts)]
+    return out
+
+
+def told(sample):
+    """The sample's chat with the caption in the image's place."""
+    return [m | dict(content=m["content"].replace("<image>", " " + sample.caption)) for m in sample.messages]
+
+
+def systems(vlm, surrogate, samples, before=None, direct=None):
+    """Yield (name, [(choice, said), …]) of every system that is there, about the same samples."""
+    images, chats = [s.image for s in samples], [s.messages[:-1] for s in samples]
+
+    def ask_all(vlm, chats, images, surrogate=None):
+        embeds, lengths = vlm.embed_prompts([vlm.prompt(c) for c in chats], images)
+        return answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer)
+
+    if before is not None:
+        yield "before", ask_all(before, chats, images)["graft"]
+    ours = ask_all(vlm, chats, images, surrogate)
+    yield from ((name, ours[name]) for name in ("pair", "graft") if name in ours)
+    if direct is not None:
+        yield "direct", ask_all(direct, chats, images)["graft"]
+    text = ask_all(vlm, [told(s)[:-1] for s in samples], [], surrogate)
+    yield "text", text["graft"]
+    if surrogate is not None:
+        yield "text, pair", text["pair"]
+
+
+def compare(vlm, surrogate=None, n=40, batch=20, tasks=TASKS, seed=EVAL_SEED, before=None, direct=None, split="test",
+            progress=True):
+    """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system.
+
+    said: the greedy answer, up to 40 tokens, holds the right word and no rival: 0 or 1 for every image. ranked: of the
+    options, the right one is the likeliest. about: subject and question of every image, which may come again.
+    """
+    samples, got = [world.world(task, i, seed, split) for task in tasks for i in range(n)], {}
+    total = len(samples) * (2 + 2 * (surrogate is not None) + (before is not None) + (direct is not None))
+    with tqdm(total=total, desc=f"images, {split}", unit="answer", disable=not progress) as bar:
+        for i in range(0, len(samples), batch):
+            for name, r in systems(vlm, surrogate, samples[i:i + batch], before, direct):
+                got.setdefault(name, []).extend(r)
+                bar.update(len(r))
+    rows = []
+    for k, task in enumerate(tasks):
+        mine = samples[k * n:(k + 1) * n]
+        for name, r in got.items():
+            r = r[k * n:(k + 1) * n]
+            rows.append(dict(task=task, split=split, trained=task in world.TRAINED_TASKS, system=name,
+                             said=[int(world.is_right(text, s)) for s, (_, text) in zip(mine, r)],
+                             ranked=[int(s.options[choice] == s.answer) for s, (choice, _) in zip(mine, r)],
+                             chance=sum(1 / len(s.options) for s in mine) / n,
+                             about=[f"{s.caption}: {task}" for s in mine]))
+    return rows
+
+
+def bootstrap(values, clusters, weights=None, draws=1000):
+    """(mean, low, high): a mean and its 95 % interval, by drawing whole clusters anew (Efron's bootstrap).
+
+    values, clusters, weights (how many items a value sums up; default 1): lists. Many pictures of one subject, asked
+    the same, are not so many independent tests."""
+    sums = {}
+    for v, c, w in zip(values, clusters, weights or [1] * len(values)):
+        v0, w0 = sums.get(c, (0, 0))
+        sums[c] = v0 + v, w0 + w
+    sums = torch.tensor(list(sums.values()), dtype=torch.float64)                       # (clusters, 2)
+    drawn = torch.randint(len(sums), (draws, len(sums)), generator=torch.Generator().manual_seed(0))
+    total, whole = sums[drawn].sum(1), sums.sum(0)                                      # (draws, 2), (2,)
+    low, high = (total[:, 0] / total[:, 1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return (whole[0] / whole[1]).item(), low, high
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the image brings
+
+
+def wrong_images(samples):
+    """The same samples with the image of another one: the next of the same kind that has another caption."""
+    kind = lambda s: "sign" if "sign" in s.caption else "flag" if "flag" in s.caption else "shape"
+    other = lambda i: next((o for o in samples[i + 1:] + samples[:i]
+                            if kind(o) == kind(samples[i]) and o.caption != samples[i].caption), samples[i - 1])
+    return [dataclasses.replace(s, image=other(i).image) for i, s in enumerate(samples)]
+
+
+@torch.no_grad()
+def cross_entropies(vlm, samples, batch=16, progress=None):
+    """Of every sample: (sum of -log p of its targets, number of targets), two lists."""
+    size, losses, counts = vlm.encoder.config.image_size, {}, {}
+    order = sorted(range(len(samples)), key=lambda i: sum(len(m["content"]) for m in samples[i].messages))
+    for rows in (order[i:i + batch] for i in range(0, len(order), batch)):      # of about one length: little padding
+        b = collate([samples[i] for i in rows], vlm.tokenizer, vlm.n_visual, size)
+        real = (b["targets"] >= 0).to(vlm.decoder.device)                               # (B, T)
+        x = vlm.decoder.run(vlm.embed(b["tokens"], b["pixels"]))                        # (B, T, C)
+        logp = sum_logp(vlm.decoder, x, b["targets"].to(x.device), real)                # (B,)
+        losses |= zip(rows, (-logp).tolist())
+        counts |= zip(rows, real.sum(1).tolist())
+        if progress:
+            progress.update(len(rows))
+    return [losses[i] for i in range(len(samples))], [counts[i] for i in range(len(samples))]
+
+
+def image_brings(vlm, surrogate=None, n=512, before=None, direct=None, progress=True):
+    """What an image brings: cross-entropy per target with another image of the same kind, minus with the right one.
+
+    Over the first n samples of a stream of training's kind that no training saw. Returns one dict per system: right,
+    wrong, brings, and low, high, its 95 % interval. 0 means that the decoder learns nothing from the image.
+    """
+    samples = [world.World(FRESH_SEED)[i] for i in range(n)]
+    other, clusters = wrong_images(samples), [f"{s.caption}: {s.messages[0]['content']}" for s in samples]
+    asked = dict(before=(before, before and before.decoder), pair=(vlm, surrogate), graft=(vlm, vlm.decoder),
+                 direct=(direct, direct and direct.decoder))
+    asked, rows, llm = {k: v for k, v in asked.items() if None not in v}, [], vlm.decoder
+    with tqdm(total=2 * n * len(asked), desc="what the image brings", unit="sample", disable=not progress) as bar:
+        for name, (system, decoder) in asked.items():
+            system.decoder = decoder
+            right, counts = cross_entropies(system, samples, progress=bar)
+            wrong, _ = cross_entropies(system, other, progress=bar)
+            system.decoder = llm
+            gain, low, high = bootstrap([w - r for w, r in zip(wrong, right)], clusters, counts)
+            rows.append(dict(system=name, samples=n, right=sum(right) / sum(counts), wrong=sum(wrong) / sum(counts),
+                             brings=gain, low=low, high=high))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown(head, rows):
+    return "\n".join(f"| {' | '.join(map(str, r))} |" for r in (head, ["---"] * len(head), *rows))
+
+
+def pooled(rows, measure, system):
+    """(mean, low, high) of all the images of `rows` that a system was asked about; None if it was not."""
+    mine = [r for r in rows if r["system"] == system]
+    if not mine:
+        return None
+    return bootstrap([x for r in mine for x in r[measure]], [a for r in mine for a in r["about"]])
+
+
+def groups(rows):
+    """{title: rows} of each task, of the trained and of the never-trained ones; * marks what was never trained."""
+    out = {}
+    for r in rows:
+        out.setdefault(r["task"] + ("" if r["trained"] else " *"), []).append(r)
+    out["**trained, mean**"] = [r for r in rows if r["trained"]]
+    out["**never trained, mean** *"] = [r for r in rows if not r["trained"]]
+    return {title: mine for title, mine in out.items() if mine}
+
+
+def table(rows):
+    """Rows of `compare` as Markdown: said freely, then ranked, each in % with its 95 % interval."""
+    names, out = list(dict.fromkeys(r["system"] for r in rows)), []
+    for split in dict.fromkeys(r["split"] for r in rows):
+        mine = [r for r in rows if r["split"] == split]
+        for measure, title in (("said", "said freely, right"), ("ranked", "ranked first among options")):
+            cells = [[name, *(f"{m:.0%} ({low:.0%}–{high:.0%})" for m, low, high in
+                              (pooled(group, measure, s) or (math.nan,) * 3 for s in names))]
+                     for name, group in groups(mine).items()]
+            out.append(markdown([title + (", never named in training" if split == "untaught" else ""), *names], cells))
+    return "\n\n".join(out)
+
+
+def brings_table(rows):
+    """Rows of `image_brings` as Markdown."""
+    return markdown(["cross-entropy", *(r["system"] for r in rows)], [
+        ["with the right image", *(f"{r['right']:.3f}" for r in rows)],
+        ["with another of its kind", *(f"{r['wrong']:.3f}" for r in rows)],
+        ["**the image brings**", *(f"{r['brings']:.3f} ({r['low']:.2f}–{r['high']:.2f})" for r in rows)]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Demo
+
+# Six held-out images: four whose answer no image holds and no training showed, two of what was trained. Chosen.
+DEMO = [("capital", ("sign", "Kenya")), ("language", ("flag", "Peru")), ("capital", ("flag", "Japan")),
+        ("continent", ("flag", "Italy")), ("flag", ("flag", "Sweden")), ("color", ("shape", *min(world.HELD_OUT)))]
+
+
+def demo(vlm, surrogate, before=None, seed=EVAL_SEED):
+    """The answers about the six images of DEMO, as `say` returns them."""
+    return say(vlm, surrogate, before=before, samples=[world.sample_of(random.Random(f"demo/{seed}/{i}"), task, subject)
+                                for i, (task, subject) in enumerate(DEMO)])
+
+
+def say(vlm, surrogate, samples, before=None, max_new_tokens=40):
+    """The free answers of all three to samples: [(sample, {"before": text, "pair": text, "graft": text}), …]."""
+    prompts, images = [vlm.prompt(s.messages[:-1]) for s in samples], [s.image for s in samples]
+    words, out = lambda tokens: " ".join(vlm.tokenizer.decode(tokens).split()), {}
+    if before is not None:              # as training starts: a random projector
+        out["before"] = before.generate(prompts, images, max_new_tokens=max_new_tokens)
+    llm = vlm.decoder
+    vlm.decoder = surrogate             # the pair: what was trained
+    out["pair"] = vlm.generate(prompts, images, max_new_tokens=max_new_tokens)
+    vlm.decoder = llm                   # the graft: the same encoder, the full LLM, no training
+    out["graft"] = vlm.generate(prompts, images, max_new_tokens=max_new_tokens)
+    return [(s, {name: words(tokens) for name, tokens in zip(out, said)}) for s, *said in zip(samples, *out.values())]
+
+
+def question_of(sample):
+    """The question as a person would ask it, without the words around the image."""
+    question = sample.messages[0]["content"].split("<image>, ")[-1]
+    return ("* " if sample.task in world.KNOWLEDGE_TASKS else "") + question[:1].upper() + question[1:]
+
+
+def show_demo(examples):
+    """Print what `say` returns."""
+    for sample, said in examples:
+        print(f"\n{sample.caption} | {question_of(sample)}")
+        for name, text in said.items():
+            right = "right" if world.is_right(text, sample) else "-"
+            print(f"  {name + ':':7s}{right:7s}{textwrap.shorten(text, 100, placeholder=' …')}")
+    print("\n* never trained: no image holds the answer, the full LLM knows it. "
+          "Before the bar: what the image shows, which no model is told.")
+
+
+def plot_demo(examples, columns=3):
+    """A figure of what `say` returns: image, question, what is said before training, by pair and graft (blue: right)."""
+    from matplotlib.figure import Figure
+    lines = math.ceil(len(examples) / columns)
+    fig = Figure(figsize=(3.4 * columns, 4.8 * lines), dpi=100, facecolor="white", layout="constrained")
+    axes = fig.subplots(2 * lines, columns, squeeze=False, gridspec_kw=dict(height_ratios=[2.4, 2] * lines))
+    for ax in axes.flat:
+        ax.axis("off")
+    for i, (sample, said) in enumerate(examples):
+        picture, words = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
+        picture.imshow(sample.image, interpolation="nearest")
+        picture.set_title(textwrap.fill(question_of(sample), 32), fontsize=10, fontweight="bold")
+        for k, (name, text) in enumerate(said.items()):
+            right = world.is_right(text, sample)
+            short = textwrap.shorten(text, 120, placeholder=" …")
+            shown = textwrap.fill(f"{name} {'✓' if right else '✗'}  {short}", 48)
+            words.text(0, 1 - 0.36 * k, shown, transform=words.transAxes, va="top", fontsize=9, parse_math=False,
+                       color="#0072B2" if right else "#B34700")         # $5 and $6 is no formula
+    return fig
+
+
