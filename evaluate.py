@@ -34,7 +34,7 @@ FRESH_SEED = 4242       # the stream of training samples over which cross-entrop
 
 
 def sum_logp(decoder, before, tokens, real, chunk=256):
-    """log p of each row's tokens (n, T), of which `real` (n, T) count; before (n, T, C): the states that predict them."""
+    """log p of the tokens (n, T) of each row, of which `real` (n, T) count; before (n, T, C): what predicts them."""
     logp = torch.zeros(tokens.shape, device=tokens.device)
     pieces = zip(before[real].split(chunk), tokens[real].split(chunk))              # logits are large: a few at a time
     logp[real] = torch.cat([decoder.logits(x).float().log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
@@ -92,8 +92,8 @@ def told(sample):
     return [m | dict(content=m["content"].replace("<image>", " " + sample.caption)) for m in sample.messages]
 
 
-def systems(vlm, surrogate, samples, before=None, direct=None):
-    """Yield (name, [(choice, said), …]) of every system that is there, about the same samples."""
+def systems(vlm, surrogate, samples, before=None, direct=None, text=True):
+    """Yield (name, [(choice, said), …]) of every system that is there, about the same samples; text: captions, too."""
     images, chats = [s.image for s in samples], [s.messages[:-1] for s in samples]
 
     def ask_all(vlm, chats, images, surrogate=None):
@@ -106,24 +106,23 @@ def systems(vlm, surrogate, samples, before=None, direct=None):
     yield from ((name, ours[name]) for name in ("pair", "graft") if name in ours)
     if direct is not None:
         yield "direct", ask_all(direct, chats, images)["graft"]
-    text = ask_all(vlm, [told(s)[:-1] for s in samples], [], surrogate)
-    yield "text", text["graft"]
-    if surrogate is not None:
-        yield "text, pair", text["pair"]
+    if text:
+        said = ask_all(vlm, [told(s)[:-1] for s in samples], [], surrogate)
+        yield from ((name, said[part]) for name, part in (("text", "graft"), ("text, pair", "pair")) if part in said)
 
 
-def compare(vlm, surrogate=None, n=40, batch=20, tasks=TASKS, seed=EVAL_SEED, before=None, direct=None, split="test",
-            progress=True):
+def compare(vlm, surrogate=None, n=40, batch=20, tasks=TASKS, seed=EVAL_SEED, before=None, direct=None, text=True,
+            split="test", progress=True):
     """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system.
 
     said: the greedy answer, up to 40 tokens, holds the right word and no rival: 0 or 1 for every image. ranked: of the
     options, the right one is the likeliest. about: subject and question of every image, which may come again.
     """
     samples, got = [world.world(task, i, seed, split) for task in tasks for i in range(n)], {}
-    total = len(samples) * (2 + 2 * (surrogate is not None) + (before is not None) + (direct is not None))
+    total = len(samples) * ((1 + text) * (1 + (surrogate is not None)) + (before is not None) + (direct is not None))
     with tqdm(total=total, desc=f"images, {split}", unit="answer", disable=not progress) as bar:
         for i in range(0, len(samples), batch):
-            for name, r in systems(vlm, surrogate, samples[i:i + batch], before, direct):
+            for name, r in systems(vlm, surrogate, samples[i:i + batch], before, direct, text):
                 got.setdefault(name, []).extend(r)
                 bar.update(len(r))
     rows = []
@@ -300,7 +299,7 @@ def show_demo(examples):
 
 
 def plot_demo(examples, columns=3):
-    """A figure of what `say` returns: image, question, what is said before training, by pair and graft (blue: right)."""
+    """A figure of what `say` returns: image, question, the answers before training, of pair and graft (blue: right)."""
     from matplotlib.figure import Figure
     lines = math.ceil(len(examples) / columns)
     fig = Figure(figsize=(3.4 * columns, 4.8 * lines), dpi=100, facecolor="white", layout="constrained")

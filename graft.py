@@ -94,8 +94,9 @@ def parse(argv):
     add("--eval", type=number(int, 1, 10**6), default=5, metavar="N",
         help="held-out images a task for the comparison (default: %(default)s)")
     add("--batch", type=number(int, 1, 4096), default=20, help="images at a time (default: %(default)s)")
-    add("--seed", type=number(int, 0, MAX_SEED), default=evaluate.EVAL_SEED, help="which held-out images (default: %(default)s)")
-    add("--untaught", action="store_true", help="ask about words and flags, too, that stages 1 and 2 left out altogether")
+    add("--seed", type=number(int, 0, MAX_SEED), default=evaluate.EVAL_SEED,
+        help="which held-out images (default: %(default)s)")
+    add("--untaught", action="store_true", help="ask about words and flags, too, that stages 1 and 2 left out")
     add("--image", help="ask about this picture instead")
     add("--question", help="what to ask about --image (default: Describe the image.)")
     add("--chat", action="store_true", help="converse about --image (without one: about a held-out sign)")

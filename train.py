@@ -185,49 +185,50 @@ def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict
     distill = recipe.distill if llm else 0
     learns = trained_parameters(vlm, stage, recipe.vit_layers, distill)
     translators = [p for n, p in learns.items() if n.startswith("decoder.")] if distill else []
-    optimizer = team.Optimizer(learns, recipe, {"encoder.": recipe.vit_lr} | ({"decoder.": recipe.distill_lr} if distill
-                                                                             else {}))
+    for p in translators:                                   # frozen, but for the lesson
+        p.requires_grad_(False)
+    rates = {"encoder.": recipe.vit_lr, "decoder.": recipe.distill_lr if distill else 1.0}      # in units of lr
+    optimizer = team.Optimizer(learns, recipe, rates)
     vlm.to(vlm.decoder.dtype)
     log = Log(out, about, optimizer, team, resume, export)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
         n = team.sum(torch.full((), count_targets(micro_batches), device=device))  # targets in the whole global batch
-        total, taught = torch.zeros((), device=device), {}
+        total, lesson = torch.zeros((), device=device), torch.zeros((), device=device)
         for batch in micro_batches:
             if distill and step % distill == 0:
-                loss, taught = loss_and_lesson(vlm, llm, batch, translators, recipe.noise, about["seed"] * 10**6 + step)
-                (loss / n + sum(taught.values()) / len(micro_batches)).backward()
+                trunk, off = teach(vlm, llm, batch, translators, recipe.noise, about["seed"] * 10**6 + step)
+                loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"])
+                lesson += off / len(micro_batches)
             else:
-                for p in translators:
-                    p.requires_grad_(False)
                 loss = vlm.loss(batch)
-                (loss / n).backward()
+            (loss / n).backward()
             optimizer.gather()
             total += loss.detach() / n
-        log.add(step, loss=team.sum(total), lr=optimizer.update(), targets=n, **({"kl": taught.get("kl", "")} if distill else {}))
+        log.add(step, loss=team.sum(total), lr=optimizer.update(), targets=n, **({"lesson": lesson} if distill else {}))
     return log.close()
 
 
-def loss_and_lesson(vlm, llm, batch, translators, noise, seed):
-    """(VLM.loss of a batch, {"kl", "distance"}: how far the translators are from the LLM on the same images).
+def teach(vlm, llm, batch, translators, noise, seed):
+    """Let the LLM teach the surrogate on the images as the encoder shows them: a gradient for the translators alone.
 
-    The first trains the encoder alone, the second the translators alone: two branches behind the common trunk, which
-    runs once. Noise on the visual tokens: in their neighbourhood, too, the translators are to do what the LLM does, so
-    that the encoder's gradients are those of the LLM.
+    Returns the output of the common trunk (B, T, C), from which the encoder's own loss goes on, and how far translators
+    and LLM are apart (see surrogate.distillation_loss). There is noise on the visual tokens, so that the translators
+    do what the LLM does in the neighborhood, too: the gradient that the encoder gets is then the LLM's.
     """
     s, tokens = vlm.decoder, batch["tokens"]
-    embeds = vlm.embed(tokens, batch["pixels"])                                         # (B, T, C)
-    generator = torch.Generator().manual_seed(seed)
+    x, generator = vlm.embed(tokens, batch["pixels"]), torch.Generator().manual_seed(seed)              # (B, T, C)
     size = noise * torch.rand(len(tokens), 1, 1, generator=generator) * (tokens == IMAGE)[..., None]    # (B, T, 1)
-    length = (embeds.detach() - s.as_words(torch.zeros_like(embeds[:1, :1]))).float().norm(dim=-1, keepdim=True)
-    off = F.normalize(torch.randn(embeds.shape, generator=generator), dim=-1)           # (B, T, C)
-    trunk = s.run(embeds + (size * off).to(embeds.device, embeds.dtype) * length.to(embeds.dtype), 0, s.trunk)
-    for p in translators:
-        p.requires_grad_(False)
-    loss = s.loss(s.run(trunk, s.trunk), batch["targets"])
+    off = size * F.normalize(torch.randn(x.shape, generator=generator), dim=-1)         # (B, T, C)
+    words = s.as_words(torch.zeros_like(x[:1, :1]))                                     # (1, 1, C): the words' mean
+    length = (x.detach() - words).norm(dim=-1, keepdim=True)                            # (B, T, 1)
+    trunk = s.run(x + off.to(x) * length, 0, s.trunk)
     for p in translators:
         p.requires_grad_(True)
-    kl, distance = surrogate.distillation_loss(s, llm, surrogate.teacher_states(s, llm, trunk.detach(), batch))
-    return loss, dict(kl=kl, distance=distance)
+    lesson = sum(surrogate.distillation_loss(s, llm, surrogate.teacher_states(s, llm, trunk.detach(), batch)))
+    lesson.backward()
+    for p in translators:                                   # frozen again, for the encoder's loss
+        p.requires_grad_(False)
+    return trunk, lesson.detach()
 
 
 def count_targets(micro_batches):

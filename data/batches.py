@@ -24,12 +24,12 @@ OPENINGS = [
     "Given a photo that shows<image>, ", "With your eyes on this scene of<image>, ", "Here is a view of<image>, so ",
     "Judging from this drawing of<image>, ", "In the picture before you there is<image>, so ", "Seeing<image>, ",
     "Taking into account everything seen in<image>, ", "In front of the camera is<image>, and ", "Behold<image>: ",
-    "Somebody took a photo of<image>, so ", "The artist drew<image>; now ", "If you look at<image>, ", "Facing<image>, ",
-    "This image is of<image>, so ", "On the screen you see<image>; ", "With<image> in view, ", "From this shot of<image>, ",
-    "Suppose that you are shown<image>: ", "A picture of<image> lies on the table; ", "Having looked at<image>, ",
-    "What you see here is<image>; ", "Think of<image> as it is shown, and ", "Considering the image of<image>, ",
-    "Let us look at<image> together: ", "The frame is filled by<image>; ", "I am showing you<image>. Now ",
-    "Going by the picture of<image>, ", "Take a look at<image>, and ",
+    "Somebody took a photo of<image>, so ", "The artist drew<image>; now ", "If you look at<image>, ",
+    "Facing<image>, ", "This image is of<image>, so ", "On the screen you see<image>; ", "With<image> in view, ",
+    "From this shot of<image>, ", "Suppose that you are shown<image>: ", "A picture of<image> lies on the table; ",
+    "Having looked at<image>, ", "What you see here is<image>; ", "Think of<image> as it is shown, and ",
+    "Considering the image of<image>, ", "Let us look at<image> together: ", "The frame is filled by<image>; ",
+    "I am showing you<image>. Now ", "Going by the picture of<image>, ", "Take a look at<image>, and ",
 ]
 
 

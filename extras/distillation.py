@@ -4,11 +4,11 @@ Stage 1 for every encoder at once: the full LLM teaches the translators, before 
     python -m extras.distillation                       # in place of `python train.py translator`; the shipped one
 
 The paper's translator learns from answers alone, beside one encoder. Behind so small an LLM that is not enough: the
-encoder of stage 2 soon finds inputs to which the surrogate answers as wished, and the LLM does not. Here the translators
-learn to do what the LLM does, whatever stands in the image's place: the caption's words, other words, no words, what
-random encoders make of the picture, and mixtures of these. No trained encoder takes part, so the surrogate serves any.
+encoder of stage 2 soon finds inputs to which the surrogate answers as wished, and the LLM does not. Here the
+translators learn to do what the LLM does, whatever stands in the image's place: the caption's words, other words, no
+words, the output of random encoders, and mixtures of these. No trained encoder takes part: the surrogate serves any.
 
-What the LLM makes of a batch stays the same: it is computed once, cached and read `epochs` times.
+The LLM's states for a batch stay the same: they are computed once, cached and read `epochs` times.
 """
 import dataclasses
 import math
@@ -48,7 +48,7 @@ class Slots:
 
     @torch.no_grad()
     def features(self, pixels, generator):
-        """What a random encoder and a random projector make of pictures, as directions: (B, n_visual, C)."""
+        """The output of a random encoder and a random projector for pictures, as directions: (B, n_visual, C)."""
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         vlm = VLM(ViT(self.config), self.llm, self.tokenizer)
         x = vlm.to(self.llm.device, self.llm.dtype).visual_tokens(pixels).float()

@@ -3,23 +3,20 @@ Pair and graft side by side about one image: their answers, their ranking, and a
 
     for said in talk(vlm, surrogate, prompt, image): ...        # both answer at once, token by token
     rank(vlm, surrogate, prompt, image, options)                # [(option, probability), …]: of the pair
-    figure = plot_words(vlm, image)                             # the word nearest to each visual token
     figure = plot_lens(vlm, surrogate, prompt, image, answer)   # what each layer would say next: the logit lens
 
 The lens is nostalgebraist's (2020): every layer's hidden state through the final norm and the LM head. Its first column
-is the paper's figure 1, the prediction trajectory, for this one answer.
+is the paper's prediction trajectory, for this one answer.
 """
 import random
 import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-import graft
+import evaluate
 from data import world
-from data.images import CLIP_MEAN, CLIP_STD, preprocess
 from model import KVCache
 from surrogate import kept_layers
 
@@ -74,17 +71,6 @@ def sample_of(question, subject):
 
 
 @torch.no_grad()
-def nearest_words(vlm, image):
-    """[(token of the LLM, cosine), …] for the CLS token and each patch: embeddings and visual tokens, seen from the
-    mean of all embeddings, as stage 0 brought them together."""
-    words = vlm.decoder.model.embed_tokens.weight.float()                           # (vocab, d)
-    pixels = preprocess(image, vlm.encoder.config.image_size)[None]
-    visual = vlm.visual_tokens(pixels)[0, 1:-1].float() - words.mean(0)             # (1 + P, d), without start and end
-    cosine, ids = (F.normalize(words - words.mean(0), dim=-1) @ F.normalize(visual, dim=-1).T).max(0)
-    return [(vlm.tokenizer.decode([i]).strip(), c) for i, c in zip(ids.tolist(), cosine.tolist())]
-
-
-@torch.no_grad()
 def layers_say(decoder, x, at, ids, start=0):
     """What the layers from `start` on would say at the n positions `at` of x (1, T, d), where ids (n,) follow:
     (likeliest token, its probability, log p of `ids`), each (layers, n)."""
@@ -95,26 +81,6 @@ def layers_say(decoder, x, at, ids, start=0):
         best, token = logp.max(-1)
         rows.append((token, best.exp(), logp.gather(1, ids[:, None])[:, 0]))
     return [torch.stack(column).cpu() for column in zip(*rows)]
-
-
-def plot_words(vlm, image):
-    """The image as the ViT gets it, over each patch the word that its visual token lies nearest to: a figure."""
-    (cls, _), *words = nearest_words(vlm, image)
-    c = vlm.encoder.config
-    shown = preprocess(image, c.image_size).permute(1, 2, 0).numpy() * CLIP_STD + CLIP_MEAN     # (S, S, 3)
-    fig = Figure(figsize=(3.4, 3.6), dpi=130, layout="constrained")
-    ax = fig.add_subplot(xticks=[], yticks=[])
-    ax.set_title(f"nearest words (CLS: {cls!r})", fontsize=9, parse_math=False)
-    ax.imshow(shown.clip(0, 1), interpolation="nearest", alpha=0.75)
-    side = c.image_size // c.patch_size
-    for i, (word, cosine) in enumerate(words):
-        x, y = ((k + 0.5) * c.patch_size - 0.5 for k in (i % side, i // side))
-        ax.text(x, y, word[:12], ha="center", va="center", fontsize=40 / side, parse_math=False,
-                bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.25 + 0.6 * max(cosine, 0)))
-    for k in range(1, side):
-        ax.axvline(k * c.patch_size - 0.5, color="white", lw=0.7)
-        ax.axhline(k * c.patch_size - 0.5, color="white", lw=0.7)
-    return fig
 
 
 def plot_lens(vlm, surrogate, prompt, image, ids, columns=11):

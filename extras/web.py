@@ -15,9 +15,9 @@ from data import world
 from data.batches import wrap
 from data.drawing import COLORS, SHAPES, draw
 from data.images import open_image
-from extras.side_by_side import plot_lens, plot_words, rank, sample_of, talk
-from formats.errors import MissingFile, UserError
 from evaluate import DEMO
+from extras.side_by_side import plot_lens, rank, sample_of, talk
+from formats.errors import MissingFile, UserError
 
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")       # before it is imported
 try:
@@ -69,7 +69,7 @@ def column(name, text="", note="", ranked=(), right=None):
 
 
 def respond(vlm, surrogate, subject, question):
-    """Yield what the page shows, piece by piece: HTML (an error, the pair, the graft) and figures (words, layers)."""
+    """Yield what the page shows, piece by piece: HTML (an error, the pair, the graft) and a figure of the layers."""
     gc.collect()        # the figures of the question before: their parts refer to each other
     try:
         question = question.replace("<image>", " ").strip()[:MAX_QUESTION]          # the one image is in the prompt
@@ -79,16 +79,16 @@ def respond(vlm, surrogate, subject, question):
         for said in talk(vlm, surrogate, prompt, image):
             texts = {name: (vlm.tokenizer.decode(ids).strip(), f"{len(ids)} tokens in {seconds:.1f} s, {rate:.0f} "
                             "tokens/s") for name, (ids, seconds, rate) in said.items()}
-            yield "", *(column(name, *t) for name, t in texts.items()), None, None
+            yield "", *(column(name, *t) for name, t in texts.items()), None
         if sample := sample_of(question, subject):
             for name, decoder in (("pair", surrogate), ("graft", vlm.decoder)):
                 (text, note), ranked = texts[name], rank(vlm, decoder, prompt, image, sample.options)
                 texts[name] = f"{text} {'✓' if world.is_right(text, sample) else '✗'}", note, ranked, sample.answer
         columns = [column(name, *t) for name, t in texts.items()]
-        yield "", *columns, None, None
-        yield "", *columns, plot_words(vlm, image), plot_lens(vlm, surrogate, prompt, image, said["graft"][0])
+        yield "", *columns, None
+        yield "", *columns, plot_lens(vlm, surrogate, prompt, image, said["graft"][0])
     except UserError as error:
-        yield html.escape(f"⚠ {error}"), column("pair"), column("graft"), None, None
+        yield html.escape(f"⚠ {error}"), column("pair"), column("graft"), None
 
 
 # ---- The page -------------------------------------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def page(vlm, surrogate):
         line = gr.HTML(elem_id="line")
         with gr.Row():
             pair, graft = (gr.HTML(column(name), elem_id=name) for name in ABOUT)
-        with gr.Accordion("look inside"), gr.Row():
-            words, layers = (gr.Plot(format="png", show_label=False, scale=k, elem_id=f"look{k}") for k in (1, 4))
+        with gr.Accordion("look inside"):
+            layers = gr.Plot(format="png", show_label=False, elem_id="look")
 
         def pick(event: gr.SelectData):
             return show(SUBJECTS.__getitem__, event.index)
@@ -136,7 +136,7 @@ def page(vlm, surrogate):
         upload.upload(partial(show, lambda path: ("file", path)), upload, **chosen)
         gr.on([d.input for d in look], partial(show, lambda *of: ("shape", *of)), look, **chosen)
         asked = gr.on([ask.click, question.submit], partial(respond, vlm, surrogate), [subject, question],
-                      [line, pair, graft, words, layers], **hidden)
+                      [line, pair, graft, layers], **hidden)
         stop.click(None, cancels=asked)
     return blocks
 

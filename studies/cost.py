@@ -70,9 +70,9 @@ def decoder_layers(stage, target):
     return L - sum(last - first for first, last in ranges), len(ranges), min(first for first, _ in ranges)
 
 
-def upper_vit(stage, v):
+def upper_vit(stage, v, recipe):
     """How many of the ViT's last layers a stage trains: 8 of CLIP-L's 24, or none."""
-    return max(1, v.num_hidden_layers // 3) if stage in ("encoder", "decoder") else 0
+    return recipe.vit_layers or max(1, v.num_hidden_layers // 3) if stage in ("encoder", "decoder") else 0
 
 
 def trained_and_frozen(stage, target, recipe, lora=0):
@@ -81,13 +81,12 @@ def trained_and_frozen(stage, target, recipe, lora=0):
     C, d, M = v.hidden_size, c.hidden_size, v.intermediate_size
     layers, translators, _ = decoder_layers(stage, target)
     layer, vit_layer = layer_matrices(c) + 2 * d, 4 * C * C + 2 * C * M + M + 9 * C   # with norms, the ViT's biases
-    upper, vit_embeddings = upper_vit(stage, v), (3 * v.patch_size ** 2 + v.num_patches + 4) * C
-    projector = recipe.projector or stage != "translator"
+    upper, vit_embeddings = upper_vit(stage, v, recipe), (3 * v.patch_size ** 2 + v.num_patches + 4) * C
     parts = {       # part: (parameters, trained?)
         "ViT, frozen part": (vit_embeddings + (v.num_hidden_layers - upper) * vit_layer, False),
         "ViT, last layers": (upper * vit_layer, True),
-        "ViT, post_layernorm": (2 * C, projector),
-        "projector, start and end": (C * d + d * d + 4 * d, projector),
+        "ViT, post_layernorm": (2 * C, True),
+        "projector, start and end": (C * d + d * d + 4 * d, True),
         "translators": (translators * layer, stage == "translator"),
         "decoder's layers": ((layers - translators) * layer, whole),
         "LoRA": (layers * lora_weights(c, lora) if stage == "decoder" else 0, True),
@@ -111,16 +110,16 @@ def step_flops(stage, target, recipe, images, texts=NOTHING, lora=0, text_gradie
     c, v = target.llm_config, target.vit_config
     d, C, V = c.hidden_size, v.hidden_size, v.num_patches + 1
     layers, translators, trunk = decoder_layers(stage, target)
-    whole, projector = stage == "decoder" and not lora, recipe.projector or stage != "translator"
+    whole = stage == "decoder" and not lora
     m, low_rank, head = layer_matrices(c), lora_weights(c, lora), 2 * c.vocab_size * d
     trained = layers if whole else translators if stage == "translator" else 0
     vit_layer = 2 * (4 * C * C + 2 * C * v.intermediate_size) * V + 4 * V * V * C
     out = {"ViT and projector": images[0] * (
         6 * v.patch_size ** 2 * C * v.num_patches                                   # patches to vectors, forward only
-        + (v.num_hidden_layers + 2 * upper_vit(stage, v)) * vit_layer               # backward is twice forward
-        + (1 + 2 * projector) * 2 * (C + d) * d * V)}
+        + (v.num_hidden_layers + 2 * upper_vit(stage, v, recipe)) * vit_layer               # backward is twice forward
+        + 3 * 2 * (C + d) * d * V)}
     out |= dict.fromkeys(("forward", "recomputation", "gradients of activations", "gradients of weights", "LM head"), 0)
-    for (n, T, N), from_below in ((images, projector), (texts, stage == "decoder" or text_gradients and projector)):
+    for (n, T, N), from_below in ((images, True), (texts, stage == "decoder" or text_gradients)):
         scores = causal * 4 * T * T * c.num_attention_heads * c.head_dim            # q k^T, and its product with v
         forward, backward = 2 * (m + low_rank) * T + scores, 2 * (m + low_rank) * T + 2 * scores
         last = 2 * T * d * (lora or c.intermediate_size)        # a layer's last product: no gradient needs it again
@@ -142,14 +141,14 @@ def memory(stage, target, recipe, samples, positions, targets, ranks=1, fsdp=Fal
     """
     c, v, d = target.llm_config, target.vit_config, target.llm_config.hidden_size
     layers, translators, trunk = decoder_layers(stage, target)
-    whole, projector = stage == "decoder" and not lora, recipe.projector or stage != "translator"
+    whole = stage == "decoder" and not lora
     layer, parts = layer_matrices(c) + 2 * d, trained_and_frozen(stage, target, recipe, lora)
     shared = {p: 1 / ranks if fsdp and p in ("translators", "decoder's layers") else 1 for p in parts}
     trained = sum(shared[p] * counts[0] for p, counts in parts.items())
     # what a layer keeps of a position for its backward pass: x, x after attention, q, k, v, attention's result, gate
     # and up; if it is trained, also what goes into its matrices
     q, kv, M = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
-    trained_layers, above = layers if stage == "decoder" else translators, layers if projector else layers - trunk
+    trained_layers, above = layers if stage == "decoder" else translators, layers
     kept, extra = 2 * d + 2 * q + 2 * kv + 2 * M, 2 * d + M
     checkpointed = above * d + kept + extra * (trained_layers > 0)
     kept = checkpointed if recipe.checkpointing else above * kept + trained_layers * extra
@@ -160,8 +159,8 @@ def memory(stage, target, recipe, samples, positions, targets, ranks=1, fsdp=Fal
         "gradients": (2 + 4) * trained,                                             # of a micro-batch, and their sum
         "float32 copies, Adam": (4 + 8) * trained,
         "activations of the decoder": 2 * kept * samples * positions,
-        "activations before it": projector * 2 * samples * (v.num_patches + 1) * (
-            upper_vit(stage, v) * (9 * v.hidden_size + 3 * v.intermediate_size) + 3 * v.hidden_size + 3 * d),
+        "activations before it": 2 * samples * (v.num_patches + 1) * (
+            upper_vit(stage, v, recipe) * (9 * v.hidden_size + 3 * v.intermediate_size) + 3 * v.hidden_size + 3 * d),
         "logits": 2 * rows * c.vocab_size + 6 * whole * c.vocab_size * d,           # and the gradient of the LM head
     }
 

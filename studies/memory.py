@@ -69,7 +69,7 @@ def step(stage, target, recipe=RECIPE):
     vlm = random(lambda: VLM(ViT(target.vit_config), Llama(replace(c, num_hidden_layers=0, vocab_size=1))))
     vlm.decoder = decoder
     decoder.checkpointed = range(kept) if recipe.checkpointing else ()
-    optimizer = train.Optimizer(train.trained_parameters(vlm, stage, recipe.projector), recipe)
+    optimizer = train.Optimizer(train.trained_parameters(vlm, stage, recipe.vit_layers), recipe)
     vlm.bfloat16()                                          # LoRA's matrices; the rest is
     for m in optimizer.master.values():
         m.grad = torch.zeros_like(m)

@@ -83,8 +83,9 @@ def stages(tiny_llm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     files = {s: str(folder / s / f"{s}.safetensors") for s in ("vit", "translator", "encoder", "decoder")}
     files["full"] = str(folder / "full" / "encoder.safetensors")
-    common = ["--llm", tiny_llm, "steps=3", "batch=6", "lr=1e-3", "dtype=float32"]
-    vit.main([*common, "workers=0", "--out", str(folder / "vit")])
+    numbers = ["steps=3", "batch=6", "lr=1e-3", "dtype=float32"]
+    common = ["--llm", tiny_llm, *numbers]
+    vit.main([*numbers, "workers=0", "--out", str(folder / "vit")])
     train.main(["translator", *common, "--init", files["vit"], "--replace", "2-4", "--out", str(folder / "translator")])
     train.main(["encoder", *common, "--init", files["translator"], "--out", str(folder / "encoder")])
     train.main(["decoder", *common, "--init", files["encoder"], "--out", str(folder / "decoder")])

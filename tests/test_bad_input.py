@@ -184,14 +184,14 @@ CASES = [
       for value in values),
     *((f"{T} {key}={value}", key, "must be") for key, values in dict(
         steps=("-3", "1e3", "9" * 30), batch=("0", "-1", "9" * 9), lr=("inf", "nan", "-1"), warmup=("2", "nan"),
-        clip=("-1", "0", "nan"), save_every=("0",), max_length=("1",), workers=("-1",), projector=("maybe",)).items()
+        clip=("-1", "0", "nan"), save_every=("0",), max_length=("1",), workers=("-1",), like_words=("maybe",)).items()
         for value in values),
-    (f"{T} loss_on=all", "choose one of answers+special"), (f"{T} distill=1", "distill", "there are steps, batch"),
+    (f"{T} loss_on=all", "choose one of answers+special"), (f"{T} distil=1", "distil", "there are steps, batch"),
     (f"{T} lr", "cannot read 'lr'", "key=value"), (f"{T} --seed 1.5", "--seed", "whole number"),
     (f"{S} --length 1", "--length", "between"), (f"{S} --length 99999", "no paragraph of 99999", "longer"),
     ("studies.benchmark --rounds 0", "--rounds", "between"),
-    ("studies.ablation --run direct --samples 0 --out {out}", "--samples", "between"),
-    ("studies.ablation --run papper --out {out}", "papper", "choose from"),
+    ("studies.results --run direct --samples 0 --out {out}", "--samples", "between"),
+    ("studies.results --run papper --out {out}", "papper", "choose from"),
     # options and layers
     ("train", "required: stage"), ("train x", "'x'", "choose from 'translator'"), (f"{G} --bogus", "--bogus", "--help"),
     (f"{G} --dtype int8", "int8", "bfloat16"), (f"{S} --replace 3-9", "cannot replace layers 3-9", "0-5"),
@@ -213,15 +213,15 @@ CASES = [
     ("extras.distillation steps=0 --out {out}", "steps=0"), ("extras.vit micro_batch=2 --out {out}", "'micro_batch'"),
     ("train encoder --recipe llama-3.1-8b --out {out}", "llama-3.1-8b", "--data", "--images"),
     ("train translator --recipe llama-3.1-8b --data x.json --out {out}", "--text"),
-    ("extras.distillation --llm {llm} --init none --replace 2-4 --out {out}", "projector that stage 0 aligned"),
+    ("extras.distillation --llm {llm} --replace 3-9 --out {out}", "cannot replace layers 3-9", "0-5"),
     ("extras.parallel encoder --lora 4", "--lora", "decoder alone"),
     ("extras.parallel decoder --lora 0", "--lora", "between 1"),
     ("extras.parallel decoder --fsdp", "--fsdp", "torchrun"),
     ("formats.convert {encoder} {out}.zip", ".zip", ".pth or .safetensors"),
     ("formats.convert", "required: checkpoint"),
     ("formats.convert {bad}/notes.pth", "notes.pth", "truncated or not"),
-    ("studies.ablation --run direct --vit none.safetensors --out {out}", "no such checkpoint: none.safetensors"),
-    ("studies.ablation --gradients {vit}", "holds no translator for these layers"),
+    ("studies.results --probe none.safetensors", "no such checkpoint: none.safetensors"),
+    ("studies.results --probe {encoder}", "not a ViT"),
     # devices
     *((f"{command} --device {name}", name, "choose cpu") for command in (G, T, S, "extras.vit", "extras.instructions")
       for name in ("cuda:9", "mps", "nonsense") if not (name == "mps" and torch.backends.mps.is_available())),
@@ -280,11 +280,10 @@ def test_a_run_does_not_overwrite_its_start(stages, tiny_llm, capsys):
     for stage, more in (("encoder", []), ("translator", ["--replace", "2-4"])):
         folder = Path(stages[stage]).parent
         before = Path(stages[stage]).read_bytes()
-        for name in ("train", "extras.distillation") if stage == "translator" else ("train",):
-            argv = [name, *([stage] if name == "train" else []), "--init", stages[stage], *more, "--out", str(folder)]
-            assert_refused(capsys, [*argv, "--llm", tiny_llm, "steps=1"], f"{stage}.safetensors", "another --out")
+        argv = ["train", stage, "--init", stages[stage], *more, "--out", str(folder), "--llm", tiny_llm, "steps=1"]
+        assert_refused(capsys, argv, f"{stage}.safetensors", "another --out")
         assert Path(stages[stage]).read_bytes() == before
-    assert_refused(capsys, ["extras.vit", "--llm", tiny_llm, "--init", stages["vit"], "steps=1", "--out",
+    assert_refused(capsys, ["extras.vit", "--init", stages["vit"], "steps=1", "--out",
                             str(Path(stages["vit"]).parent)], "vit.safetensors", "another --out")
 
 

@@ -1,19 +1,17 @@
-"""graft.py: ranking against brute force, greedy answers, the comparison and its files, conversations, bad input."""
+"""graft.py: the comparison and its files, conversations, bad input."""
 
 import copy
 import json
-import math
 import os
-import random
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import graft
 from data import world
 from data.batches import wrap
@@ -23,6 +21,7 @@ from surrogate import load_surrogate, load_translators
 
 ROOT = Path(__file__).parent.parent
 Q = "What is it?"
+SYSTEMS = ("before", "pair", "graft", "direct", "text", "text, pair")
 
 
 def as_pair(vlm, surrogate):
@@ -46,157 +45,12 @@ RAGGED = make_samples(["What?", "What word is on the sign, and what is the color
 
 
 def answers(vlm, surrogate, samples, **options):
-    """graft.answer about the samples' images."""
+    """evaluate.answer about the samples' images."""
     embeds, lengths = vlm.embed_prompts([vlm.prompt(s.messages[:1]) for s in samples], [s.image for s in samples])
-    return graft.answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer, **options)
+    return evaluate.answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer, **options)
 
 
-# ---- ranking and answering ------------------------------------------------------------------------------------------
-
-
-def brute_force(vlm, sample):
-    """log p of every option: one forward pass for each, over the whole sequence, without batch, padding or cache."""
-    out = []
-    for option in sample.options:
-        prompt = vlm.prompt(sample.messages[:1])
-        ids = vlm.tokenizer.encode_text(option) + vlm.tokenizer.turn_end
-        embeds, _ = vlm.embed_prompts([prompt + ids], [sample.image])
-        logp = vlm.decoder(embeds=embeds)[0].double().log_softmax(-1)  # (T, vocab)
-        out.append(sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)))
-    return out
-
-
-EVEN = [world.world("color", i, 3, "test") for i in range(2)]
-
-
-@pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1], EVEN], ids=["ragged", "one", "even"])
-def test_ranking_equals_brute_force(vlm, surrogate, samples, monkeypatch):
-    scores = []
-    monkeypatch.setattr(graft, "option_logp", lambda *a, f=graft.option_logp: scores.append(f(*a)) or scores[-1])
-    got = answers(vlm, surrogate, samples)
-    assert list(got) == ["pair", "graft"] and len(scores) == 2 * len(samples)
-    for (name, results), own, system in zip(got.items(), (scores[::2], scores[1::2]), (as_pair(vlm, surrogate), vlm)):
-        with torch.no_grad():
-            expected = [torch.tensor(brute_force(system, s)) for s in samples]  # (options,) of each
-        assert all((a - b).abs().max() < 1e-3 for a, b in zip(own, expected, strict=True)), name
-        assert [choice for choice, _ in results] == [int(e.argmax()) for e in expected]
-    assert (scores[0] - scores[1]).abs().max() > 0.1  # pair and graft are two
-
-
-def test_greedy_answers_equal_generate(vlm, surrogate):
-    got = answers(vlm, surrogate, RAGGED, max_new_tokens=12)
-    for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
-        alone = [system.generate([system.prompt(s.messages[:1])], [s.image], max_new_tokens=12)[0] for s in RAGGED]
-        assert [text for _, text in got[name]] == [vlm.tokenizer.decode(ids).strip() for ids in alone]
-    assert got["pair"] != got["graft"]
-    assert answers(vlm, None, RAGGED, max_new_tokens=12) == {"graft": got["graft"]}  # with no surrogate: the same
-
-
-def test_option_logp_by_hand():
-    """Two options of one and two tokens over three words, all probabilities known."""
-    p = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.7, 0.2])
-    decoder = types.SimpleNamespace(logits=lambda hidden: hidden)
-    before = torch.stack([torch.stack([p[0].log() + 3, p[1].log() - 1])] * 2)  # logits: any constant may be added
-    got = graft.option_logp(decoder, before, torch.tensor([[2, 0], [0, 1]]), torch.tensor([1, 2]), chunk=2)
-    assert torch.allclose(got, torch.tensor([math.log(0.2), math.log(0.5 * 0.7)]))
-
-
-# ---- the comparison -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("right, n, low, high", [(8, 10, 0.490, 0.943), (0, 10, 0, 0.278), (10, 10, 0.722, 1),
-                                                 (50, 100, 0.404, 0.596), (1, 30, 0.006, 0.167), (0, 0, 0, 1)])
-def test_wilson(right, n, low, high):
-    """Against published values of the score interval (R's prop.test with correct=FALSE gives the same)."""
-    assert graft.wilson(right, n) == pytest.approx((low, high), abs=6e-4)
-
-
-def test_compare_counts_right(monkeypatch):
-    """Rigged systems: the pair ranks two of every three right and says nothing, the graft ranks the third right and
-    says everything; `direct` is always right and shouts; the text says the right word and a rival."""
-    seen = []
-
-    def systems(vlm, surrogate, direct, samples):
-        assert (vlm, surrogate, direct) == ("vlm", "surrogate", "direct")
-        out = {"text": [], "direct": [], "graft": [], "pair": []}
-        for s in samples:
-            right, wrong, third = s.options.index(s.answer), s.options.index(s.answer) - 1, len(seen) % 3 == 2
-            out["text"].append((wrong, f"{s.answer} Or is it {s.rivals[0]}?"))
-            out["direct"].append((right, s.answer.upper()))
-            out["graft"].append((right if third else wrong, s.answer))
-            out["pair"].append((wrong if third else right, ""))
-            seen.append(s)
-        return out.items()
-
-    monkeypatch.setattr(graft, "systems", systems)
-    tasks = ("color", "capital")
-    rows = graft.compare("vlm", "surrogate", n=7, batch=3, tasks=tasks, seed=5, direct="direct", progress=False)
-    names = [(task, system, task == "color") for task in tasks for system in ("text", "direct", "graft", "pair")]
-    assert [(r["task"], r["system"], r["trained"]) for r in rows] == names
-    thirds = [sum(i % 3 == 2 for i in range(a, a + 7)) for a in (0, 7)]
-    for (text, direct, grafted, pair), third, options in zip((rows[:4], rows[4:]), thirds, (8, 10)):
-        assert text["said"] == text["ranked"] == 0
-        assert direct["ranked"] == direct["said"] == 1
-        assert grafted["ranked"] == third / 7 and grafted["said"] == 1
-        assert pair["ranked"] == (7 - third) / 7 and pair["said"] == 0
-        for r in (text, direct, grafted, pair):
-            assert r["samples"] == 7 and r["chance"] == pytest.approx(1 / options)
-    assert seen == [world.world(task, i, 5, "test") for task in tasks for i in range(7)]
-
-
-def test_systems_are_what_they_say(vlm, surrogate, stages, tiny_llm):
-    """text has the caption where the image goes; direct its own encoder; pair and graft share theirs."""
-    samples = [world.world("capital", i, 5, "test") for i in range(2)]
-    direct = VLM.from_pretrained(tiny_llm, stages["full"])
-    got = dict(graft.systems(vlm, surrogate, direct, samples))
-    assert list(got) == ["text", "direct", "graft", "pair"]
-    ours = answers(vlm, surrogate, samples)
-    assert got["graft"] == ours["graft"] and got["pair"] == ours["pair"]
-    assert got["direct"] == answers(direct, None, samples)["graft"]
-    told = samples[0].messages[0]["content"].replace("<image>", " " + samples[0].caption)
-    ids = vlm.generate([vlm.prompt([{"role": "user", "content": told}])], [], max_new_tokens=40)[0]
-    assert got["text"][0][1] == vlm.tokenizer.decode(ids).strip()
-    assert [name for name, _ in graft.systems(vlm, None, None, samples)] == ["text", "graft"]
-
-
-def test_table():
-    row = dict(samples=40, chance=0.1)
-    rows = [row | dict(task="read", trained=True, system="graft", ranked=0.6, said=0.25),
-            row | dict(task="read", trained=True, system="pair", ranked=0.625, said=0.5),
-            row | dict(task="capital", trained=False, system="graft", ranked=0.2, said=0.05),
-            row | dict(task="capital", trained=False, system="pair", ranked=0.1, said=0)]
-    said, ranked = (part.split("\n") for part in graft.table(rows).strip().split("\n\n"))
-    assert said[0] == "| said freely, right | graft | pair |"
-    assert ranked[0] == "| ranked first among options | graft | pair |"
-    assert said[2] == "| read | 25.0% (14%–40%) | 50.0% (35%–65%) |"
-    assert said[3] == "| capital * | 5.0% (1%–17%) | 0.0% (0%–9%) |"
-    assert ranked[4:] == ["| **trained, mean** | 60.0% (45%–74%) | 62.5% (47%–76%) |",
-                          "| **never trained, mean** * | 20.0% (10%–35%) | 10.0% (4%–23%) |"]
-
-
-def test_demo_says_what_pair_and_graft_say(vlm, surrogate, capsys):
-    examples = graft.demo(vlm, surrogate)
-    asked = [(s.task, s.caption) for s, _ in examples[:2]]
-    assert asked == [("capital", "a sign with the word Kenya"), ("language", "the flag of Peru")]
-    assert any(s.task in world.TRAINED_TASKS for s, _ in examples)
-    sample, said = examples[1]
-    for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
-        ids = system.generate([system.prompt(sample.messages[:1])], [sample.image], max_new_tokens=40)[0]
-        assert said[name] == " ".join(vlm.tokenizer.decode(ids).split())
-    sample = world.sample_of(random.Random(0), "capital", ("sign", "Kenya"))
-    graft.show_demo([(sample, {"pair": "I see a sign.", "graft": "The capital of Kenya is Nairobi."})])
-    printed = capsys.readouterr().out
-    assert "a sign with the word Kenya | * What" in printed or "a sign with the word Kenya | * Name" in printed
-    assert "pair:  -" in printed and "graft: right  The capital of Kenya is Nairobi." in printed
-
-
-def test_any_answer_can_be_drawn(tmp_path):
-    """Formulas, many lines, no answer: matplotlib must not read anything into them."""
-    samples = [world.world("read", i, 0, "test") for i in range(5)]
-    texts = ["$5 {and} $6_", "two\nlines\n" * 9, "", samples[3].answer, "long " * 50]
-    graft.plot_demo([(s, {"pair": s.answer, "graft": a}) for s, a in zip(samples, texts)]).savefig(tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert min(picture.size) > 300
+# ---- the comparison, from the command line ---------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a random LLM writes control characters
@@ -209,12 +63,13 @@ def test_comparison_from_the_command_line(stages, tiny_llm, tmp_path, capsys):
     assert results["command"] == "python graft.py " + " ".join(argv)
     assert results["samples"] == 3 and results["llm"] == tiny_llm and results["about"]["stage"] == "encoder"
     tasks = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
-    names = [(task, system) for task in tasks for system in ("text", "direct", "graft", "pair")]
+    names = [(task, system) for task in tasks for system in SYSTEMS]
     assert [(r["task"], r["system"]) for r in results["rows"]] == names
+    assert [r["system"] for r in results["brings"]] == [*SYSTEMS[:4]] and results["brings"][0]["samples"] == 30
     for r in results["rows"]:
-        assert r["samples"] == 3 and {r["ranked"], r["said"]} <= {0, 1 / 3, 2 / 3, 1}
+        assert len(r["said"]) == len(r["ranked"]) == 3 and {*r["ranked"], *r["said"]} <= {0, 1}
         assert r["chance"] == pytest.approx({"color": 1 / 8, "shape": 1 / 8, "continent": 1 / 4}.get(r["task"], 1 / 10))
-    assert graft.table(results["rows"]) in printed and "4 of 6 layers" in printed and "3 held-out images" in printed
+    assert evaluate.table(results["rows"]) in printed and "4 of 6 layers" in printed and "3 held-out images" in printed
     with Image.open(tmp_path / "demo.png") as picture:
         picture.load()
         assert min(picture.size) > 300
@@ -225,7 +80,8 @@ def test_comparison_from_the_command_line(stages, tiny_llm, tmp_path, capsys):
     graft.main(["--encoder", stages["full"], "--direct", "", "--eval", "3", "--out", str(tmp_path)])
     alone = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [{k: v for k, v in r.items() if k != "system"} for r in alone] == \
-        [{k: v for k, v in r.items() if k != "system"} for r in results["rows"] if r["system"] in ("text", "direct")]
+        [{k: v for k, v in r.items() if k != "system"} for r in results["rows"] if r["system"] in ("direct", "text")
+         or r["system"] == "before"]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -233,12 +89,12 @@ def test_trained_decoder_is_what_answers(stages, tiny_llm, tmp_path, capsys):
     """A checkpoint of stage 3 brings its own decoder."""
     graft.main(["--encoder", stages["decoder"], "--eval", "2", "--direct", "", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert {r["system"] for r in rows} == {"text", "graft"} and "no surrogate" in capsys.readouterr().out
+    assert {r["system"] for r in rows} == {"before", "text", "graft"} and "no surrogate" in capsys.readouterr().out
     trained = VLM.from_pretrained(tiny_llm, stages["decoder"])
-    samples = [world.world("read", i, graft.EVAL_SEED, "test") for i in range(2)]
+    samples = [world.world("read", i, evaluate.EVAL_SEED, "test") for i in range(2)]
     expected = answers(trained, None, samples)["graft"]
     right = sum(s.options[choice] == s.answer for s, (choice, _) in zip(samples, expected))
-    assert next(r for r in rows if (r["task"], r["system"]) == ("read", "graft"))["ranked"] == right / 2
+    assert next(r for r in rows if (r["task"], r["system"]) == ("read", "graft"))["ranked"].count(1) == right
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
@@ -350,6 +206,6 @@ def test_the_graft_knows_what_the_pair_does_not(smollm, smollm_tokenizer):
     """Claim 1 on a few images that nothing was chosen on: never trained, said freely."""
     file = ROOT / "assets" / "encoder.safetensors"
     vlm = VLM.from_pretrained(smollm, file, tokenizer=smollm_tokenizer)
-    rows = graft.compare(vlm, load_surrogate(smollm, file), n=12, tasks=world.KNOWLEDGE_TASKS, seed=11, progress=False)
-    said = {name: sum(12 * r["said"] for r in rows if r["system"] == name) for name in ("text", "graft", "pair")}
+    rows = evaluate.compare(vlm, load_surrogate(smollm, file), 12, tasks=world.KNOWLEDGE_TASKS, seed=11, progress=False)
+    said = {name: sum(sum(r["said"]) for r in rows if r["system"] == name) for name in ("text", "graft", "pair")}
     assert said["graft"] >= said["pair"] + 3, said         # of 36; over 1,500 images: assets/results.json

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-import graft
+import evaluate
 from formats.errors import UserError
 from studies import lmms_eval_world
 
@@ -45,8 +45,8 @@ def test_answers_and_rankings_are_graft_py_s(name, decoder, adapter, stages, tin
     vlm = adapter.VLM.from_pretrained(tiny_llm, stages["encoder"])
     embeds, lengths = vlm.embed_prompts([vlm.prompt(s.messages[:-1]) for s in samples], [s.image for s in samples])
     surrogate = adapter.load_surrogate(vlm.decoder, stages["encoder"])
-    wanted = graft.answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer)[decoder]
-    ask = lambda s: graft.question_of(s).removeprefix("* ")
+    wanted = evaluate.answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer)[decoder]
+    ask = lambda s: evaluate.question_of(s).removeprefix("* ")
     said = model.generate_until([request(i, ask(s), dict(max_new_tokens=40)) for i, s in enumerate(samples)])
     assert said == [text for _, text in wanted] and len(set(said)) > 1
     ranked = model.loglikelihood([request(i, ask(s), " " + o) for i, s in enumerate(samples) for o in s.options])

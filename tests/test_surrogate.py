@@ -14,11 +14,11 @@ from model import KVCache, Llama, LlamaConfig, collect
 from surrogate import (
     build_surrogate,
     find_transition,
-    run_both,
     kept_layers,
     load_surrogate,
     parse_ranges,  # fmt: skip
     prediction_trajectory,
+    run_both,
     text_tokens,
 )
 

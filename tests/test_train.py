@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import train
 from data import world
 from data.batches import Batches, Mixed, Sample, collate
 from data.images import preprocess
+from extras import distillation
 from formats import checkpoints
 from formats.checkpoints import read_checkpoint
 from formats.errors import UserError
@@ -104,13 +106,13 @@ def test_lr_schedule():
     assert all(0 < train.lr_at(i, r) <= r.lr for r in short for i in range(r.steps))  # the shortest runs move, too
 
 
-@pytest.mark.parametrize("stage, projector, expected", [
-    ("translator", True, ("projector", "ends", "translators")),
-    ("translator", False, ("translators",)),  # from a projector of stage 0
-    ("encoder", True, ("projector", "ends", "upper ViT")),
-    ("decoder", True, ("projector", "ends", "upper ViT", "decoder")),
-])  # fmt: skip
-def test_trained_parameters_are_the_recipes(stage, projector, expected):
+@pytest.mark.parametrize("stage, distill, expected", [
+    ("translator", 0, ("projector", "ends", "translators")),
+    ("encoder", 0, ("projector", "ends", "upper ViT")),
+    ("encoder", 4, ("projector", "ends", "upper ViT", "translators")),      # the LLM teaches them in passing
+    ("decoder", 0, ("projector", "ends", "upper ViT", "decoder")),
+])
+def test_trained_parameters_are_the_recipes(stage, distill, expected):
     with torch.device("meta"):
         vit = ViT(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=24, num_attention_heads=2))
         llm = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=12,
@@ -122,10 +124,11 @@ def test_trained_parameters_are_the_recipes(stage, projector, expected):
     prefixes = tuple(p for name in expected for p in groups[name])
     wanted = {n for n, _ in vlm.named_parameters() if n.startswith(prefixes)}
     vlm.requires_grad_(True)
-    got = train.trained_parameters(vlm, stage, projector)
+    got = train.trained_parameters(vlm, stage, distill=distill)
     assert got.keys() == wanted == {n for n, p in vlm.named_parameters() if p.requires_grad}
     assert sum(n.endswith("mlp.fc1.weight") for n in got) == (0 if stage == "translator" else 8)  # 8 of CLIP-L's 24
-    assert not projector or PROJECTOR <= got.keys()
+    assert PROJECTOR <= got.keys()
+    assert sum(n.endswith("mlp.fc1.weight") for n in train.trained_parameters(vlm, "encoder", vit_layers=3)) == 3
     assert ("decoder.model.embed_tokens.weight" in got) == (stage == "decoder")
     if stage == "decoder":
         assert sum(n.endswith("mlp.up_proj.weight") for n in got) == 12
@@ -158,7 +161,7 @@ def test_settings_of_the_recipe():
     for text, words in [("stepz=3", ["stepz", "steps", "lr"]), ("steps", ["key=value"]), ("steps=x", ["whole number"]),
                         ("steps=1.5", ["whole number"]), ("steps=-1", ["between 0"]), ("batch=0", ["between 1"]),
                         ("lr=x", ["a number"]), ("lr=nan", ["between 0 and 1"]), ("lr=inf", ["between 0 and 1"]),
-                        ("lr=-1", ["between"]), ("clip=nan", ["clip"]), ("projector=maybe", ["true or false"]),
+                        ("lr=-1", ["between"]), ("clip=nan", ["clip"]), ("like_words=maybe", ["true or false"]),
                         ("loss_on=all", ["answers+special"]), ("dtype=int8", ["bfloat16"])]:
         with pytest.raises(UserError) as error:
             override(recipe, [text])
@@ -329,10 +332,10 @@ def test_stage_from_the_command_line(stages, tiny_llm, stage):
     tensors, about = read_checkpoint(stages[stage])
     recipe = dataclasses.replace(RECIPES["small"][stage], steps=3, batch=6, lr=1e-3, dtype="float32")
     assert about["stage"] == stage and about["llm"] == tiny_llm and about["seed"] == 0 and about["steps_done"] == 3
-    upper = {f"encoder.{n}" for n, _ in ViT(ViTConfig()).named_parameters() if ".layers.4." in n}
+    upper = {f"encoder.{n}" for n, _ in ViT(ViTConfig()).named_parameters() if re.search(r"\.layers\.[234]\.", n)}
     decoder = {f"decoder.{n}" for n, _ in Llama.from_pretrained(tiny_llm).named_parameters()}
-    held = {"translator": {n for n in decoder if n.startswith("decoder.model.layers.2.")}, "encoder": PROJECTOR | upper,
-            "decoder": PROJECTOR | upper | decoder}[stage]
+    translators = {n for n in decoder if n.startswith("decoder.model.layers.2.")}      # taught in stage 2, too
+    held = PROJECTOR | {"translator": translators, "encoder": upper | translators, "decoder": upper | decoder}[stage]
     assert tensors.keys() == held and all(t.dtype == torch.float16 for t in tensors.values())
     assert about["vit"] == stages["vit"]
     assert about["ranges"] == ([] if stage == "decoder" else [[2, 4]])
@@ -385,7 +388,7 @@ def llava(tmp_path):
 def test_llava_data(stages, go, tmp_path, llava):
     common = ["lr=1e-3", *llava[0]]
     translator, encoder = tmp_path / "t" / "translator.safetensors", tmp_path / "e" / "encoder.safetensors"
-    new = ["--vit", stages["vit"], "--init", "none", "--replace", "2-4", "projector=true"]
+    new = ["--vit", stages["vit"], "--init", "none", "--replace", "2-4"]
     go("translator", tmp_path / "t", *new, *common, "steps=3", "batch=5")
     assert_complete(tmp_path / "t", "translator", 3, 1e-3)
     assert PROJECTOR < read_checkpoint(translator)[0].keys()  # over a ViT alone: a new projector
@@ -432,7 +435,7 @@ def test_activation_checkpointing_changes_nothing(stages, go, tmp_path, stage):
     if stage == "encoder":
         options += ["--init", stages["translator"]]
     else:
-        options += ["--init", stages["vit"], "--replace", "2-4", "projector=true"]
+        options += ["--init", stages["vit"], "--replace", "2-4"]
     go(stage, tmp_path / "a", *options)
     go(stage, tmp_path / "b", *options, "checkpointing=true")
     assert without_clock(rows_of(tmp_path / "a")) == without_clock(rows_of(tmp_path / "b"))
@@ -470,10 +473,9 @@ def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch, stage):
         (a, about_a), (b, about_b) = (read_checkpoint(run / file) for run in (whole, halves))
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
         assert without_clock([about_a]) == without_clock([about_b])
-    start, name = {"translator": ("translator", "decoder.model.layers.2.mlp.up_proj.weight"),
-                   "encoder": ("vit", "adapter.0.weight")}[stage]
+    name = {"translator": "decoder.model.layers.2.mlp.up_proj.weight", "encoder": "adapter.0.weight"}[stage]
     # and the six steps did something
-    assert not torch.equal(a[f"master.{name}"].half(), read_checkpoint(stages[start])[0][name])
+    assert not torch.equal(a[f"master.{name}"].half(), read_checkpoint(stages["translator"])[0][name])
 
     go(stage, halves, *options, "--resume")  # a run that is done already stays as it is
     assert_complete(halves, stage, 6, 1e-3)
@@ -519,11 +521,58 @@ def test_stage_3_goes_on_from_stage_3(stages, go, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
-def test_the_projector_of_stage_0_reaches_stage_2(stages, go, tmp_path):
-    """The translator's file holds only the translator: what stage 2 starts from comes down the whole chain."""
+def test_the_projector_of_stage_1_reaches_stage_2(stages, go, tmp_path):
     go("encoder", tmp_path, "--init", stages["translator"], *STILL)
-    (first, _), (second, _) = map(read_checkpoint, (stages["vit"], tmp_path / "encoder.safetensors"))
-    assert all(torch.equal(first[n], second[n]) for n in first if n in second) and "adapter.0.weight" in second
+    (first, _), (second, _) = map(read_checkpoint, (stages["translator"], tmp_path / "encoder.safetensors"))
+    assert "adapter.0.weight" in first and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_stage_2_begins_where_before_training_is_shown(stages, go, tmp_path, tiny_llm):
+    """Over a surrogate alone: the random projector of the seed, which VLM.untrained makes again."""
+    distillation.main(["--llm", tiny_llm, "steps=1", "--replace", "2-4", "--out", str(tmp_path / "t")])
+    go("encoder", tmp_path / "e", "--init", tmp_path / "t/translator.safetensors", "--vit", stages["vit"],
+       "--seed", 3, *STILL)
+    llm = Llama.from_pretrained(tiny_llm)
+    before = VLM.untrained(stages["vit"], llm, Tokenizer.from_pretrained(tiny_llm), True, seed=3)
+    after = VLM.from_pretrained(llm, tmp_path / "e/encoder.safetensors")
+    for (n, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert n.startswith("decoder.") or torch.equal(a.half().float(), b), n
+
+
+# ---- stage 2, taught by the LLM in passing --------------------------------------------------------------------------
+
+
+def test_the_lesson_trains_translators_alone_and_the_loss_the_encoder(tiny_llm):
+    """Two branches behind one trunk: the loss is VLM.loss where there is no noise, and neither reaches the other's."""
+    vlm, llm = make_vlm(tiny_llm, [(2, 4)])
+    vlm.like_words, batch, s = True, mixed_batch(vlm), vlm.decoder
+    learns = train.trained_parameters(vlm, "encoder", distill=4)
+    translators = [p for n, p in learns.items() if n.startswith("decoder.")]
+
+    def lesson(noise, seed):
+        trunk, off = train.teach(vlm, llm, batch, translators, noise, seed)
+        return s.loss(s.run(trunk, s.trunk), batch["targets"]), off, grads(learns)
+
+    loss, off, got = lesson(0.0, 1)
+    assert got.keys() == {n for n in learns if n.startswith("decoder.")} and off > 0
+    loss.backward()
+    got = grads(learns)
+    expected = vlm.loss(batch)
+    expected.backward()
+    assert relative(loss.item(), expected.item()) < 1e-5
+    assert_close(got, grads(learns))
+    (noisy, _, _), (again, _, _), (other, _, _) = lesson(0.5, 1), lesson(0.5, 1), lesson(0.5, 2)
+    assert noisy.item() == again.item() != other.item() != loss.item()
+
+
+def test_rates_of_their_own():
+    a, b = (torch.nn.Parameter(torch.zeros(3)) for _ in "ab")
+    optimizer = train.Optimizer({"adapter.x": a, "encoder.x": b}, Recipe(steps=10, lr=0.1, warmup=0.0),
+                                {"encoder.": 0.25})
+    a.grad, b.grad = torch.ones(3), torch.ones(3)
+    optimizer.gather()
+    optimizer.update()
+    assert torch.allclose(a, torch.full((3,), -0.1)) and torch.allclose(b, torch.full((3,), -0.025))
 
 
 def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys, monkeypatch):

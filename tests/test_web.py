@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import graft
 from data import world
 from extras import side_by_side, web
@@ -83,7 +84,7 @@ def test_options_are_ranked_as_graft_ranks_them(vlm, surrogate):
     assert sample.answer == "The capital is Nairobi." and len(sample.options) == 10
     prompt, image = prompt_of(vlm), web.picture(KENYA)
     embeds, lengths = vlm.embed_prompts([prompt], [image])
-    best = graft.answer(embeds, lengths, [sample], vlm.decoder, surrogate, vlm.tokenizer, max_new_tokens=1)
+    best = evaluate.answer(embeds, lengths, [sample], vlm.decoder, surrogate, vlm.tokenizer, max_new_tokens=1)
     for name, decoder in (("pair", surrogate), ("graft", vlm.decoder)):
         ranked = side_by_side.rank(vlm, decoder, prompt, image, sample.options)
         assert ranked[0][0] == sample.options[best[name][0][0]]

@@ -1,0 +1,252 @@
+"""
+What teaches the encoder? Arms that differ in one thing each: trained, grafted, asked; score against FLOPs.
+
+    python -m studies.results --list                            # the arms, as the commands that a user would type
+    python -m studies.results --run ours direct --steps 250 500 # train, ask, show; --keep puts it into assets/
+    python -m studies.results                                   # the tables and figures of what is there
+    python -m studies.results --probe assets/vit.safetensors    # how much does the ViT of stage 0 see?
+
+Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen. What an
+arm has finished is not done again, and what was interrupted goes on.
+"""
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+
+import evaluate
+import train
+from data.world import KNOWN_SUBJECTS, SUBJECTS
+from extras import distillation, vit
+from formats import checkpoints
+from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
+from formats.files import check_out, read_json
+from model import VLM, Llama, base_vit
+from surrogate import load_surrogate
+
+ASSETS = checkpoints.ROOT / "assets"
+VALIDATION_SEED = 1000                      # of split "test"; evaluate.EVAL_SEED is another stream
+PROGRAMS = {"distillation": distillation.main, "train": train.main}
+PAPER = "like_words=false vit_layers=0 vit_lr=1"
+ARMS = {    # each: the commands of stage 1 and stage 2; a stage goes on from the one before
+    "ours": ["distillation", "train encoder"],
+    "frozen": ["distillation", "train encoder distill=0"],
+    "no noise": ["distillation", "train encoder noise=0"],
+    "half of stage 1": ["distillation steps=1000", "train encoder"],
+    "cut at 16": ["distillation --replace 16-21,22-28", "train encoder"],
+    "early layers": ["distillation --replace 1-4,5-9", "train encoder"],
+    "untrained": ["distillation steps=1 lr=0", "train encoder distill=0"],
+    "untrained, taught": ["distillation steps=1 lr=0", "train encoder"],
+    "random": ["random", "train encoder distill=0"],
+    "paper": [f"train translator --replace 20-28 {PAPER}", f"train encoder distill=0 {PAPER} lr=2e-4"],
+    "paper, tokens like words": ["train translator --replace 20-28", "train encoder distill=0"],
+    "direct": ["train encoder --replace none --init none"],
+    "direct, plain tokens": ["train encoder --replace none --init none like_words=false lr=5e-4"],
+    "direct, half the rate": ["train encoder --replace none --init none lr=5e-4"],
+    "ours, half the rate": ["distillation", "train encoder lr=5e-4"],
+}
+
+# ---- Run ------------------------------------------------------------------------------------------------------------
+
+
+def random_translators(argv):
+    """A surrogate whose translators are noise of the right size: what the paper's initialization is worth."""
+    out = Path(argv[argv.index("--out") + 1])
+    distillation.main(["steps=1", "lr=0", *argv])
+    tensors, about = checkpoints.read_checkpoint(out / "translator.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {n: t if t.dim() == 1 else t.float().std() * torch.randn(t.shape, generator=generator)
+               for n, t in tensors.items()}
+    checkpoints.save_checkpoint(out / "translator.safetensors", {n: t.half() for n, t in tensors.items()}, about)
+
+
+def run_command(command, start, seed, out, more=()):
+    """Run a command of an arm in a folder of its own, unless that is done. Returns (checkpoint, TFLOP, seconds)."""
+    program, *argv = [*command.split(), *more]
+    folder = out / f"{re.sub('[^a-z0-9=.]+', '-', ' '.join([program, *argv]).lower())}-seed{seed}"
+    stage = argv[0] if program == "train" else "translator"
+    argv += ["--seed", str(seed), *(["--init", str(start)] if start and "--init" not in argv else [])]
+    main = PROGRAMS.get(program, random_translators)
+    file, done = folder / f"{stage}.safetensors", folder / "cost.json"
+    if not done.exists():
+        going = (folder / "state.safetensors").exists()
+        main([*argv, "--out", str(folder), *(["--resume"] if going else [])])
+        about = checkpoints.open_checkpoint(file)[1]
+        with tempfile.TemporaryDirectory() as scratch, FlopCounterMode(display=False) as count:
+            main([*argv, "steps=4", "--out", scratch])      # of which one is the teacher's, one fresh
+        tera = count.get_total_flops() * about["recipe"]["steps"] / 4 / 1e12
+        text = json.dumps(dict(tera=round(tera, 1), seconds=about["seconds"]))
+        checkpoints.write_whole(done, lambda part: part.write_text(text))
+    cost = read_json(done)
+    return file, cost["tera"], cost["seconds"]
+
+
+def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
+    """Train an arm, graft, ask. Returns the result, which is also OUT/NAME-STEPS-seedSEED.json. steps: of stage 2;
+    samples: validation images a task; fresh: samples over which cross-entropy is measured."""
+    if name not in ARMS:
+        raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
+    out, start, tera, seconds = Path(out), None, [], []
+    file = out / f"{name.replace(' ', '-')}-{steps}-seed{seed}.json"
+    if file.exists():
+        return read_json(file)
+    *first, last = ARMS[name]
+    for command, more in [*((c, []) for c in first), (last, [f"steps={steps}"])]:
+        print(f"{name}, {steps} steps, seed {seed}: {command}", flush=True)
+        start, t, s = run_command(command, start, seed, out, more)
+        tera.append(t)
+        seconds.append(s)
+    about = checkpoints.open_checkpoint(start)[1]
+    llm = Llama.from_pretrained(about["llm"])
+    vlm, surrogate = VLM.from_pretrained(llm, start), load_surrogate(llm, start) if about["ranges"] else None
+    brings = evaluate.image_brings(vlm, surrogate, fresh)
+    rows = evaluate.compare(vlm, surrogate, samples, seed=VALIDATION_SEED, text=False)
+    result = dict(arm=name, commands=ARMS[name], steps=steps, seed=seed, samples=samples, tera=tera, seconds=seconds,
+                  torch=torch.__version__, brings=brings, rows=rows)
+    checkpoints.write_whole(file, lambda part: part.write_text(json.dumps(result)))
+    return result
+
+
+def probe(file, steps=500, batch=128, seed=1, device="cpu"):
+    """How many captions does a small captioner of its own read from a frozen ViT? Trained on drawings of all known
+    subjects, asked about new drawings of them, and about combinations of color and shape that no stage has seen: the
+    most that a projector could bring across. Returns {kind of picture: share of captions that are right as a whole}."""
+    torch.manual_seed(seed)
+    captions, encoder = vit.Captions(), base_vit(file, file).to(device)
+    head = vit.Captioner(captions, encoder.config.hidden_size).to(device)
+    see = torch.no_grad()(lambda pixels: encoder.vision_model.post_layernorm(encoder(pixels.to(device))))
+    adam = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    for pixels, texts in vit.Pictures(batch, seed).loader(range(steps), 1):
+        loss, _ = head.loss(captions(texts).to(device), see(pixels))
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        schedule.step()
+    kinds = {kind: [s for s in KNOWN_SUBJECTS if s[0] == kind] for kind in ("sign", "flag", "shape")}
+    kinds["new color and shape"] = [s for s in SUBJECTS if s not in KNOWN_SUBJECTS]
+    with torch.no_grad():
+        tests = {kind: vit.Pictures(4 * batch, seed + 1, subjects)[0] for kind, subjects in kinds.items()}
+        return {kind: head.loss(captions(texts).to(device), see(pixels))[1].item()
+                for kind, (pixels, texts) in tests.items()}
+
+
+# ---- Tables and figures ---------------------------------------------------------------------------------------------
+
+
+def score(result, system, measure, trained):
+    """In %, the mean over the trained or the never-trained tasks; None if there is no such system."""
+    pool = evaluate.pooled([r for r in result["rows"] if r["trained"] == trained], measure, system)
+    return None if pool is None else 100 * pool[0]
+
+
+def brought(result, system):
+    return next((r["brings"] for r in result["brings"] if r["system"] == system), None)
+
+
+MEASURES = {        # title: function of (result, system)
+    "what the image brings": brought,
+    "trained, ranked": lambda r, s: score(r, s, "ranked", True),
+    "trained, said": lambda r, s: score(r, s, "said", True),
+    "never trained, ranked": lambda r, s: score(r, s, "ranked", False),
+    "never trained, said": lambda r, s: score(r, s, "said", False),
+}
+
+
+def by_arm(results):
+    """{(arm, steps): results of all seeds}, in the order of ARMS."""
+    out = {}
+    for r in sorted(results, key=lambda r: ([*ARMS].index(r["arm"]), r["steps"], r["seed"])):
+        out.setdefault((r["arm"], r["steps"]), []).append(r)
+    return out
+
+
+def spread(values, digits):
+    """"3.1", of several seeds "3.1 ± 0.2"; "" of none."""
+    values = [v for v in values if v is not None]
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}" if values else ""
+
+
+def table(results):
+    """Markdown: what each arm costs, and what pair and graft score, ± the standard deviation over seeds."""
+    rows = []
+    for (arm, steps), group in by_arm(results).items():
+        cells = []
+        for title, measure in MEASURES.items():
+            pair, graft = (spread([measure(r, s) for r in group], 2 * (measure is brought)) for s in ("pair", "graft"))
+            cells.append(f"{pair} → {graft}" if pair else graft)
+        tera = " + ".join(f"{mean(x):.0f}" for x in zip(*(r["tera"] for r in group)))
+        rows.append([arm, steps, len(group), tera, *cells])
+    return evaluate.markdown(["arm", "steps", "seeds", "TFLOP, stages 1 + 2", *MEASURES], rows)
+
+
+# Okabe and Ito's colors, which color-blind readers tell apart. On white: it reads on dark pages, too.
+COLORS, SHAPES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "os^DvP*X<>"
+
+
+def plot(results, measures=("what the image brings", "trained, ranked", "never trained, said")):
+    """Score of the graft against FLOPs, every point a run of its own length: a figure. Dashed: stage 1 counted."""
+    grouped, fig = by_arm(results), Figure(figsize=(13, 4.4), dpi=120, facecolor="white", layout="constrained")
+    for ax, title in zip(fig.subplots(1, len(measures)), measures):
+        for k, arm in enumerate(dict.fromkeys(a for a, _ in grouped)):
+            points = [(mean(r["tera"][-1] for r in g), mean(sum(r["tera"]) for r in g),
+                       mean(MEASURES[title](r, "graft") for r in g)) for (a, _), g in grouped.items() if a == arm]
+            style = dict(color=COLORS[k % len(COLORS)], marker=SHAPES[k % len(SHAPES)], ms=5)
+            alone, whole, y = zip(*points)
+            ax.plot(alone, y, **style, label=arm)
+            if alone != whole:
+                ax.plot(whole, y, ls="--", lw=0.8, mfc="white", **style)
+        ax.set(title=title, xlabel="training, TFLOP; dashed: with stage 1", xscale="log")
+        ax.grid(alpha=0.3)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return fig
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--list", action="store_true", help="show the arms")
+    add("--run", nargs="+", default=[], metavar="ARM", choices=[*ARMS, "all"], help="train and ask these arms, or all")
+    add("--seed", nargs="+", type=number(int, 0, MAX_SEED), default=[0], help="of projector and samples (default: 0)")
+    add("--steps", nargs="+", type=number(int, 1, 10**9), default=[500], metavar="N",
+        help="steps of stage 2, each a run of its own (default: 500)")
+    add("--samples", type=number(int, 1, 10**6), default=12, metavar="N",
+        help="validation images a task (default: %(default)s)")
+    add("--out", default="runs/results", help="folder for checkpoints, results and figures (default: %(default)s)")
+    add("--probe", metavar="FILE", help="a checkpoint of stage 0: how many captions can be read from it?")
+    add("--keep", action="store_true", help="add the results of --out to assets/arms.json")
+    args, file = parser.parse_args(argv), ASSETS / "arms.json"
+    check_out(args.out)
+    if args.list:
+        return print("\n".join(f"{name:26}{' | '.join(commands)}" for name, commands in ARMS.items()))
+    if args.probe:
+        return print("\n".join(f"{kind:20} {right:.1%}" for kind, right in probe(args.probe).items()))
+    for seed in args.seed:
+        for steps in args.steps:
+            for name in ARMS if "all" in args.run else args.run:
+                run_arm(name, steps, seed, args.samples, args.out)
+    new = [read_json(f) for f in sorted(Path(args.out).glob("*-seed*.json"))]
+    known = read_json(file, list) if file.exists() else []
+    results = list({(r["arm"], r["steps"], r["seed"]): r for r in known + new}.values())        # the new one counts
+    if not results:
+        return print("No results yet. The smallest comparison: python -m studies.results --run ours direct --steps 125")
+    if args.keep:
+        text = "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n"
+        checkpoints.write_whole(file, lambda part: part.write_text(text))
+    picture = (ASSETS if args.keep else Path(args.out)) / "flops.png"
+    checkpoints.write_whole(picture, lambda part: plot(results).savefig(part, format="png"))
+    print(f"\n{table(results)}\n\nIn %, pair → graft, ± standard deviation over seeds. steps: of stage 2.\n{picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,198 @@
+"""evaluate.py: ranking against brute force, greedy answers, intervals, what an image brings, tables, the demo."""
+import math
+import random
+import types
+
+import pytest
+import torch
+from PIL import Image
+from test_graft import RAGGED, answers, as_pair
+
+import evaluate
+from data import world
+from data.batches import collate
+from model import VLM
+
+# ---- ranking and answering ------------------------------------------------------------------------------------------
+
+
+def brute_force(vlm, sample):
+    """log p of every option: one forward pass for each, over the whole sequence, without batch, padding or cache."""
+    out = []
+    for option in sample.options:
+        prompt = vlm.prompt(sample.messages[:1])
+        ids = vlm.tokenizer.encode_text(option) + vlm.tokenizer.turn_end
+        embeds, _ = vlm.embed_prompts([prompt + ids], [sample.image])
+        logp = vlm.decoder(embeds=embeds)[0].double().log_softmax(-1)  # (T, vocab)
+        out.append(sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)))
+    return out
+
+
+EVEN = [world.world("color", i, 3, "test") for i in range(2)]
+
+
+@pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1], EVEN], ids=["ragged", "one", "even"])
+def test_ranking_equals_brute_force(vlm, surrogate, samples, monkeypatch):
+    scores = []
+    monkeypatch.setattr(evaluate, "sum_logp", lambda *a, f=evaluate.sum_logp: scores.append(f(*a)) or scores[-1])
+    got = answers(vlm, surrogate, samples)
+    assert list(got) == ["pair", "graft"] and len(scores) == 2 * len(samples)
+    for (name, results), own, system in zip(got.items(), (scores[::2], scores[1::2]), (as_pair(vlm, surrogate), vlm)):
+        with torch.no_grad():
+            expected = [torch.tensor(brute_force(system, s)) for s in samples]  # (options,) of each
+        assert all((a - b).abs().max() < 1e-3 for a, b in zip(own, expected, strict=True)), name
+        assert [choice for choice, _ in results] == [int(e.argmax()) for e in expected]
+    assert (scores[0] - scores[1]).abs().max() > 0.1  # pair and graft are two
+
+
+def test_greedy_answers_equal_generate(vlm, surrogate):
+    got = answers(vlm, surrogate, RAGGED, max_new_tokens=12)
+    for name, system in (("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
+        alone = [system.generate([system.prompt(s.messages[:1])], [s.image], max_new_tokens=12)[0] for s in RAGGED]
+        assert [text for _, text in got[name]] == [vlm.tokenizer.decode(ids).strip() for ids in alone]
+    assert got["pair"] != got["graft"]
+    assert answers(vlm, None, RAGGED, max_new_tokens=12) == {"graft": got["graft"]}  # with no surrogate: the same
+
+
+def test_sum_logp_by_hand():
+    """Two options of one and two tokens over three words, all probabilities known."""
+    p = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.7, 0.2])
+    decoder = types.SimpleNamespace(logits=lambda hidden: hidden)
+    before = torch.stack([torch.stack([p[0].log() + 3, p[1].log() - 1])] * 2)  # logits: any constant may be added
+    real = torch.tensor([[True, False], [True, True]])
+    got = evaluate.sum_logp(decoder, before, torch.tensor([[2, 0], [0, 1]]), real, chunk=2)
+    assert torch.allclose(got, torch.tensor([math.log(0.2), math.log(0.5 * 0.7)]))
+
+
+# ---- the comparison -------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap():
+    """Without clusters, the interval of a proportion as the normal approximation has it; with clusters, wider."""
+    values = [i % 2 for i in range(400)]
+    mean, low, high = evaluate.bootstrap(values, range(400))
+    assert mean == 0.5 and low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
+    clusters = [i % 2 + 2 * (i // 40) for i in range(400)]              # 20 subjects, right or wrong as a whole
+    _, wide, _ = evaluate.bootstrap(values, clusters)
+    assert wide < 0.33
+    assert evaluate.bootstrap([6, 1], "ab", [3, 1])[0] == pytest.approx(7 / 4)
+    assert evaluate.bootstrap([1, 1, 1], "abc") == (1, 1, 1)
+
+
+def test_compare_counts_right(monkeypatch):
+    """Rigged systems: the pair ranks two of every three right and says nothing, the graft ranks the third right and
+    says everything; `direct` is always right and shouts; the text says the right word and a rival."""
+    seen = []
+
+    def systems(vlm, surrogate, samples, before, direct, text):
+        assert (vlm, surrogate, before, direct, text) == ("vlm", "surrogate", None, "direct", True)
+        out = {"pair": [], "graft": [], "direct": [], "text": []}
+        for s in samples:
+            right, wrong, third = s.options.index(s.answer), s.options.index(s.answer) - 1, len(seen) % 3 == 2
+            out["text"].append((wrong, f"{s.answer} Or is it {s.rivals[0]}?"))
+            out["direct"].append((right, s.answer.upper()))
+            out["graft"].append((right if third else wrong, s.answer))
+            out["pair"].append((wrong if third else right, ""))
+            seen.append(s)
+        return out.items()
+
+    monkeypatch.setattr(evaluate, "systems", systems)
+    tasks = ("color", "capital")
+    rows = evaluate.compare("vlm", "surrogate", n=7, batch=3, tasks=tasks, seed=5, direct="direct", progress=False)
+    names = [(task, system, task == "color") for task in tasks for system in ("pair", "graft", "direct", "text")]
+    assert [(r["task"], r["system"], r["trained"]) for r in rows] == names
+    thirds = [[int(i % 3 == 2) for i in range(a, a + 7)] for a in (0, 7)]
+    for (pair, grafted, direct, text), third, options in zip((rows[:4], rows[4:]), thirds, (8, 10)):
+        assert text["said"] == text["ranked"] == [0] * 7
+        assert direct["ranked"] == direct["said"] == [1] * 7
+        assert grafted["ranked"] == third and grafted["said"] == [1] * 7
+        assert pair["ranked"] == [1 - x for x in third] and pair["said"] == [0] * 7
+        for r in (text, direct, grafted, pair):
+            assert len(r["about"]) == 7 and r["chance"] == pytest.approx(1 / options)
+    assert seen == [world.world(task, i, 5, "test") for task in tasks for i in range(7)]
+
+
+def test_systems_are_what_they_say(vlm, surrogate, stages, tiny_llm):
+    """text has the caption where the image goes; before and direct their own encoders; pair and graft share theirs."""
+    samples = [world.world("capital", i, 5, "test") for i in range(2)]
+    direct = VLM.from_pretrained(tiny_llm, stages["full"])
+    before = VLM.untrained(stages["vit"], vlm.decoder, vlm.tokenizer, True, 0)
+    got = dict(evaluate.systems(vlm, surrogate, samples, before, direct))
+    assert list(got) == ["before", "pair", "graft", "direct", "text", "text, pair"]
+    ours = answers(vlm, surrogate, samples)
+    assert got["graft"] == ours["graft"] and got["pair"] == ours["pair"]
+    assert got["direct"] == answers(direct, None, samples)["graft"]
+    assert got["before"] == answers(before, None, samples)["graft"]
+    told = samples[0].messages[0]["content"].replace("<image>", " " + samples[0].caption)
+    for name, system in (("text", vlm), ("text, pair", as_pair(vlm, surrogate))):
+        ids = system.generate([vlm.prompt([{"role": "user", "content": told}])], [], max_new_tokens=40)[0]
+        assert got[name][0][1] == vlm.tokenizer.decode(ids).strip()
+    assert [name for name, _ in evaluate.systems(vlm, None, samples)] == ["graft", "text"]
+    assert [name for name, _ in evaluate.systems(vlm, surrogate, samples, text=False)] == ["pair", "graft"]
+
+
+def test_what_an_image_brings(vlm, surrogate, monkeypatch):
+    """Against one sample at a time, and the wrong image by hand: of the same kind, with another caption."""
+    monkeypatch.setattr(evaluate, "FRESH_SEED", 3)
+    n, size = 12, vlm.encoder.config.image_size
+    samples = [world.World(3)[i] for i in range(n)]
+    other = evaluate.wrong_images(samples)
+    pictures = {id(s.image): s for s in samples}
+    for s, o in zip(samples, other):
+        shown = pictures[id(o.image)]
+        assert shown.caption != s.caption and (o.messages, o.caption) == (s.messages, s.caption)
+        assert ("sign" in shown.caption) == ("sign" in s.caption) and ("flag" in shown.caption) == ("flag" in s.caption)
+    rows = evaluate.image_brings(vlm, surrogate, n, progress=False)
+    assert [r["system"] for r in rows] == ["pair", "graft"]
+    for row, system in zip(rows, (as_pair(vlm, surrogate), vlm)):
+        for name, these in (("right", samples), ("wrong", other)):
+            alone = [collate([s], vlm.tokenizer, vlm.n_visual, size) for s in these]
+            with torch.no_grad():
+                mean = sum(system.loss(b).item() for b in alone) / sum(int((b["targets"] >= 0).sum()) for b in alone)
+            assert row[name] == pytest.approx(mean, rel=1e-4)
+        assert row["brings"] == pytest.approx(row["wrong"] - row["right"], abs=1e-4) and row["low"] <= row["high"]
+
+
+def test_tables():
+    rows = [dict(task=task, trained=task == "read", split="test", system=system, said=said, ranked=[1, 1, 0, 1],
+                 about=list("abcd"))
+            for task in ("read", "capital") for system, said in (("pair", [0, 0, 0, 0]), ("graft", [1, 0, 1, 0]))]
+    said, ranked = (part.split("\n") for part in evaluate.table(rows).split("\n\n"))
+    assert said[0] == "| said freely, right | pair | graft |"
+    assert ranked[0] == "| ranked first among options | pair | graft |"
+    assert said[2].startswith("| read | 0% (0%–0%) | 50% (")
+    assert [line.split(" | ")[0] for line in ranked[2:]] == ["| read", "| capital *", "| **trained, mean**",
+                                                             "| **never trained, mean** *"]
+    untaught = evaluate.table([r | dict(split="untaught") for r in rows])
+    assert "said freely, right, never named in training" in untaught
+    brings = [dict(system="graft", samples=4, right=1.0, wrong=1.5, brings=0.5, low=0.25, high=0.75)]
+    assert evaluate.brings_table(brings).endswith("| **the image brings** | 0.500 (0.25–0.75) |")
+
+
+def test_demo_says_what_the_systems_say(vlm, surrogate, stages, capsys):
+    before = VLM.untrained(stages["vit"], vlm.decoder, vlm.tokenizer, True, 0)
+    examples = evaluate.demo(vlm, surrogate, before)
+    asked = [(s.task, s.caption) for s, _ in examples[:2]]
+    assert asked == [("capital", "a sign with the word Kenya"), ("language", "the flag of Peru")]
+    assert any(s.task in world.TRAINED_TASKS for s, _ in examples)
+    sample, said = examples[1]
+    for name, system in (("before", before), ("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
+        ids = system.generate([system.prompt(sample.messages[:1])], [sample.image], max_new_tokens=40)[0]
+        assert said[name] == " ".join(vlm.tokenizer.decode(ids).split())
+    sample = world.sample_of(random.Random(0), "capital", ("sign", "Kenya"))
+    evaluate.show_demo([(sample, {"pair": "I see a sign.", "graft": "The capital of Kenya is Nairobi."})])
+    printed = capsys.readouterr().out
+    assert "a sign with the word Kenya | * What" in printed or "a sign with the word Kenya | * Name" in printed
+    assert "pair:  -" in printed and "graft: right  The capital of Kenya is Nairobi." in printed
+
+
+def test_any_answer_can_be_drawn(tmp_path):
+    """Formulas, many lines, no answer: matplotlib must not read anything into them."""
+    samples = [world.world("read", i, 0, "test") for i in range(5)]
+    texts = ["$5 {and} $6_", "two\nlines\n" * 9, "", samples[3].answer, "long " * 50]
+    said = [(s, {"pair": s.answer, "graft": a}) for s, a in zip(samples, texts)]
+    evaluate.plot_demo(said).savefig(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert min(picture.size) > 300
+
+
