@@ -23,7 +23,7 @@ from data.batches import collate
 from data.world import TRAINED_SUBJECTS, World, caption
 from formats.errors import MAX_SEED, Parser, number, run_cli
 from formats.files import check_out
-from formats.log import Log, check_resume, check_start
+from formats.log import Log, check_resume
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import IMAGE, Tokenizer
 from model import VLM, Llama, ViT, ViTConfig
@@ -81,10 +81,15 @@ class Slots:
         return x
 
 
-def distill(decoder, llm, tokenizer, recipe, out, about, resume=False):
-    """Train the translators of `decoder`, a surrogate of `llm`, and nothing else. Returns the log."""
-    vit = ViTConfig(**about["vit_config"])
-    slots, source, B = Slots(llm, tokenizer, vit), World(about["seed"]), recipe.batch
+def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resume=False):
+    """Train the translators of `decoder`, a surrogate of `llm`, and nothing else; into the folder `out` goes
+    translator.safetensors. name: of the LLM, for its metadata. Returns the log: a dict a step."""
+    vit = ViTConfig()
+    about = dict(stage="translator", llm=name, ranges=[list(r) for r in decoder.ranges], start=None, seed=seed,
+                 vit_config=vars(vit), recipe=dataclasses.asdict(recipe))
+    if resume:
+        check_resume(out, about)
+    slots, source, B = Slots(llm, tokenizer, vit), World(seed), recipe.batch
     optimizer = Optimizer(translator_parameters(decoder), recipe)
     log, fresh, cache = Log(out, about, optimizer, resume=resume), math.ceil(recipe.steps / recipe.epochs), {}
     for step in log.bar:
@@ -93,7 +98,7 @@ def distill(decoder, llm, tokenizer, recipe, out, about, resume=False):
             samples = [source[i] for i in range(k * B, (k + 1) * B)]
             batch = collate(samples, tokenizer, slots.n_visual, vit.image_size, recipe.loss_on, recipe.max_length)
             with torch.no_grad():
-                trunk = decoder.run(slots.embed(samples, batch, about["seed"] * 10**6 + k), 0, decoder.trunk)
+                trunk = decoder.run(slots.embed(samples, batch, seed * 10**6 + k), 0, decoder.trunk)
             cache[k] = teacher_states(decoder, llm, trunk, batch)
         kl, distance = distillation_loss(decoder, llm, cache[k])
         (kl + distance).backward()
@@ -118,17 +123,11 @@ def main(argv=None):
     recipe = override(RECIPE, args.settings)
     check_out(args.out)
     path = find(args.llm)
-    llm = Llama.from_pretrained(path, dtype_of(recipe, args.device), args.device)
     ranges = surrogate.parse_ranges(args.replace) if args.replace else TARGETS["small"].ranges
-    ranges = surrogate.check_ranges(ranges, llm.config.num_hidden_layers)
-    about = dict(stage="translator", llm=args.llm, ranges=[list(r) for r in ranges], start=None, seed=args.seed,
-                 vit_config=vars(ViTConfig()), recipe=dataclasses.asdict(recipe))
-    check_start(about, args.out)
-    if args.resume:
-        check_resume(args.out, about)
-    print(f"stage translator, distilled: for {args.llm} with the layers {about['ranges']} replaced")
-    distill(surrogate.build_surrogate(llm, ranges), llm, Tokenizer.from_pretrained(path), recipe, args.out, about,
-            args.resume)
+    llm = Llama.from_pretrained(path, dtype_of(recipe, args.device), args.device)
+    decoder = surrogate.build_surrogate(llm, ranges)
+    print(f"stage translator, distilled: for {args.llm} with the layers {decoder.ranges} replaced")
+    distill(decoder, llm, Tokenizer.from_pretrained(path), recipe, args.out, args.llm, args.seed, args.resume)
 
 
 if __name__ == "__main__":

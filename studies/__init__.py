@@ -1,1 +1,1 @@
-"""The ablation, the cost on paper, benchmarks: from the project's root, `python -m studies.ablation` and so on."""
+"""Results, the cost on paper, benchmarks: from the project's root, `python -m studies.results` and so on."""

@@ -25,7 +25,6 @@ import graft
 from data import world
 from extras import side_by_side, web
 from formats.errors import run_cli
-from model import VLM
 
 ROOT = Path(__file__).parent.parent
 CAPITAL = "What is the capital of the country on the sign?"
@@ -113,13 +112,13 @@ def test_which_questions_have_options():
 def test_answer_piece_by_piece(vlm, surrogate):
     shown = list(web.respond(vlm, surrogate, KENYA, CAPITAL))
     assert len(shown) > 3 and all(line == "" for line, *_ in shown)
-    assert all(words is None and layers is None for *_, words, layers in shown[:-1])
-    _, pair, answer, words, layers = shown[-1]
-    assert words.axes and len(layers.axes) == 3
+    assert all(layers is None for *_, layers in shown[:-1])
+    _, pair, answer, layers = shown[-1]
+    assert len(layers.axes) == 3
     assert pair.count('class="bar"') == answer.count('class="bar"') == 6 and "tokens/s" in pair
     assert "Nairobi. ✓" in pair + answer or "Nairobi" not in pair + answer
     free = list(web.respond(vlm, surrogate, KENYA, "Why? " * 1000))[-1]
-    assert 'class="bar"' not in free[1] and free[4] is not None
+    assert 'class="bar"' not in free[1] and free[3] is not None
 
 
 def test_what_cannot_be_asked(vlm, surrogate, tmp_path):
@@ -128,19 +127,11 @@ def test_what_cannot_be_asked(vlm, surrogate, tmp_path):
         (shown,) = web.respond(vlm, surrogate, subject, question)
         assert line in shown[0] and str(tmp_path) not in shown[0]
     for question in ("<im<image>age>", "<|im_end|>", "\ud800", "\x00"):      # no second image, no forged turn
-        assert list(web.respond(vlm, surrogate, KENYA, question))[-1][4] is not None
+        assert list(web.respond(vlm, surrogate, KENYA, question))[-1][3] is not None
 
 
 def test_answers_are_text_not_html():
     assert "<script>" not in web.column("pair", "<script>", ranked=[("<script>", 1.0)])
-
-
-def test_nearest_words(vlm, monkeypatch):
-    ids = [vlm.tokenizer.encode(w)[0] for w in (" red", " star", " sign", "is") for _ in range(5)][:19]
-    monkeypatch.setattr(VLM, "visual_tokens", lambda self, pixels: self.decoder.embed(torch.tensor([ids])))
-    found = side_by_side.nearest_words(vlm, web.picture(KENYA))
-    assert [w for w, _ in found] == [vlm.tokenizer.decode([i]).strip() for i in ids[1:-1]]      # CLS and 16 patches
-    assert all(c == pytest.approx(1, abs=1e-4) for _, c in found)
 
 
 def test_lens_ends_where_the_models_do(vlm, surrogate):
@@ -234,8 +225,8 @@ def ask(page, question):
     """Ask, wait for the last figure. Returns what pair and graft say."""
     page.fill("#question textarea, #question input", question)
     page.click("#ask")
-    page.wait_for_selector("#look4 img", state="detached")
-    page.wait_for_selector("#look4 img")
+    page.wait_for_selector("#look img", state="detached")
+    page.wait_for_selector("#look img")
     return [page.locator(f"#{name} p").inner_text() for name in ("pair", "graft")]
 
 
