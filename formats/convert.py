@@ -47,6 +47,9 @@ def main(argv=None):
     elif Path(args.out).suffix == ".pth":
         if any(".lora_" in n for n in tensors):
             raise UserError(f"{args.checkpoint} holds low-rank updates, for which the paper's layout has no place")
+        if about.get("recipe", {}).get("like_words"):
+            raise UserError(f"{args.checkpoint} was trained with like_words=true, of which the paper's code knows "
+                            "nothing: train with like_words=false")
         save_released(args.out, tensors, about.get("steps_done", 0))
     elif Path(args.out).suffix != ".safetensors":
         raise UserError(f"cannot write {args.out}: give a name that ends in .pth or .safetensors")
@@ -62,7 +65,8 @@ def describe(tensors, args):
     whole = "decoder.model.embed_tokens.weight" in tensors      # stage 3's; else it is the translator
     if decoder and not whole and not ranges:
         raise UserError(f"{args.checkpoint} holds a translator: say which layers it replaces, e.g. --replace 17-30")
-    return dict(stage="decoder" if whole else "translator" if decoder else "encoder", llm=args.llm or DEFAULT_LLM,
+    encoder = not decoder or any(n.startswith("encoder.vision_model.encoder.") for n in tensors)
+    return dict(stage="decoder" if whole else "encoder" if encoder else "translator", llm=args.llm or DEFAULT_LLM,
                 vit=args.vit or CLIP, ranges=ranges, start=args.start, recipe={})
 
 

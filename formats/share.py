@@ -53,7 +53,8 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
         files["vit"], vit = read_checkpoint(beside(vit, checkpoint)), "vit.safetensors"
         start = vit if stage == "translator" else None              # a translator that was trained alone needs it
     vit = public(vit, "--vit")
-    if stage == "encoder" and about.get("ranges") and about.get("start"):
+    own = any(n.startswith("decoder.") for n in tensors)            # translators that the LLM went on teaching
+    if stage == "encoder" and about.get("ranges") and about.get("start") and not own:
         files["translator"], start = translators(checkpoint), "translator.safetensors"
     files = {stage: (tensors, about)} | files
     told = {}       # {file: what it says about itself}, with no path of this machine
@@ -95,7 +96,7 @@ def score_table(results, about, path):
     for trained in (False, True):
         for measure, how in (("said", "said freely"), ("ranked", "ranked first among options")):
             rows = [r for r in results["rows"] if r["trained"] == trained]
-            cells = [[r[measure] for r in rows if r["system"] == n] for n in names]
+            cells = [[x for r in rows if r["system"] == n for x in r[measure]] for n in names]
             lines.append(f"| {'' if trained else 'never '}trained, {how} | "
                          + " | ".join(f"{sum(c) / len(c):.0%}" if c else "" for c in cells) + " |")
     return "\n".join(lines)

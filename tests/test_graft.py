@@ -13,9 +13,11 @@ from PIL import Image
 
 import evaluate
 import graft
+import train
 from data import world
 from data.batches import wrap
 from formats import convert
+from formats.errors import UserError
 from model import VLM, Llama
 from surrogate import load_surrogate, load_translators
 
@@ -112,18 +114,25 @@ def test_the_seeds_use(stages, tiny_llm, tmp_path):
 def test_released_layout_grafts(stages, tiny_llm, tmp_path):
     """A checkpoint through the paper's .pth and back: encoder, projector and translator have every weight again."""
     pth, back = str(tmp_path / "ckpt_01_0000003.pth"), str(tmp_path / "encoder.safetensors")
-    convert.main([stages["encoder"], pth])
-    convert.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4",
-                  "--init", stages["translator"]])
+    trained = str(tmp_path / "e" / "encoder.safetensors")
+    train.main(["encoder", "--llm", tiny_llm, "--init", stages["translator"], "steps=1", "like_words=false",
+                "--out", str(tmp_path / "e")])
+    convert.main([trained, pth])
+    convert.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4"])
     llm = Llama.from_pretrained(tiny_llm)
-    for a, b in [(VLM.from_pretrained(tiny_llm, file) for file in (stages["encoder"], back)),
-                 (load_surrogate(llm, file) for file in (stages["encoder"], back))]:  # fmt: skip
+    for a, b in [(VLM.from_pretrained(tiny_llm, file) for file in (trained, back)),
+                 (load_surrogate(llm, file) for file in (trained, back))]:  # fmt: skip
         a, b = dict(a.named_parameters()), dict(b.named_parameters())
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     other = Llama.from_pretrained(tiny_llm, layers=[0, 1])
     both = "does not belong.*layers.2.mlp.down_proj.weight.*layers.2.self_attn.q_proj.weight"
     with pytest.raises(ValueError, match=both):
         load_translators(other, back)  # every key that does not fit is named
+
+
+def test_the_papers_layout_has_no_place_for_tokens_like_words(stages, tmp_path):
+    with pytest.raises(UserError, match="like_words=false"):
+        convert.main([stages["encoder"], str(tmp_path / "x.pth")])
 
 
 def test_streamed_answer_equals_chat(vlm):
