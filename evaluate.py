@@ -25,7 +25,11 @@ from model import KVCache, collect
 from surrogate import run_both
 
 TASKS = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
-UNTAUGHT_TASKS = ("read", "flag") + world.KNOWLEDGE_TASKS
+SPLITS = {      # of data.world: what is asked about its pictures, and what is special about them
+    "test": (TASKS, ""),
+    "untaught": (("read", "flag") + world.KNOWLEDGE_TASKS, ", of what no training named"),
+    "restyled": (("read", "color", "shape"), ", in fonts and sizes never drawn"),
+}
 EVAL_SEED = 7           # the stream of held-out images; split "test" never meets the stream of training
 FRESH_SEED = 4242       # the stream of training samples over which cross-entropy is measured: never trained
 
@@ -111,14 +115,15 @@ def systems(vlm, surrogate, samples, before=None, direct=None, text=True):
         yield from ((name, said[part]) for name, part in (("text", "graft"), ("text, pair", "pair")) if part in said)
 
 
-def compare(vlm, surrogate=None, n=40, batch=20, tasks=TASKS, seed=EVAL_SEED, before=None, direct=None, text=True,
+def compare(vlm, surrogate=None, n=40, batch=20, tasks=None, seed=EVAL_SEED, before=None, direct=None, text=True,
             split="test", progress=True):
     """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system.
 
     said: the greedy answer, up to 40 tokens, holds the right word and no rival: 0 or 1 for every image. ranked: of the
     options, the right one is the likeliest. about: subject and question of every image, which may come again.
     """
-    samples, got = [world.world(task, i, seed, split) for task in tasks for i in range(n)], {}
+    tasks, got = tasks or SPLITS[split][0], {}
+    samples = [world.world(task, i, seed, split) for task in tasks for i in range(n)]
     total = len(samples) * ((1 + text) * (1 + (surrogate is not None)) + (before is not None) + (direct is not None))
     with tqdm(total=total, desc=f"images, {split}", unit="answer", disable=not progress) as bar:
         for i in range(0, len(samples), batch):
@@ -241,7 +246,7 @@ def table(rows):
             cells = [[name, *(f"{m:.0%} ({low:.0%}–{high:.0%})" for m, low, high in
                               (pooled(group, measure, s) or (math.nan,) * 3 for s in names))]
                      for name, group in groups(mine).items()]
-            out.append(markdown([title + (", never named in training" if split == "untaught" else ""), *names], cells))
+            out.append(markdown([title + SPLITS[split][1], *names], cells))
     return "\n\n".join(out)
 
 

@@ -96,7 +96,9 @@ def parse(argv):
     add("--batch", type=number(int, 1, 4096), default=20, help="images at a time (default: %(default)s)")
     add("--seed", type=number(int, 0, MAX_SEED), default=evaluate.EVAL_SEED,
         help="which held-out images (default: %(default)s)")
-    add("--untaught", action="store_true", help="ask about words and flags, too, that stages 1 and 2 left out")
+    add("--splits", nargs="+", choices=list(evaluate.SPLITS), default=["test"],
+        help="test; untaught: about words and flags that stages 1 and 2 left out; restyled: in fonts and sizes that no "
+        "stage has drawn (default: test)")
     add("--image", help="ask about this picture instead")
     add("--question", help="what to ask about --image (default: Describe the image.)")
     add("--chat", action="store_true", help="converse about --image (without one: about a held-out sign)")
@@ -161,10 +163,8 @@ def show(args, vlm, llm, about, name, command):
         checkpoints.write_whole(out / "demo.png", lambda part: figure.savefig(part, format="png"))
     others = dict(before=before, direct=direct)
     brings = evaluate.image_brings(vlm, surrogate, min(512, 10 * args.eval), **others)
-    rows = evaluate.compare(vlm, surrogate, args.eval, args.batch, seed=args.seed, **others)
-    if args.untaught:
-        rows += evaluate.compare(vlm, surrogate, args.eval, args.batch, evaluate.UNTAUGHT_TASKS, args.seed,
-                                 split="untaught", **others)
+    rows = [row for split in args.splits
+            for row in evaluate.compare(vlm, surrogate, args.eval, args.batch, None, args.seed, split=split, **others)]
     seconds = round(time.perf_counter() - start, 1)
     print("\ntext:   the caption in the image's place: what the LLM knows; text, pair: what the surrogate knows"
           + ("\ndirect: an encoder trained on the full LLM" if direct else "")

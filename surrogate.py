@@ -2,7 +2,7 @@
 From an LLM to its surrogate: where does the early phase end, and what is left when the late phase is replaced?
 
     python surrogate.py                         # the default LLM: table, cut, plot
-    python surrogate.py --replace 16-21,22-28   # what a surrogate of your choice keeps (these two: the shipped one)
+    python surrogate.py --replace 20-23,24-28   # what a surrogate of your choice keeps (these two: the shipped one)
 
 1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then
    falling.
@@ -257,7 +257,7 @@ def main(argv=None):
                         help="text to read, paragraphs apart by empty lines (default: %(default)s)")
     parser.add_argument("--length", type=number(int, 2, 10**5), default=96,
                         help="tokens of each paragraph to read (default: %(default)s)")
-    parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 16-21,22-28 by two "
+    parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 20-23,24-28 by two "
                         "(default: from the turn to the last but one)")
     parser.add_device()
     parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")

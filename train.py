@@ -356,7 +356,7 @@ def parse(argv):
     add("--llm", help="target LLM: folder, .gguf file or hub name (default: the recipe's)")
     add("--vit", help="ViT: a checkpoint of extras/vit.py, or a CLIP folder or hub name (default: that of --init)")
     add("--init", help="checkpoint to go on from; none: new projector (default: the stage before, in runs/ or assets/)")
-    add("--replace", help="layers that translators replace, e.g. 16-26, or 16-21,22-28 by two translators; auto: from "
+    add("--replace", help="layers that translators replace, e.g. 16-26, or 20-23,24-28 by two translators; auto: from "
         "the prediction's turn on; none: train on the full LLM (default: those of --init, else the recipe's for its "
         "own LLM, auto for any other)")
     add("--data", help="LLaVA-format JSON in place of the drawn world")

@@ -122,6 +122,9 @@ FLAGS = {
 DARK_PANELS = [(20, 60, 140), (10, 90, 50), (140, 20, 30), (80, 30, 110), (25, 25, 30), (95, 50, 20)]
 LIGHT_PANELS = [(250, 250, 245), (250, 225, 95), (190, 225, 250), (205, 240, 195), (250, 210, 205)]
 FONTS = (None, None, "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf")
+# For tests alone: how training never draws. Shapes have a radius of 14 to 28 pixels in training.
+OTHER_FONTS = ("STIXGeneralBol.ttf", "cmss10.ttf", "cmtt10.ttf", "DejaVuSans-BoldOblique.ttf", "DejaVuSerif-Italic.ttf")
+OTHER_RADII = (9, 13)
 
 
 def _jitter(rng, color, by):
@@ -144,9 +147,9 @@ def _background(rng):
     return Image.composite(Image.new("RGB", (SIZE, SIZE), one), Image.new("RGB", (SIZE, SIZE), two), mask)
 
 
-def draw_shape(rng, color, shape):
+def draw_shape(rng, color, shape, radii=(14, 28)):
     """One shape with random size, place, slight rotation and shade. Drawn 4x too large and averaged: smooth edges."""
-    radius, angle = rng.uniform(14, 28), math.radians(rng.uniform(-14, 14))
+    radius, angle = rng.uniform(*radii), math.radians(rng.uniform(-14, 14))
     cx, cy = (rng.uniform(radius + 2, SIZE - radius - 2) for _ in "xy")
     cos, sin = 4 * radius * math.cos(angle), 4 * radius * math.sin(angle)
     points = [(4 * cx + x * cos - y * sin, 4 * cy + x * sin + y * cos) for x, y in SHAPES[shape]]
@@ -171,9 +174,9 @@ def _fit(name, text, width):
     return next(size for size in range(40, 5, -1) if _font(name, size).getlength(text) <= width)
 
 
-def draw_sign(rng, word):
+def draw_sign(rng, word, fonts=FONTS):
     """A colored panel with `word` in Title or UPPER case. Drawn 2x too large, turned by a few degrees and averaged."""
-    text, name = word.upper() if rng.random() < 0.5 else word, rng.choice(FONTS)
+    text, name = word.upper() if rng.random() < 0.5 else word, rng.choice(fonts)
     size = round(_fit(name, text, 112) * rng.uniform(0.85, 1))
     font = _font(name, size)
     w, h = font.getlength(text) / 2 + 8, size * 0.5 + rng.uniform(4, 14)  # half width and height of the panel
@@ -275,10 +278,13 @@ def _perspective(here, there):
     return np.linalg.solve(np.array(rows), np.array(there).flatten()).tolist()
 
 
-def draw(rng, subject):
-    """A picture of a subject, as a camera might see it: a little blurred, dim, pale or grainy."""
+def draw(rng, subject, restyled=False):
+    """A picture of a subject, as a camera might see it: a little blurred, dim, pale or grainy.
+
+    restyled: signs in OTHER_FONTS, shapes of OTHER_RADII."""
     kind, *words = subject
-    image = {"shape": draw_shape, "sign": draw_sign, "flag": draw_flag}[kind](rng, *words)
+    style = {"shape": dict(radii=OTHER_RADII), "sign": dict(fonts=OTHER_FONTS)}.get(kind, {}) if restyled else {}
+    image = {"shape": draw_shape, "sign": draw_sign, "flag": draw_flag}[kind](rng, *words, **style)
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
     if rng.random() < 0.5:

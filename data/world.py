@@ -171,7 +171,7 @@ def _subject(rng, task, index, split):
     if task in KNOWLEDGE_TASKS:                             # signs and flags in turn
         kind, pool = "sign" if index % 2 == 0 else "flag", [s for s in pool if s[1] in FACTS]
     kind = kind or rng.choice(sorted({s[0] for s in pool}))
-    if kind == "shape" and split == "test" and rng.random() < 0.5:
+    if kind == "shape" and split != "train" and rng.random() < 0.5:
         return ("shape", *rng.choice(sorted(HELD_OUT)))
     return rng.choice([s for s in pool if s[0] == kind])
 
@@ -214,19 +214,23 @@ def _said(task, subject):
     return [(w,) for w in right], [w for pool in pools for w in pool if w not in right]
 
 
+SPLITS = ("train", "test", "untaught", "restyled")
+
+
 def world(task, index, seed=0, split="train"):
     """
     Sample number `index` of a task: one of TRAINED_TASKS or KNOWLEDGE_TASKS, or "instruct". The same arguments always
     give the same sample; different ones never share a random stream, so "test" is unseen whatever was trained on.
     Split "train" never shows a combination of HELD_OUT; in "test" half of the shapes are one, and the questions'
     phrasings are ones that training does not have. "untaught" is the test about the words and flags of UNTAUGHT, which
-    stages 1 and 2 leave out altogether: its pictures are signs and flags alone.
+    stages 1 and 2 leave out altogether: its pictures are signs and flags alone. "restyled" is "test" in fonts and sizes
+    that no training draws.
     """
     tasks = (*QUESTIONS, *KNOWLEDGE_TASKS, "instruct")
     if task not in tasks:
         raise UserError(f"unknown task {task!r}: choose one of {', '.join(tasks)}")
-    if split not in ("train", "test", "untaught"):
-        raise UserError(f"unknown split {split!r}: choose 'train', 'test' or 'untaught'")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if split == "untaught" and task in ("color", "shape", "instruct"):
         raise UserError(f"no {task} is untaught: choose another task, or the split 'test'")
     rng = random.Random(f"{split}/{seed}/{task}/{index}")
@@ -239,7 +243,7 @@ def world(task, index, seed=0, split="train"):
 
 def sample_of(rng, task, subject, split="test"):
     """A question of a task about a picture of `subject`, all chances drawn from `rng` (a random.Random)."""
-    image, words = draw(rng, subject), _options(rng, task, subject)
+    image, words = draw(rng, subject, split == "restyled"), _options(rng, task, subject)
     if task in KNOWLEDGE_TASKS:
         question = rng.choice(KNOWLEDGE_QUESTIONS[task][subject[0] == "flag"])
     else:

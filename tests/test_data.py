@@ -13,6 +13,7 @@ from data.batches import collate, evenly_spaced, shuffled_index, wrap
 from data.images import open_image, preprocess
 from data.llava import load_llava
 from data.world import FACTS, HELD_OUT, KNOWLEDGE_TASKS, QUESTIONS, TRAINED_TASKS, WORDS, caption, is_right, knowledge
+from formats import checkpoints
 from formats.errors import MissingFile, UserError
 from formats.tokenizer import IMAGE
 
@@ -47,6 +48,30 @@ def test_held_out_combinations():
     assert {c for c, _ in train} == set(drawing.COLORS) and {s for _, s in train} == set(drawing.SHAPES)
     test = [combination(world.world("color", i, split="test")) in HELD_OUT for i in range(400)]
     assert 160 < sum(test) < 240
+
+
+def test_what_no_training_names():
+    """The words and flags of UNTAUGHT are in no picture, question or answer of training, and have a test of their own."""
+    samples = [world.World(3)[i] for i in range(1000)]
+    said = [" ".join([s.caption, *(m["content"] for m in s.messages)]) for s in samples]
+    assert not [w for w in world.UNTAUGHT if any(world.has_word(text, w) for text in said)]
+    for file in ("instructions.json", "chats.json"):
+        text = (checkpoints.ROOT / "assets" / file).read_text(encoding="utf-8")
+        assert not [w for w in world.UNTAUGHT if world.has_word(text, w)], file
+    tasks = ("read", "flag", "describe", *KNOWLEDGE_TASKS)
+    asked = [world.world(t, i, 1, "untaught") for t in tasks for i in range(60)]
+    assert {s.caption for s in asked} == {caption(s) for s in world.UNTAUGHT_SUBJECTS}
+    assert len(world.UNTAUGHT_SUBJECTS) == 14
+    with pytest.raises(UserError, match="no color is untaught"):
+        world.world("color", 0, 0, "untaught")
+
+
+def test_restyled_pictures_are_drawn_as_no_training_draws():
+    small = [np.asarray(world.world("shape", i, 1, "restyled").image.convert("L"), float) for i in range(20)]
+    usual = [np.asarray(world.world("shape", i, 1, "test").image.convert("L"), float) for i in range(20)]
+    inked = lambda images: np.mean([(abs(x - np.median(x)) > 40).mean() for x in images])
+    assert inked(small) < 0.5 * inked(usual)
+    assert not set(drawing.OTHER_FONTS) & set(drawing.FONTS)
 
 
 def questions_of(task, sample, split):

@@ -164,7 +164,7 @@ def test_tables():
     assert [line.split(" | ")[0] for line in ranked[2:]] == ["| read", "| capital *", "| **trained, mean**",
                                                              "| **never trained, mean** *"]
     untaught = evaluate.table([r | dict(split="untaught") for r in rows])
-    assert "said freely, right, never named in training" in untaught
+    assert "| said freely, right, of what no training named | pair" in untaught
     brings = [dict(system="graft", samples=4, right=1.0, wrong=1.5, brings=0.5, low=0.25, high=0.75)]
     assert evaluate.brings_table(brings).endswith("| **the image brings** | 0.500 (0.25–0.75) |")
 
