@@ -23,6 +23,7 @@ made fast. Layout is (B, T, H, D) everywhere, batch, time, head, channel: what a
 nothing is transposed or copied on the way in or out.
 """
 
+import functools
 import math
 import os
 from contextlib import contextmanager
@@ -93,6 +94,19 @@ def _use_triton(x):
 def _fits(device):
     """Has this GPU the 99 KB of shared memory that a tile may take? A T4 (64 KB) has not, nor have AMD's."""
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= 99 * 1024
+
+
+@functools.cache
+def default_dtype(device):
+    """bfloat16 where the chip multiplies it faster: NVIDIA's GPUs from Ampere on (a V100 or T4 only emulates it), AMD's,
+    CPUs with AMX, AMD's with AVX512-BF16; else float32. (Intel's AVX512-BF16 without AMX: half of float32's speed.)"""
+    if torch.device(device).type == "cuda":
+        fast = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        amd = cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
+        fast = cpu.get("amx_bf16", False) or amd
+    return torch.bfloat16 if fast else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +276,8 @@ def int8_linear(x, weight, scale):
     if 0 < rows <= FEW and x.device.type == "cpu":
         y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight, scale)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
-    return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+    dtype = default_dtype(x.device)  # never float16: sums of products by integers up to 127 leave its range
+    return (F.linear(x.to(dtype), weight.to(dtype)) * scale.to(dtype)).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,8 +352,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable  # the saved gradients are numbers: a second derivative would leave them out
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors  # the chain rule's last factor, a scalar, is all that is missing
-        return (None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
-                None if d_weight is None else d_weight * grad.to(d_weight.dtype), None, None, None, None)
+        # In float32, to which grad[None], no longer a mere number, raises both: 1/n has no exact bfloat16, and rounded
+        # would make the whole gradient longer or shorter.
+        return (None if d_hidden is None else (d_hidden * grad[None]).to(d_hidden.dtype),
+                None if d_weight is None else (d_weight * grad[None]).to(d_weight.dtype), None, None, None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

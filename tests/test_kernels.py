@@ -354,6 +354,18 @@ def test_int8_matmul(triton_backend, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 17])
+def test_int8_sums_beyond_float16(backend, dtype, rows):
+    """Before its scale a sum of 8,192 products by integers up to 127 is larger than float16's largest number."""
+    weight = torch.randint(-127, 128, (9, 8192), dtype=torch.int8, device=DEVICE)
+    scale = torch.full((9,), 2**-7, dtype=torch.bfloat16, device=DEVICE)
+    x = torch.randn(rows, 8192, device=DEVICE).mul(10).to(dtype)
+    reference = x.double() @ (weight.double() * scale.double()[:, None]).t()
+    bf16 = torch.bfloat16  # in which a CPU multiplies a few rows, and a chip that does it faster any number
+    assert_close(kernels.int8_linear(x, weight, scale), reference, bf16 if dtype == torch.float32 else dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trained", [False, True])
 def test_linear_cross_entropy(backend, dtype, trained, monkeypatch):
     V = 9001  # more than one block of the kernel
@@ -370,6 +382,17 @@ def test_linear_cross_entropy(backend, dtype, trained, monkeypatch):
         loss = kernels.linear_cross_entropy(hidden, weight, targets)
     assert loss.dtype == torch.float32 and loss.grad_fn is None
     assert kernels.linear_cross_entropy(hidden[:0], weight, targets[:0]) == 0
+
+
+def test_the_mean_of_the_loss_has_the_gradients_length(backend):
+    """1/960 lies 0.4 % from the nearest bfloat16: rounded, it would make the whole gradient so much longer."""
+    hidden, weight = randn(3, 64, dtype=torch.bfloat16), randn(50, 64, dtype=torch.bfloat16)
+    targets = torch.tensor([3, 4, 5], device=DEVICE)
+    ours = torch.autograd.grad(kernels.linear_cross_entropy(hidden, weight, targets) / 960, (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    loss = F.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum") / 960
+    for g, reference in zip(ours, torch.autograd.grad(loss, exact)):
+        assert (g.double() * reference).sum() / reference.square().sum() == pytest.approx(1, abs=1e-3)
 
 
 def test_linear_cross_entropy_of_extreme_logits(backend):
@@ -520,6 +543,20 @@ def test_which_gpus_get_the_kernels(monkeypatch):
     assert not kernels._use_triton(x("H100", torch.float64))
     asks = lambda x: x + 1 if kernels._fits(x.device) else x  # no break in the graph
     assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)) == 0
+
+
+@pytest.mark.parametrize("device, chip, fast", [
+    ("cuda:0", (7, 0), False), ("cuda:0", (7, 5), False), ("cuda:0", (8, 0), True), ("cuda", (9, 0), True),
+    ("cpu", dict(amx_bf16=True, cpu_name="Intel"), True), ("cpu", dict(avx512_bf16=True, cpu_name="Intel"), False),
+    ("cpu", dict(avx512_bf16=True, cpu_name="AMD EPYC"), True), ("cpu", {}, False),
+])
+def test_which_chips_are_given_bfloat16(monkeypatch, device, chip, fast):
+    """A V100 and a T4 have no unit for it."""
+    kernels.default_dtype.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: chip, raising=False)
+    assert kernels.default_dtype(device) == (torch.bfloat16 if fast else torch.float32)
+    kernels.default_dtype.cache_clear()
 
 
 @needs_triton
