@@ -488,6 +488,20 @@ def test_checkpoint_and_compile_change_nothing(backend, how):
     same(*(torch.autograd.grad(loss, inputs) for loss in (plain, other)))
 
 
+@needs_triton
+def test_the_loss_that_overwrites_its_logits_under_inductor(triton_backend, monkeypatch):
+    """The compiler that reuses memory must see that the logits become their gradient, chunk by chunk."""
+    monkeypatch.setattr(kernels, "CHUNK", 3 * 50)
+    x, weight, targets = randn(400, 8), randn(50, 8), torch.arange(400, device=DEVICE) % 50
+    if DEVICE == "cpu":
+        x, targets = x[:7].detach().requires_grad_(), targets[:7]
+    loss = lambda x, w: kernels.linear_cross_entropy(x.sin(), w, targets) / 7
+    torch._dynamo.reset()
+    results = [(f(x, weight), *torch.autograd.grad(f(x, weight), (x, weight)))
+               for f in (loss, torch.compile(loss, backend="inductor", fullgraph=True))]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input, and machines without Triton or a GPU
 
