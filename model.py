@@ -99,12 +99,11 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)    # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
-        if cache is None:                                   # training: the kernel rotates q and k while it loads them
-            out = kernels.attention(q, k, v, causal=True, rope=(cos, sin))
-        else:                                               # generation: keys are stored rotated, once and for all
-            q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
+        q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
+        lengths = None
+        if cache is not None:                               # generation: keys are stored rotated, once and for all
             k, v, lengths = cache.append(layer, k, v)       # (B, S, Hkv, D): all keys and values so far
-            out = kernels.attention(q, k, v, causal=True, lengths=lengths)
+        out = kernels.attention(q, k, v, causal=True, lengths=lengths)
         return self.o_proj(out.reshape(B, T, -1))           # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
 
 

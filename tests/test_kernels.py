@@ -114,10 +114,8 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def attention(q, k, v, causal=True, lengths=None, rope=None):
+def attention(q, k, v, causal=True, lengths=None):
     """Straight from the definition, and with its own way of counting positions: a loop over the rows of the batch."""
-    if rope is not None:
-        q, k = rotate(q, *rope), rotate(k, *rope)
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
     rows = []
     for b in range(B):
@@ -170,18 +168,6 @@ def test_attention_of_both_backends(backend, dtype):
         check(partial(kernels.attention, causal=causal), partial(attention, causal=causal), inputs, dtype)
 
 
-@pytest.mark.parametrize("D, dtype", [(64, torch.float32), (80, torch.float32), (128, torch.bfloat16)])
-def test_rope_inside_attention(backend, D, dtype):
-    T = 70
-    angles = torch.rand(T, D // 2, device=DEVICE) * 6
-    rope = (angles.cos(), angles.sin())
-    inputs = tuple(randn(2, T, heads, D, dtype=dtype) for heads in (3, 1, 1))
-    check(partial(kernels.attention, rope=rope), partial(attention, rope=rope), inputs, dtype)
-    with torch.no_grad():  # nothing to remember then: another launch
-        out = kernels.attention(*inputs, rope=rope)
-    assert_close(out, attention(*(x.double() for x in inputs), rope=rope), dtype)
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("Tq, Tk", [(1, 77), (3, 65), (70, 129), (77, 7)])
 def test_queries_at_the_end_of_the_keys(backend, Tq, Tk, causal):
@@ -218,14 +204,12 @@ def test_cudnn_takes_long_sequences_if_asked(monkeypatch, T):
     calls, sdpa = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "_use_triton", lambda x: True)
+        triton = lambda _, x, shape: "cudnn" if shape == "long" else "triton"
+        monkeypatch.setattr(kernels, "_kernel", triton)
         monkeypatch.setattr(kernels, "sdpa_kernel", lambda *_, **__: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    angles = torch.rand(T, 32, device=DEVICE) * 6
-    rope = (angles.cos(), angles.sin())
     inputs = tuple(randn(1, T, heads, 64, dtype=torch.bfloat16) for heads in (2, 1, 1))
     with kernels.backend("cudnn"):
-        check(partial(kernels.attention, rope=rope), partial(attention, rope=rope), inputs, torch.bfloat16)
+        check(kernels.attention, attention, inputs, torch.bfloat16)
     if DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9:
         assert calls == [1] * (T >= 512)
 
@@ -467,7 +451,7 @@ def test_decoding_as_a_graph():
 
 def layer(q, k, v, weight, rope):
     """All kernels in one function of tensors."""
-    h = kernels.attention(q, k, v, rope=rope) + kernels.apply_rope(q, *rope)  # (B, T, H, D)
+    h = kernels.attention(kernels.apply_rope(q, *rope), k, v)  # (B, T, H, D)
     h, s = kernels.rms_norm(h.flatten(2), weight[0], 1e-5, q.flatten(2))
     h = kernels.swiglu(h, s) + kernels.quick_gelu(h)
     return kernels.linear_cross_entropy(h[:, -1], weight, torch.arange(len(h), device=h.device))
@@ -525,8 +509,8 @@ def wrong_calls():
         "q has shape": lambda: kernels.attention(q[0], kv, kv),
         "q is torch.int64": lambda: kernels.attention(*[q.long()] * 3),
         "lengths is torch.int64 (3,)": lambda: kernels.attention(q, kv, kv, lengths=f(3, dtype=torch.int64)),
-        "rope needs": lambda: kernels.attention(q[:, :1], kv, kv, rope=(cos, cos)),
-        "cos has shape": lambda: kernels.attention(q, kv, kv, rope=(cos[1:], cos[1:])),
+        "lengths is on meta": lambda: kernels.attention(q, kv, kv, lengths=elsewhere(f(2, dtype=torch.int64))),
+        "cos has shape": lambda: kernels.apply_rope(q, cos[1:], cos[1:]),
         "sin is torch.float16": lambda: kernels.apply_rope(q, cos, cos.to(half)),
         "weight has shape": lambda: kernels.rms_norm(x, f(9), 1e-5),
         "weight is torch.float16": lambda: kernels.rms_norm(x, w.to(half), 1e-5),
