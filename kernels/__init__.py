@@ -95,7 +95,7 @@ def backend(name):
 
 def _kernel(operation, x, shape="any"):
     """"triton", "split", "cudnn" or "torch", for this operation on a tensor like x."""
-    if _choice in ("torch", "triton"):
+    if _choice not in ("auto", "cudnn"):
         check_choice()
         if _choice == "triton" and not x.is_cuda and not _attention.INTERPRET.value:
             raise ValueError("the backend is 'triton', but a tensor is on the CPU, where Triton only runs in its "
