@@ -13,6 +13,7 @@ References:
 """
 import copy
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from formats import checkpoints, official
 from formats.errors import MissingFile, UserError
 from formats.tokenizer import IMAGE, Tokenizer
 from kernels import int8
-from kernels.graph import record
+from kernels.graph import Graphs, record
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Llama
@@ -98,12 +99,11 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)    # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
-        if cache is None:                                   # training: the kernel rotates q and k while it loads them
-            out = kernels.attention(q, k, v, causal=True, rope=(cos, sin))
-        else:                                               # generation: keys are stored rotated, once and for all
-            q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
+        q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
+        lengths = None
+        if cache is not None:                               # generation: keys are stored rotated, once and for all
             k, v, lengths = cache.append(layer, k, v)       # (B, S, Hkv, D): all keys and values so far
-            out = kernels.attention(q, k, v, causal=True, lengths=lengths)
+        out = kernels.attention(q, k, v, causal=True, lengths=lengths)
         return self.o_proj(out.reshape(B, T, -1))           # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
 
 
@@ -146,6 +146,7 @@ class Llama(nn.Module):
         self.rope_cache = None      # (cos, sin), built when first needed
         self.words = None           # mean and length of the word embeddings, see `as_words`
         self.place = None           # sharded (extras/parallel.py): what cuts this process's slice out of a tensor
+        self.graphs = Graphs()      # decoding steps on a GPU
         self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again backward
 
     @classmethod
@@ -277,18 +278,35 @@ class Llama(nn.Module):
     def decode(self, x, cache, max_new_tokens, temperature=0.0, top_p=1.0, generator=None):
         """Yield tokens (B,), given the last position's hidden state x (B, C) and a cache of everything up to it.
 
-        On a GPU a step is one CUDA graph, which leaves the cache to these tokens: no prompt can follow in it.
+        On a GPU a step is one CUDA graph, in a cache of its own: this one stays as it is.
         """
         step = lambda token: self.run(self.embed(token[:, None]), cache=cache)[:, -1]
-        for i in range(max_new_tokens):
-            token = sample(self.logits(x), temperature, top_p, generator)   # only the last position meets the LM head
-            yield token
-            if i < max_new_tokens - 1:
-                if i == 0 and x.is_cuda:
-                    cache.fix()
-                    step = record(step, token)
-                x = step(token)
-                cache.advance(1)
+        with self.graph(cache) if x.is_cuda and max_new_tokens > 1 else nullcontext((step, cache)) as (step, used):
+            for i in range(max_new_tokens):
+                token = sample(self.logits(x), temperature, top_p, generator)   # only the last position meets the head
+                yield token
+                if i < max_new_tokens - 1:
+                    x = step(token)
+                    used.advance(1)
+
+    @contextmanager
+    def graph(self, cache):
+        """(a decoding step recorded as a CUDA graph, its cache, which now holds what this one holds); kept for later
+        answers. The graph depends on batch, size (rounded up, so that many answers share one) and the weights' places.
+        """
+        size = max(cache.size, min(-(-cache.size // 256) * 256, self.config.max_position_embeddings))
+        batch = len(cache.keys[0])
+        key = batch, size, *(p.data_ptr() for p in self.state_dict().values())
+
+        def make(stream):
+            fixed = KVCache(self, batch, size)
+            fixed.fix()
+            step = lambda token: self.run(self.embed(token[:, None]), cache=fixed)[:, -1]
+            return record(step, torch.zeros(batch, dtype=torch.long, device=self.device), stream), fixed
+
+        with self.graphs.borrow(key, make) as (step, fixed):
+            fixed.take(cache)
+            yield step, fixed
 
     def generate(self, prompts=None, embeds=None, lengths=None, stop=(), **options):
         """Continue prompts (token lists of any lengths) or embeds: a list of new token lists, stop token excluded."""
@@ -386,6 +404,12 @@ class KVCache:
         if self.lengths is None:
             self.lengths = torch.full((len(self.keys[0]),), self.used, device=self.keys[0].device)
         self.used = self.size
+
+    def take(self, other):
+        """Hold what another cache holds, which has no more room. This one is fixed."""
+        for mine, theirs in zip(self.keys + self.values, other.keys + other.values):
+            mine[:, :other.used] = theirs[:, :other.used]
+        self.lengths.copy_(other.used if other.lengths is None else other.lengths)
 
     def repeat(self, n, room, rows=slice(None)):
         """A new cache with every row (or these) n times, side by side, and `room` more positions: n continuations."""

@@ -21,7 +21,7 @@ from formats import checkpoints, official
 from formats.errors import Parser, UserError, number, run_cli
 from formats.files import check_out_file, read_text
 from formats.tokenizer import Tokenizer
-from kernels import int8
+from kernels import default_dtype, int8
 from model import Llama
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,9 +264,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_out_file(args.out)
     given = parse_ranges(args.replace) if args.replace else None
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     path = official.find(args.llm)
     tokens = read_texts(Tokenizer.from_pretrained(path), args.text, args.length)
+    dtype = default_dtype(args.device) if args.device.startswith("cuda") else torch.float32
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
     ranges = None if given is None else check_ranges(given, L)

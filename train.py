@@ -28,6 +28,7 @@ from formats.files import check_out
 from formats.log import Log, check_resume, check_start
 from formats.official import find, llama_config
 from formats.tokenizer import IMAGE, Tokenizer
+from kernels import default_dtype
 from model import VLM, Llama
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
 
@@ -237,15 +238,6 @@ def count_targets(micro_batches):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. What a stage starts from
-
-
-def default_dtype(device):
-    """bfloat16 where the chip multiplies it faster: GPUs, CPUs with AMX, AMD's with AVX512-BF16; else float32. (Intel's
-    AVX512-BF16 without AMX was measured at half of float32's speed.)"""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    amd = cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
-    fast = str(device).startswith("cuda") or cpu.get("amx_bf16", False) or amd
-    return torch.bfloat16 if fast else torch.float32
 
 
 def dtype_of(recipe, device):

@@ -88,7 +88,7 @@ def run_cli(main):
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
         if isinstance(e, torch.OutOfMemoryError):
-            why += " (out of GPU memory: try a smaller batch or micro_batch, or a smaller --llm)"
+            why += " (out of GPU memory: try checkpointing=true, a smaller micro_batch or batch, or a smaller --llm)"
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             why += " (make room, or write to another place)"
     except RuntimeError as e:  # torch has no error class of its own for these

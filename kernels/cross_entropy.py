@@ -70,6 +70,6 @@ def _(logits, targets, need_grad):
 
 
 def loss_and_gradient(logits, targets, need_grad):
-    """As `_loss_and_gradient` beside `kernels.linear_cross_entropy`; the gradient takes the place of the logits."""
+    """As `reference.loss_and_gradient`; the gradient takes the place of the logits."""
     losses = _cross_entropy_op(logits, targets, need_grad)
     return losses, logits if need_grad else None

@@ -19,7 +19,7 @@ from .attention import _dot
 CONFIGS = {"one": (2, 1024, 2, 4), "several": (32, 256, 4, 4)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matmul(X, stride_x, Weight, Scale, Y, M, N, K: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

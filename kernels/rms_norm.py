@@ -2,10 +2,11 @@
 
     s = x + residual        r = 1 / sqrt(mean(s^2) + eps)        n = s * r        y = n * weight
 
-There is next to no arithmetic here: the time is that of moving the tensors through memory, so each kernel reads every
-input once and writes every output once, with whole rows in registers. PyTorch's own lines read and write s five times.
+    x, residual   [ ......... ]  a row of d numbers      A program owns a row: reads it once into registers, sums its
+                       |                                 squares, writes y, s, and r for the backward.
+    y, s, r       [ ......... ]
 
-The backward, with g = dy * weight, along each row of d numbers:
+The backward, with g = dy * weight, along each row:
 
     ds = r * (g - n * mean(g * n))   plus the gradient that reaches s directly, as the residual stream goes on
     dx = dresidual = ds              (one tensor for both)
@@ -13,6 +14,9 @@ The backward, with g = dy * weight, along each row of d numbers:
 
 dweight, if anyone trains the weight, is summed by a fixed number of programs, each over its own rows in order, and
 their partial sums then in one more step: no atomics, the same bits on every run.
+
+Arithmetic: some five operations a number, so memory is the bound: 8 bytes a number with 16 bits, forward as backward
+(two in, two out; three in, one out). PyTorch's own lines read and write s five times.
 """
 
 import torch
@@ -42,11 +46,10 @@ def _forward(X, stride_x, Residual, stride_r, Weight, Y, S, R, d, eps, BLOCK: tl
     n = (s * r).to(weight.dtype)  # the official Llama rounds here, before the weight
     y = n.to(tl.float32) * weight.to(tl.float32)
     tl.store(Y + row * d + i, y.to(weight.dtype), mask=mask)
-    if R is not None:
-        tl.store(R + row, r)
+    tl.store(R + row, r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(dY, stride_dy, dS, stride_ds, S, stride_s, Weight, R, dX, dWeight, rows, d, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     mask = i < d
@@ -81,26 +84,25 @@ def _rows(x):
 
 
 @custom_op("kernels::rms_norm", mutates_args=())
-def _forward_op(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, for_backward: bool
-                ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, s = x + residual (empty without one), and 1 / rms of each row for the backward (empty if there is none)."""
+def _forward_op(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """-> y, s = x + residual (empty without one), and 1 / rms of each row."""
     y = x.new_empty(x.shape)
     s = x.new_empty(x.shape if residual is not None else 0)
     x, weight = _rows(x), weight.contiguous()
     rows, d = x.shape
-    r = x.new_empty(rows if for_backward else 0, dtype=torch.float32)
+    r = x.new_empty(rows, dtype=torch.float32)
     residual = _rows(residual) if residual is not None else None
     if y.numel() > 0:
         with torch.cuda.device_of(x):
             _forward[(rows,)](x, x.stride(0), residual, 0 if residual is None else residual.stride(0), weight,
-                              y, s, r if for_backward else None, d, eps, **_options(d))
+                              y, s, r, d, eps, **_options(d))
     return y, s, r
 
 
 @_forward_op.register_fake
-def _(x, weight, eps, residual, for_backward):
+def _(x, weight, eps, residual):
     return (x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0),
-            x.new_empty(x.numel() // x.shape[-1] if for_backward else 0, dtype=torch.float32))
+            x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32))
 
 
 @custom_op("kernels::rms_norm_backward", mutates_args=())
@@ -128,7 +130,7 @@ def _(dy, ds, s, weight, r, need_weight):
 
 
 def _setup(ctx, inputs, output):
-    x, weight, _, residual, _ = inputs
+    x, weight, _, residual = inputs
     _, s, r = output
     ctx.save_for_backward(x if residual is None else s, weight, r)
     ctx.has_residual = residual is not None
@@ -137,13 +139,13 @@ def _setup(ctx, inputs, output):
 
 def _backward_formula(ctx, dy, ds, _):
     s, weight, r = ctx.saved_tensors
-    need_x, need_weight, _, need_residual, _ = ctx.needs_input_grad
+    need_x, need_weight, _, need_residual = ctx.needs_input_grad
     if not ctx.has_residual:
         ds = None  # of the empty placeholder
     if dy is None:  # only the sum was used
-        return ds if need_x else None, None, None, ds if need_residual else None, None
+        return ds if need_x else None, None, None, ds if need_residual else None
     dx, dweight = _backward_op(dy, ds, s, weight, r, need_weight)
-    return dx if need_x else None, dweight if need_weight else None, None, dx if need_residual else None, None
+    return dx if need_x else None, dweight if need_weight else None, None, dx if need_residual else None
 
 
 _forward_op.register_autograd(_backward_formula, setup_context=_setup)
@@ -151,7 +153,5 @@ _forward_op.register_autograd(_backward_formula, setup_context=_setup)
 
 def rms_norm(x, weight, eps, residual=None):
     """`kernels.rms_norm` on Triton; arguments are checked there."""
-    inputs = (x, weight) if residual is None else (x, weight, residual)
-    for_backward = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    y, s, _ = _forward_op(x, weight, eps, residual, for_backward)
+    y, s, _ = _forward_op(x, weight, eps, residual)
     return y if residual is None else (y, s)

@@ -4,9 +4,10 @@ building of a surrogate need?
 
     python -m studies.benchmark             # everything, on the default LLM
     python -m studies.benchmark --memory    # only the step and the building, on random models: no download, quick
+    python -m studies.benchmark kernels     # on a GPU: each kernel of kernels/ beside its peers
 
 Everything is timed in turns within one run, because absolute times on shared machines wander; trust the ratios.
-(studies/decoding.py measures answers, kernels/benchmark.py the Triton kernels on a GPU.)
+(studies/decoding.py measures answers, studies/gpu.py steps and answers at the paper's sizes.)
 """
 import dataclasses
 import json
@@ -23,8 +24,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import kernels
 import surrogate
 import train
 from data.batches import Batches
@@ -32,6 +35,7 @@ from data.world import World
 from formats import official
 from formats.errors import Parser, UserError, number, run_cli
 from formats.tokenizer import IMAGE, Tokenizer
+from kernels import int8
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import RECIPES
 
@@ -213,14 +217,133 @@ def compare_surrogate_memory(ranges=((16, 26),), **sizes):
     return ratio
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels, each beside its peers, on a GPU
+
+LLMS = {    # rows of the residual stream, its width, the MLP's, targets, vocabulary; batch, length, heads, head dim
+    "Llama-3.2-3B": (8 * 768, 3072, 8192, 1024, 128256, (8, 1024, 24, 8, 128)),
+    "Llama-3.1-8B": (8 * 2048, 4096, 14336, 1024, 128256, (2, 4096, 32, 8, 128)),
+    "SmolLM2-135M": (32 * 256, 576, 1536, 1024, 49152, (32, 256, 9, 3, 64)),
+}
+
+
+def kernel_cases(sizes, device="cuda", dtype=torch.bfloat16):
+    """Yield (kernel, shape, inputs, {system: function of them}, work forward, work backward, "FLOP" or "B").
+
+    Ours comes first. Work: operations, or bytes that must be moved at least."""
+    rows, width, inner, targets, vocab, (B, T, H, Hkv, D) = sizes
+    make = lambda *shape: torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+    compiled = lambda function: torch.compile(function, dynamic=False)      # for the very shape
+
+    def sdpa(backend):
+        def run(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True,
+                                                      enable_gqa=True).transpose(1, 2)
+        return run
+
+    def norm(x, weight, residual):
+        s = x + residual
+        return (s.float() * torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + 1e-5)).to(s.dtype) * weight, s
+
+    def loss(hidden, weight, wanted):
+        return F.cross_entropy((hidden @ weight.t()).float(), wanted, reduction="sum")
+
+    flops, size = 2 * B * H * D * T * (T + 1), torch.empty(0, dtype=dtype).element_size()
+    yield ("attention", f"B {B}, T {T}, H {H}/{Hkv}, D {D}", (make(B, T, H, D), make(B, T, Hkv, D), make(B, T, Hkv, D)),
+           {"ours": kernels.attention, "flash": sdpa(SDPBackend.FLASH_ATTENTION),
+            "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}, flops, 2.5 * flops, "FLOP")
+    q, k, angles = make(B, 1, H, D).detach(), make(B, T, Hkv, D).detach(), torch.rand(T, D // 2, device=device)
+    yield ("attention, a step", f"B {B}, 1 of {T}, H {H}/{Hkv}, D {D}", (q, k, k.clone()),
+           {"ours": kernels.attention, "PyTorch": kernels.reference.attention}, 2 * k.numel() * size, None, "B")
+    yield ("RoPE", f"B {B}, T {T}, H {H}, D {D}", (make(B, T, H, D), angles.cos(), angles.sin()),
+           {"ours": kernels.apply_rope, "torch.compile": compiled(kernels.reference.apply_rope)},
+           *[2 * B * T * H * D * size] * 2, "B")
+    yield ("RMSNorm + residual", f"{rows} x {width}", (make(rows, width), make(width).detach(), make(rows, width)),
+           {"ours": lambda x, w, r: kernels.rms_norm(x, w, 1e-5, r), "PyTorch": norm, "torch.compile": compiled(norm)},
+           *[4 * rows * width * size] * 2, "B")
+    swiglu = lambda gate, up: F.silu(gate) * up
+    yield ("SwiGLU", f"{rows} x {inner}", (make(rows, inner), make(rows, inner)),
+           {"ours": kernels.swiglu, "PyTorch": swiglu, "torch.compile": compiled(swiglu)},
+           3 * rows * inner * size, 5 * rows * inner * size, "B")
+    head = make(vocab, width).detach() / width ** 0.5
+    yield ("LM head + loss", f"{targets} x {width} x {vocab}",
+           (make(targets, width), head, torch.randint(vocab, (targets,), device=device)),
+           {"ours": kernels.linear_cross_entropy, "PyTorch": loss, "torch.compile": compiled(loss)},
+           4 * targets * width * vocab, 0, "FLOP")                  # whose gradient ours computes on the way forward
+    matrix = int8.Int8Linear(torch.randn(inner, width)).to(device)
+    plain = lambda x: F.linear(x, matrix.weight.to(dtype)) * matrix.scale.to(dtype)
+    yield ("int8 weights", f"1 x {width} x {inner}", (make(1, width).detach(),),
+           {"ours": matrix, "torch.compile": compiled(plain)}, width * inner, None, "B")
+
+
+def kernel_rows(name, sizes, time, **where):
+    """Rows of (LLM, kernel, shape, direction, ours in ms, rate, peers' time / ours). time(function) -> ms."""
+    for kernel, shape, inputs, systems, forward, backward, unit in kernel_cases(sizes, **where):
+        wanted, times = [x for x in inputs if x.requires_grad], {}
+        for system, function in systems.items():
+            outputs = function(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            grads = [torch.randn_like(o) for o in outputs]
+            times[system] = [time(lambda: function(*inputs))]
+            if wanted:
+                times[system].append(time(lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)))
+        parts = [("forward", forward, 0), ("backward", backward, 1)]
+        if backward is None or backward == 0:
+            parts, times = [("both" if wanted else "forward", forward, 0)], {n: [sum(t)] for n, t in times.items()}
+        for direction, work, i in parts:
+            ms = times["ours"][i]
+            peers = ", ".join(f"{n} {t[i] / ms:.2f}" for n, t in times.items() if n != "ours")
+            yield name, kernel, shape, direction, f"{ms:.3f}", f"{work / ms / 1e9:.2f} T{unit}/s", peers
+
+
+def environment(command):
+    """A line that says what was measured where."""
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{chip}, PyTorch {torch.__version__}, Python {platform.python_version()}; `python -m {command}`"
+
+
+def markdown(header, rows):
+    return "\n".join("| " + " | ".join(str(c) for c in row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def ceilings():
+    """What this GPU does at best, measured: (bytes/s of a large copy, FLOP/s of a large bf16 matrix product)."""
+    from triton.testing import do_bench
+    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    y = torch.empty_like(x)
+    copy = 4 * x.numel() / do_bench(lambda: y.copy_(x), return_mode="median") * 1e3
+    x = y = None            # their memory is free again
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return copy, 2 * 8192**3 / do_bench(lambda: a @ b, return_mode="median") * 1e3
+
+
+def compare_kernels():
+    """Print the table. do_bench: GPU events, the median, with a cold L2 cache."""
+    if not torch.cuda.is_available() or kernels.triton is None:
+        raise UserError("there is no GPU with Triton here, so there are no kernels to time: pytest tests/test_kernels.py "
+                        "checks them in Triton's interpreter")
+    from triton.testing import do_bench
+    copy, flops = ceilings()
+    print(f"{environment('studies.benchmark kernels')}\n\nMeasured ceilings: copy {copy / 1e9:.0f} GB/s, bf16 matrix "
+          f"product {flops / 1e12:.0f} TFLOP/s.\n")
+    with kernels.backend("triton"):
+        rows = [row for name, sizes in LLMS.items()
+                for row in kernel_rows(name, sizes, lambda f: do_bench(f, return_mode="median"))]
+    print(markdown(("LLM", "kernel", "shape", "direction", "ms", "rate", "peer's time / ours"), rows))
+
+
 def main(argv=None):
     parser = Parser(__doc__)
+    parser.add_argument("what", nargs="?", choices=("step", "kernels"), default="step", help="default: %(default)s")
     parser.add_device()
     parser.add_argument("--rounds", type=number(int, 1, 1000), default=5,
                         help="timed repetitions, of which the median counts (default: %(default)s)")
     parser.add_argument("--memory", action="store_true",
                         help="only the memory of a step and of building a surrogate, on random models on the CPU")
     args = parser.parse_args(argv)
+    if args.what == "kernels":
+        return compare_kernels()
     on_gpu = args.device.startswith("cuda") and not args.memory
     chip = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{chip}, torch {torch.__version__}, Python {platform.python_version()}\n\n"

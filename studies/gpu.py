@@ -4,7 +4,7 @@ What does a GPU make of the paper's sizes? A training step of the encoder, and d
     python -m studies.gpu step          # stage 2 behind Llama-3.2-3B's surrogate, beside transformers
     python -m studies.gpu decode        # tokens/s of a 3B and an 8B Llama, and the share of what memory allows
 
-All rows of a table come from one run, taking turns. (kernels/benchmark.py times the kernels one by one.)
+All rows of a table come from one run, taking turns. (studies/benchmark.py times the kernels one by one.)
 """
 import dataclasses
 import statistics
@@ -19,10 +19,9 @@ import kernels
 import train
 from formats.errors import Parser, UserError, number, run_cli
 from kernels import int8
-from kernels.benchmark import ceilings, environment, markdown
 from model import VLM, Llama, ViT
 from recipes import RECIPES, TARGETS
-from studies.benchmark import llava_batch
+from studies.benchmark import ceilings, environment, llava_batch, markdown
 from studies.decoding import transformers_twin
 from surrogate import build_surrogate
 
@@ -226,7 +225,7 @@ def main(argv=None):
     if not torch.cuda.is_available():
         raise UserError("there is no GPU here: on a CPU see `python -m studies.benchmark` and `… studies.decoding`")
     import transformers
-    print(environment("studies.gpu") + f", transformers {transformers.__version__}\n", flush=True)
+    print(environment(f"studies.gpu {args.what}") + f", transformers {transformers.__version__}\n", flush=True)
     target = TARGETS["llama-3.2-3b"]
     if args.what == "step":
         header = ("batch", "system", "ms a step", "tokens/s", "peak GiB", "waits", "GPU busy", "first loss")

@@ -1,4 +1,6 @@
 """studies/benchmark.py and decoding.py: what is compared computes the same; the rows show what they should."""
+import contextlib
+
 import pytest
 import torch
 
@@ -44,6 +46,28 @@ def test_a_step_of_the_encoder_is_timed(smollm, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.Llama, "from_pretrained", lambda **_: smollm)
     benchmark.encoder_step("cpu", torch.float32, batch=2, rounds=1, replace=((2, 28),))
     assert "4-layer surrogate, batch 2" in capsys.readouterr().out
+
+
+def test_the_kernels_peers_compute_the_same():
+    """On a GPU they are timed; here each system's results, and rows as they would be printed."""
+    sizes = (24, 64, 96, 12, 50, (2, 9, 4, 2, 16))
+    torch._dynamo.config.suppress_errors = False
+    for kernel, _, inputs, systems, *_ in benchmark.kernel_cases(sizes, "cpu", torch.float32):
+        first = lambda y: y[0] if isinstance(y, tuple) else y
+        results = [first(f(*inputs)) for name, f in systems.items() if name not in ("flash", "cuDNN", "torch.compile")]
+        for y in results[1:]:
+            torch.testing.assert_close(y, results[0], rtol=1e-4, atol=1e-5, msg=kernel)
+
+
+def test_rows_of_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(benchmark, "sdpa_kernel", lambda backend: contextlib.nullcontext())
+    sizes, seen = (24, 64, 96, 12, 50, (2, 9, 4, 2, 16)), []
+    rows = list(benchmark.kernel_rows("tiny", sizes, lambda f: seen.append(f()) or 2.0, device="cpu",
+                                      dtype=torch.float32))
+    assert [row[1] for row in rows] == ["attention"] * 2 + ["attention, a step"] + ["RoPE"] * 2 + [
+        "RMSNorm + residual"] * 2 + ["SwiGLU"] * 2 + ["LM head + loss", "int8 weights"]
+    assert rows[0][3:5] == ("forward", "2.000") and rows[0][6] == "flash 1.00, cuDNN 1.00"
 
 
 def test_decoding_compares_the_same_answers(tiny_llm, monkeypatch, capsys):

@@ -114,10 +114,8 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def attention(q, k, v, causal=True, lengths=None, rope=None):
+def attention(q, k, v, causal=True, lengths=None):
     """Straight from the definition, and with its own way of counting positions: a loop over the rows of the batch."""
-    if rope is not None:
-        q, k = rotate(q, *rope), rotate(k, *rope)
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
     rows = []
     for b in range(B):
@@ -170,25 +168,28 @@ def test_attention_of_both_backends(backend, dtype):
         check(partial(kernels.attention, causal=causal), partial(attention, causal=causal), inputs, dtype)
 
 
-@pytest.mark.parametrize("D, dtype", [(64, torch.float32), (80, torch.float32), (128, torch.bfloat16)])
-def test_rope_inside_attention(backend, D, dtype):
-    T = 70
-    angles = torch.rand(T, D // 2, device=DEVICE) * 6
-    rope = (angles.cos(), angles.sin())
-    inputs = tuple(randn(2, T, heads, D, dtype=dtype) for heads in (3, 1, 1))
-    check(partial(kernels.attention, rope=rope), partial(attention, rope=rope), inputs, dtype)
-    with torch.no_grad():  # nothing to remember then: another launch
-        out = kernels.attention(*inputs, rope=rope)
-    assert_close(out, attention(*(x.double() for x in inputs), rope=rope), dtype)
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("Tq, Tk", [(1, 77), (3, 65), (70, 129), (77, 7)])
 def test_queries_at_the_end_of_the_keys(backend, Tq, Tk, causal):
     q, k, v = randn(2, Tq, 4, 64), randn(2, Tk, 2, 64), randn(2, Tk, 2, 64)
     check(partial(kernels.attention, causal=causal), partial(attention, causal=causal), (q, k, v), torch.float32)
+    with torch.no_grad():  # by the kernel that splits the keys
+        out = kernels.attention(q, k, v, causal)
+        assert_close(out, attention(q.double(), k.double(), v.double(), causal), torch.float32)
     if causal and Tq > Tk:  # the first queries lie before the first key
-        assert (kernels.attention(q, k, v)[:, : Tq - Tk] == 0).all()
+        assert (out[:, : Tq - Tk] == 0).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("Tq, D, dtype", [(1, 128, torch.bfloat16), (3, 80, torch.float16), (1, 16, torch.float32)])
+def test_keys_split_over_programs(triton_backend, Tq, D, dtype):
+    """Of 700 keys, six parts; lengths that leave some of them empty, or all."""
+    q, k, v = (randn(3, T, heads, D, dtype=dtype, strided=True).detach() for T, heads in ((Tq, 6), (700, 2), (700, 2)))
+    lengths = torch.tensor([700, 129, 0], device=DEVICE)
+    for x in (k, v):
+        x[torch.arange(700, device=DEVICE) >= lengths[:, None]] = float("nan")
+    reference = attention(*(x.double().nan_to_num() for x in (q, k, v)), True, lengths)
+    assert_close(kernels.attention(q, k, v, lengths=lengths), reference, dtype)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -203,8 +204,11 @@ def test_lengths(backend, Tq, lengths, causal):
     ours = kernels.attention(q, k, v, causal, lengths)
     exact = [x.detach().double().requires_grad_() for x in clean]
     reference = attention(*exact, causal, lengths)
-    assert_close(ours, reference, torch.float32)
-    assert (ours[lengths == 0] == 0).all()
+    with torch.no_grad():
+        untrained = kernels.attention(q, k, v, causal, lengths)
+    for out in (ours, untrained):
+        assert_close(out, reference, torch.float32)
+        assert (out[lengths == 0] == 0).all()
     do = torch.randn_like(ours)
     grads, exact = torch.autograd.grad(ours, (q, k, v), do), torch.autograd.grad(reference, exact, do.double())
     for ours, reference in zip(grads, exact):
@@ -218,14 +222,12 @@ def test_cudnn_takes_long_sequences_if_asked(monkeypatch, T):
     calls, sdpa = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "_use_triton", lambda x: True)
+        triton = lambda _, x, shape: "cudnn" if shape == "long" else "triton"
+        monkeypatch.setattr(kernels, "_kernel", triton)
         monkeypatch.setattr(kernels, "sdpa_kernel", lambda *_, **__: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    angles = torch.rand(T, 32, device=DEVICE) * 6
-    rope = (angles.cos(), angles.sin())
     inputs = tuple(randn(1, T, heads, 64, dtype=torch.bfloat16) for heads in (2, 1, 1))
     with kernels.backend("cudnn"):
-        check(partial(kernels.attention, rope=rope), partial(attention, rope=rope), inputs, torch.bfloat16)
+        check(kernels.attention, attention, inputs, torch.bfloat16)
     if DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9:
         assert calls == [1] * (T >= 512)
 
@@ -305,6 +307,21 @@ def test_apply_rope(backend, dtype):
         check(lambda x: kernels.apply_rope(x, cos, sin), lambda x: rotate(x, cos, sin), (x,), dtype)
 
 
+@needs_triton
+@pytest.mark.parametrize("strides", [(2**31, 64, 64, 1), (1, 2**31, 64, 1), (1, 1, 1, 2**28)])
+def test_rope_of_offsets_beyond_32_bits(triton_backend, monkeypatch, strides):
+    """From row to row of the batch, token to token, channel to channel: of memory that is only reserved."""
+    monkeypatch.undo()
+    try:
+        x = torch.empty(2**32, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("no 8 GB to reserve")
+    x = x.as_strided((2, 2, 1, 16), strides).copy_(torch.randn(2, 2, 1, 16))
+    angles = torch.rand(2, 8, device=DEVICE)
+    out = kernels.apply_rope(x, angles.cos(), angles.sin())
+    assert_close(out, rotate(x.double(), angles.cos(), angles.sin()), torch.float16)
+
+
 def test_apply_rope_rounds_like_the_official_llama():
     with kernels.backend("torch"):
         angles = torch.rand(9, 32) * 6
@@ -354,6 +371,18 @@ def test_int8_matmul(triton_backend, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 17])
+def test_int8_sums_beyond_float16(backend, dtype, rows):
+    """Before its scale a sum of 8,192 products by integers up to 127 is larger than float16's largest number."""
+    weight = torch.randint(-127, 128, (9, 8192), dtype=torch.int8, device=DEVICE)
+    scale = torch.full((9,), 2**-7, dtype=torch.bfloat16, device=DEVICE)
+    x = torch.randn(rows, 8192, device=DEVICE).mul(10).to(dtype)
+    reference = x.double() @ (weight.double() * scale.double()[:, None]).t()
+    bf16 = torch.bfloat16  # in which a CPU multiplies a few rows, and a chip that does it faster any number
+    assert_close(kernels.int8_linear(x, weight, scale), reference, bf16 if dtype == torch.float32 else dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trained", [False, True])
 def test_linear_cross_entropy(backend, dtype, trained, monkeypatch):
     V = 9001  # more than one block of the kernel
@@ -370,6 +399,17 @@ def test_linear_cross_entropy(backend, dtype, trained, monkeypatch):
         loss = kernels.linear_cross_entropy(hidden, weight, targets)
     assert loss.dtype == torch.float32 and loss.grad_fn is None
     assert kernels.linear_cross_entropy(hidden[:0], weight, targets[:0]) == 0
+
+
+def test_the_mean_of_the_loss_has_the_gradients_length(backend):
+    """1/960 lies 0.4 % from the nearest bfloat16: rounded, it would make the whole gradient so much longer."""
+    hidden, weight = randn(3, 64, dtype=torch.bfloat16), randn(50, 64, dtype=torch.bfloat16)
+    targets = torch.tensor([3, 4, 5], device=DEVICE)
+    ours = torch.autograd.grad(kernels.linear_cross_entropy(hidden, weight, targets) / 960, (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    loss = F.cross_entropy(exact[0] @ exact[1].t(), targets, reduction="sum") / 960
+    for g, reference in zip(ours, torch.autograd.grad(loss, exact)):
+        assert (g.double() * reference).sum() / reference.square().sum() == pytest.approx(1, abs=1e-3)
 
 
 def test_linear_cross_entropy_of_extreme_logits(backend):
@@ -444,7 +484,7 @@ def test_decoding_as_a_graph():
 
 def layer(q, k, v, weight, rope):
     """All kernels in one function of tensors."""
-    h = kernels.attention(q, k, v, rope=rope) + kernels.apply_rope(q, *rope)  # (B, T, H, D)
+    h = kernels.attention(kernels.apply_rope(q, *rope), k, v)  # (B, T, H, D)
     h, s = kernels.rms_norm(h.flatten(2), weight[0], 1e-5, q.flatten(2))
     h = kernels.swiglu(h, s) + kernels.quick_gelu(h)
     return kernels.linear_cross_entropy(h[:, -1], weight, torch.arange(len(h), device=h.device))
@@ -463,6 +503,20 @@ def test_checkpoint_and_compile_change_nothing(backend, how):
         other = torch.compile(layer, backend="aot_eager", fullgraph=True)(*inputs, rope)
     same([plain], [other])
     same(*(torch.autograd.grad(loss, inputs) for loss in (plain, other)))
+
+
+@needs_triton
+def test_the_loss_that_overwrites_its_logits_under_inductor(triton_backend, monkeypatch):
+    """The compiler that reuses memory must see that the logits become their gradient, chunk by chunk."""
+    monkeypatch.setattr(kernels, "CHUNK", 3 * 50)
+    x, weight, targets = randn(400, 8), randn(50, 8), torch.arange(400, device=DEVICE) % 50
+    if DEVICE == "cpu":
+        x, targets = x[:7].detach().requires_grad_(), targets[:7]
+    loss = lambda x, w: kernels.linear_cross_entropy(x.sin(), w, targets) / 7
+    torch._dynamo.reset()
+    results = [(f(x, weight), *torch.autograd.grad(f(x, weight), (x, weight)))
+               for f in (loss, torch.compile(loss, backend="inductor", fullgraph=True))]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,8 +542,8 @@ def wrong_calls():
         "q has shape": lambda: kernels.attention(q[0], kv, kv),
         "q is torch.int64": lambda: kernels.attention(*[q.long()] * 3),
         "lengths is torch.int64 (3,)": lambda: kernels.attention(q, kv, kv, lengths=f(3, dtype=torch.int64)),
-        "rope needs": lambda: kernels.attention(q[:, :1], kv, kv, rope=(cos, cos)),
-        "cos has shape": lambda: kernels.attention(q, kv, kv, rope=(cos[1:], cos[1:])),
+        "lengths is on meta": lambda: kernels.attention(q, kv, kv, lengths=elsewhere(f(2, dtype=torch.int64))),
+        "cos has shape": lambda: kernels.apply_rope(q, cos[1:], cos[1:]),
         "sin is torch.float16": lambda: kernels.apply_rope(q, cos, cos.to(half)),
         "weight has shape": lambda: kernels.rms_norm(x, f(9), 1e-5),
         "weight is torch.float16": lambda: kernels.rms_norm(x, w.to(half), 1e-5),
@@ -510,16 +564,49 @@ def test_bad_input_names_the_argument(backend, message):
 
 
 @needs_triton
-def test_which_gpus_get_the_kernels(monkeypatch):
-    shared_memory = {"T4": 64, "A100": 163, "RTX 4090": 99, "H100": 227}
-    has = lambda device: {} if device == "MI300" else dict(
-        shared_memory_per_block_optin=shared_memory.get(device, 0) * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(major=9, minor=0, **has(d)))
-    x = lambda device, dtype=torch.bfloat16: SimpleNamespace(is_cuda=True, dtype=dtype, device=device)
-    assert [d for d in (*shared_memory, "MI300") if kernels._use_triton(x(d))] == ["A100", "RTX 4090", "H100"]
-    assert not kernels._use_triton(x("H100", torch.float64))
-    asks = lambda x: x + 1 if kernels._fits(x.device) else x  # no break in the graph
-    assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)) == 0
+@pytest.mark.parametrize("chip, choice, expected", [
+    ((7, 5), "auto", ["torch"] * 8),
+    ((8, 0), "auto", ["torch", "torch", "split", "torch", "torch", "triton", "triton", "torch"]),
+    ((9, 0), "auto", ["triton", "torch", "split", "torch", "torch", "triton", "triton", "torch"]),
+    ((9, 0), "cudnn", ["triton", "cudnn", "split", "torch", "torch", "triton", "triton", "torch"]),
+])
+def test_which_chips_get_which_kernel(monkeypatch, chip, choice, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip)
+    x = lambda dtype: SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
+    asked = [("attention", torch.bfloat16, "square"), ("attention", torch.float16, "long"),
+             ("attention", torch.bfloat16, "few"), ("attention", torch.bfloat16, "trained"),
+             ("attention", torch.float32, "square"), ("elementwise", torch.float32, "any"),
+             ("int8", torch.bfloat16, "few"), ("elementwise", torch.float64, "any")]
+    if choice == "auto":  # there nobody asks for long sequences
+        asked[1] = ("attention", torch.float32, "few")
+    with kernels.backend(choice):
+        assert [kernels._kernel(name, x(dtype), shape) for name, dtype, shape in asked] == expected
+        torch._dynamo.reset()
+        asks = lambda x: x + (kernels._capability(x.device) == chip)  # no break in the graph
+        assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
+
+
+@needs_triton
+def test_tiles_that_do_not_divide_the_padding_are_refused(monkeypatch):
+    """By 256 queries the backward would read lse and delta, which are padded to 128, beyond their end."""
+    attention = sys.modules["kernels.attention"]
+    monkeypatch.setitem(attention.CONFIGS["large"], "dkdv", ((256, 64, 8, 3),) * 2)
+    with pytest.raises(AssertionError, match="128"):
+        attention.config("dkdv", 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("device, chip, fast", [
+    ("cuda:0", (7, 0), False), ("cuda:0", (7, 5), False), ("cuda:0", (8, 0), True), ("cuda", (9, 0), True),
+    ("cpu", dict(amx_bf16=True, cpu_name="Intel"), True), ("cpu", dict(avx512_bf16=True, cpu_name="Intel"), False),
+    ("cpu", dict(avx512_bf16=True, cpu_name="AMD EPYC"), True), ("cpu", {}, False),
+])
+def test_which_chips_are_given_bfloat16(monkeypatch, device, chip, fast):
+    """A V100 and a T4 have no unit for it."""
+    kernels.default_dtype.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: chip, raising=False)
+    assert kernels.default_dtype(device) == (torch.bfloat16 if fast else torch.float32)
+    kernels.default_dtype.cache_clear()
 
 
 @needs_triton
@@ -583,16 +670,86 @@ def test_triton_on_the_cpu_needs_its_interpreter(triton_backend, monkeypatch):
         kernels.quick_gelu(torch.randn(3))
 
 
+COMPILED = """
+import os, subprocess, sys, tempfile
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+import kernels
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int8: "*i8"}
+
+def compile(kernel, args, options):
+    # As this launch would for an H100, which need not be here. Prints what the assembler reports.
+    values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in options.items() if k in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        x, name = values[parameter.name], parameter.name
+        special = isinstance(x, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or x is None or special and x == 1:
+            signature[name], constants[(i,)] = "constexpr", x
+        else:
+            tensor = isinstance(x, torch.Tensor)
+            signature[name] = POINTERS[x.dtype] if tensor else "fp32" if isinstance(x, float) else "i32"
+            if tensor or special and x % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    launch = {n: x for n, x in options.items() if n.startswith("num_")}
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", 90, 32),
+                              options=launch)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(compiled.asm["ptx"])
+        f.flush()
+        log = subprocess.run([get_ptxas(90).path, "-v", "--gpu-name=sm_90a", f.name, "-o", os.devnull],
+                             capture_output=True, text=True).stderr
+    number = lambda before: int(log.split(before)[0].split()[-1])
+    free = ",".join(p.name for p in kernel.params if p.do_not_specialize)
+    print("|", kernel.__module__.split(".")[-1] + "." + kernel.__name__, free, number("registers"),
+          number("bytes spill stores") + number("bytes spill loads"), compiled.metadata.shared,
+          "wgmma.mma_async instructions are serialized" in log, sep="|")
+
+seen = set()
+def launch(self, *args, grid, warmup, **options):
+    case = (self.__name__, *(a for a in args if a is None or isinstance(a, (bool, float, str))), *options.items())
+    if case not in seen:
+        seen.add(case)
+        compile(self, args, options)
+
+triton.runtime.jit.JITFunction.run = launch
+kernels._kernel = lambda name, x, shape="any": dict(few="split" if name == "attention" else "triton").get(shape, "triton")
+make = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+square = lambda x: (x * x).sum()            # whose gradient is dense; that of a plain sum is one number, expanded
+q, k = make(2, 129, 4, 128), make(2, 129, 2, 128)
+for causal in (True, False):
+    square(kernels.attention(q, k, k, causal)).backward()
+with torch.no_grad():
+    kernels.attention(make(2, 1, 4, 128), k, k, lengths=torch.tensor([5, 9]))
+kernels.apply_rope(q, torch.zeros(129, 64), torch.zeros(129, 64))
+for weight in (make(3072), make(3072).detach()):
+    y, s = kernels.rms_norm(make(33, 3072), weight, 1e-5, make(33, 3072))
+    (square(y) + square(s)).backward()
+square(kernels.swiglu(make(33, 8192), make(33, 8192))).backward()
+square(kernels.quick_gelu(make(33, 4096))).backward()
+kernels.linear_cross_entropy(make(33, 64), make(128256, 64), torch.zeros(33, dtype=torch.long))
+for rows in (1, 8):
+    kernels.int8_linear(make(rows, 3072), torch.zeros(8192, 3072, dtype=torch.int8),
+                        torch.zeros(8192, dtype=torch.bfloat16))
+"""
+
+
 @needs_triton
 def test_compiled_for_hopper_without_one():
-    """For sm_90, by the assembler's own report: no serialised tensor core products and hardly a spilled register."""
-    status, output = run("""
-import sys, torch, kernels.benchmark
-print(kernels.benchmark.compile_table(90, dtypes=(torch.bfloat16,), head_dims=(128,)))
-""")
+    """For sm_90, by the assembler's own report: no serialised tensor core products and hardly a spilled register. And
+    no argument that changes from batch to batch is one that Triton compiles anew for, at 1 and at multiples of 16."""
+    status, output = run(COMPILED)
     assert status == 0, output
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if "._" in line]
-    assert {row[0] for row in rows} >= {"attention._forward", "attention._dkdv", "attention._dq", "rms_norm._backward"}
-    for kernel, case, tile, warps, stages, registers, spilled, shared, serialised in rows:
-        assert serialised == "no" and int(spilled) < 1000, (kernel, case)
-        assert float(shared.split()[0]) <= 227, (kernel, case)
+    rows = [line.strip("|").split("|") for line in output.splitlines() if line.startswith("|")]
+    free = {row[0]: row[1] for row in rows}
+    assert free == {
+        "attention._forward": "T", "attention._prepare": "T,T_padded", "attention._dkdv": "T,T_padded",
+        "attention._dq": "T,T_padded", "decode_attention._attend": "Tq,Tk,chunk",
+        "decode_attention._combine": "rows,splits", "rope._rope": "rows,T", "rms_norm._forward": "",
+        "rms_norm._backward": "rows", "swiglu._forward": "", "swiglu._backward": "",
+        "cross_entropy._cross_entropy": "", "int8_matmul._matmul": "M"}
+    for kernel, _, registers, spilled, shared, serialised in rows:
+        assert serialised == "False" and int(spilled) < 1000 and int(shared) <= 227 * 1024, (kernel, spilled)

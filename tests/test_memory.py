@@ -1,15 +1,15 @@
 """studies/memory.py: the step that it measures is that of the formula, and its rows say both."""
 import pytest
 
-import kernels
 from formats.errors import UserError, run_cli
+from kernels import reference
 from recipes import STAGES
 from studies import cost, memory
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_step_has_the_parameters_of_the_formula(stage, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "_attention_by_matmul", kernels._attention_by_matmul)       # put back afterwards
+    monkeypatch.setattr(reference, "attention_by_products", reference.attention_by_products)     # put back afterwards
     monkeypatch.setattr(memory, "MID", memory.TINY)
     seen = []
 

@@ -1,5 +1,7 @@
 """model.py: Llama, ViT and VLM against transformers, on tiny random models and on the default LLM's real weights."""
 
+import copy
+import itertools
 import json
 
 import numpy as np
@@ -14,6 +16,7 @@ import model
 from data.images import preprocess
 from formats import checkpoints
 from formats.tokenizer import IMAGE
+from kernels.graph import Graphs
 from model import VLM, KVCache, Llama, ViT, sample
 
 TOLERANCE = 1e-4  # the project's promise for float32 logits
@@ -271,6 +274,42 @@ def test_steps_of_one_shape(tiny):
                 cache.fix()
             said.append(torch.stack(list(tiny.decode(x, cache, 20))))
         assert torch.equal(*said)
+
+
+@torch.no_grad()
+def test_a_recorded_step_is_kept_for_the_next_answer(tiny, monkeypatch):
+    """With a recorder that records nothing: answers of one batch and about one length share a recording, those that
+    run at once do not, nor do other weights; and nothing is left of the answer before."""
+    made = []
+    monkeypatch.setattr("model.record", lambda step, x, stream: made.append((len(x), stream)) or step)
+    llm = copy.deepcopy(tiny)
+    llm.graphs = Graphs(keep=2, new_stream=itertools.count().__next__)
+
+    def answer(batch, length=5, size=12):
+        """As decode does on a GPU."""
+        cache = KVCache(llm, batch, size)
+        x = llm.run(llm.embed(torch.arange(batch * length).view(batch, length)), cache=cache)[:, -1]
+        cache.advance(length)
+        with llm.graph(cache) as (step, used):
+            for _ in range(3):
+                yield (token := llm.logits(x).argmax(-1))
+                x = step(token)
+                used.advance(1)
+
+    def check(*answers):
+        got = [torch.stack(tokens, 1).tolist() for tokens in zip(*zip(*(answer(*a) for a in answers)))]
+        assert got == [llm.generate(torch.arange(n * T).view(n, T).tolist(), max_new_tokens=3) for n, T, *_ in answers]
+    check((1, 9))
+    check((1, 5, 99))
+    check((2, 5))
+    assert made == [(1, 0), (2, 1)]
+    check((1, 5), (1, 7))
+    assert made[2:] == [(1, 2)]                 # and the one of two rows is forgotten: two are kept
+    check((2, 5))
+    assert made[3:] == [(2, 1)]                 # by its stream
+    llm.load_state_dict({n: t + 0.1 for n, t in llm.state_dict().items()}, assign=True)
+    check((2, 5))
+    assert len(made) == 5
 
 
 def test_stop_tokens(tiny):

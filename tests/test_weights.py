@@ -388,7 +388,7 @@ def fail(error):
 
 @pytest.mark.parametrize("error, words", [
     (UserError("first\nsecond"), "error: first\n"), (MissingFile("no x"), "error: no x\n"),
-    (UserError(), "error: UserError\n"), (torch.OutOfMemoryError("CUDA"), "smaller batch"),
+    (UserError(), "error: UserError\n"), (torch.OutOfMemoryError("CUDA"), "checkpointing=true"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
     (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory: 'a.txt'"),
     (PermissionError(13, "Permission denied", "a.txt"), "Permission denied: 'a.txt'"),

@@ -1,0 +1,144 @@
+"""What the kernels compute, in plain PyTorch: one function each. Read this first; the files beside it say how it is made
+fast on a GPU.
+
+It is also what runs on a CPU. There autograd's own backward of RMSNorm and RoPE, pass after pass over tensors larger
+than the cache, was a quarter of a training step; so these two have theirs written out, as their kernels have.
+
+Layout is (B, T, H, D) everywhere, batch, time, head, channel: what a projection's `.view` gives.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def attention_by_products(q, k, v, causal):
+    """softmax(q k^T / sqrt(D)) v, written out. q (B, Tq, Hq, D); k, v (B, Tk, Hkv, D) -> (B, Tq, Hq, D).
+
+    On a CPU with bf16 matrix units its backward is several times faster than SDPA's. It keeps the scores.
+    """
+    (B, Tq, Hq, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    q = q.reshape(B, Tq, Hkv, -1, D).permute(0, 2, 3, 1, 4).reshape(B * Hkv, -1, D)  # (B*Hkv, G*Tq, D), G = Hq / Hkv
+    k, v = (x.transpose(1, 2).reshape(B * Hkv, Tk, D) for x in (k, v))
+    scores = (q * D ** -0.5 @ k.transpose(1, 2)).view(B * Hkv, -1, Tq, Tk)
+    if causal:
+        scores = scores.masked_fill(torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(Tk - Tq + 1), -math.inf)
+    o = scores.softmax(-1).view(B * Hkv, -1, Tk) @ v  # (B*Hkv, G*Tq, D)
+    return o.view(B, Hkv, -1, Tq, D).permute(0, 3, 1, 2, 4).reshape(B, Tq, Hq, D)
+
+
+def attention(q, k, v, causal=True, lengths=None):
+    """The same by PyTorch's own attention, and with all that `kernels.attention` allows."""
+    (_, Tq, Hq, _), (Tk, Hkv) = q.shape, k.shape[1:3]
+    if q.numel() == 0 or k.numel() == 0:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    if lengths is not None:
+        k, v = _drop_invalid_keys(k, v, lengths)
+        Tk = k.shape[1]
+    mask = empty = None
+    if lengths is not None or (causal and Tq != Tk and Tq > 1):
+        length = lengths.clamp(0, Tk)[:, None] if lengths is not None else torch.full((1, 1), Tk, device=q.device)
+        key = torch.arange(Tk, device=q.device)
+        mask = key < length[..., None]  # (B or 1, 1, Tk)
+        if causal:
+            position = length - Tq + torch.arange(Tq, device=q.device)  # (B or 1, Tq) where each query sits
+            mask = mask & (key <= position[..., None])  # (B or 1, Tq, Tk)
+        empty = ~mask.any(-1, keepdim=True)  # (B or 1, Tq or 1, 1)
+        mask = (mask | empty)[:, None]  # softmax over no key at all would be NaN: let it run over all, drop it below
+    elif not q.is_cuda and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return attention_by_products(q, k, v, causal)
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,  # (B, H, T, D)
+        is_causal=causal and mask is None and Tq > 1, enable_gqa=Hq != Hkv,
+    ).transpose(1, 2)  # (B, Tq, Hq, D)
+    return (o if empty is None else o.masked_fill(empty[..., None], 0)).contiguous()
+
+
+def _drop_invalid_keys(k, v, lengths):
+    """What lies in a cache beyond lengths[b] may be anything, even NaN, and 0 * NaN is NaN: it must not be touched."""
+    if not torch.compiler.is_compiling() and not k.is_cuda:  # on a GPU, asking for the longest would wait for it
+        longest = max(int(lengths.max()), 1)
+        k, v = k[:, :longest], v[:, :longest]
+        if int(lengths.min()) >= k.shape[1]:
+            return k, v
+    invalid = (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[..., None, None]  # (B, Tk, 1, 1)
+    return k.masked_fill(invalid, 0), v.masked_fill(invalid, 0)
+
+
+def apply_rope(x, cos, sin):
+    """Each pair (x1, x2) = channels (i, i + D/2) turns by its token's angle. x (B, T, H, D); cos, sin (…, T, D/2)."""
+    cos, sin = cos[..., None, :], sin[..., None, :]  # (T, 1, D/2) or (B, T, 1, D/2)
+    x1, x2 = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def rms_norm(x, weight, eps, residual=None):
+    """x / sqrt(mean(x^2) + eps) * weight, after x + residual if there is one, which is then returned, too."""
+    s = x if residual is None else x + residual
+    if s.dtype == torch.float32:  # nothing is rounded in between: PyTorch's own is the same, in fewer steps
+        y = F.rms_norm(s, weight.shape, weight, eps)
+    else:
+        y = (s.float() * torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + eps)).to(s.dtype) * weight
+    return y if residual is None else (y, s)
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def int8_linear(x, weight, scale, dtype):
+    """x (…, K) W^T of W[n] = scale[n] * integers[n], multiplied in `dtype`. Never in float16: before it meets its scale a
+    sum of products by integers up to 127 leaves its range."""
+    return (F.linear(x.to(dtype), weight.to(dtype)) * scale.to(dtype)).to(x.dtype)
+
+
+def loss_and_gradient(logits, targets, need_grad):
+    """logits (n, V), targets (n,) -> the n losses, float32, and d loss / d logits in the dtype of logits (or None)."""
+    valid = targets >= 0
+    index = targets.clamp(min=0)[:, None]  # (n, 1)
+    x = logits.float()  # (n, V)
+    lse = torch.logsumexp(x, dim=-1, keepdim=True)  # (n, 1)
+    losses = torch.where(valid, (lse - x.gather(1, index))[:, 0], 0)
+    if not need_grad:
+        return losses, None
+    p = torch.exp_(x.sub(lse) if x is logits else x.sub_(lse))  # softmax
+    p.scatter_add_(1, index, torch.full_like(lse, -1))
+    return losses, p.mul_(valid[:, None]).to(logits.dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """hidden (N, d), weight (V, d), targets (N,) -> the sum of the losses; `rows` of the N x V logits at a time.
+
+    step: what turns logits into losses and their gradient, `loss_and_gradient` or its kernel. Since d loss / d logits
+    needs nothing from later in the network, a chunk's share of both gradients is computed at once, and it is forgotten.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, step, rows, need_hidden, need_weight):
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        # the weight's gradient is summed over all chunks: in float32, whatever the weight is
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for i in range(0, len(hidden), rows):
+            h, t = hidden[i : i + rows], targets[i : i + rows]  # (n, d), (n,)
+            losses, d_logits = step(h @ weight.t(), t, need_hidden or need_weight)  # (n,), (n, V)
+            loss = loss + losses.sum()  # not +=: from that, torch.compile of PyTorch 2.11 makes a gradient of zeros
+            if need_hidden:
+                d_hidden[i : i + rows] = d_logits @ weight  # (n, d)
+            if need_weight:
+                d_weight += d_logits.t() @ h  # (V, d)
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype) if need_weight else None)
+        return loss
+
+    @staticmethod
+    @once_differentiable  # the saved gradients are numbers: a second derivative would leave them out
+    def backward(ctx, grad):
+        # The chain rule's last factor, a scalar, is all that is missing; in float32, to which grad[None], no longer a
+        # mere number, raises both: 1/n has no exact bfloat16, and rounded would make the whole gradient longer.
+        return *(None if d is None else (d * grad[None]).to(d.dtype) for d in ctx.saved_tensors), *[None] * 5
