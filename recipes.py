@@ -130,9 +130,11 @@ SMALL = dict(
 def paper(steps=4393):
     """The paper's three stages on LLaVA-1.5-665K: one epoch, and for stage 3 20 % of it. steps: of stage 1."""
     common = dict(checkpointing=True, workers=2)
+    encoder = Recipe(steps=4880, batch=128, micro_batch=8, lr=5e-5, **common)
     return dict(
         translator=Recipe(steps=steps, batch=256, micro_batch=8, lr=1e-4, **common),
-        encoder=Recipe(steps=4880, batch=128, micro_batch=8, lr=5e-5, **common),
+        encoder=encoder,
+        direct=dataclasses.replace(encoder, lr=2e-4),       # stage 2 on the full LLM: --replace none
         decoder=Recipe(steps=1040, batch=128, micro_batch=4, lr=5e-5, loss_on="answers", **common),
     )
 

@@ -377,7 +377,9 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     args = parse(sys.argv[1:] if argv is None else argv)
     stage, small, team = args.stage, args.recipe == "small", team or Solo(args.device)
     once = ["steps=0"] if args.data and small else []       # without a number of steps, all records once
-    recipe = override(RECIPES[args.recipe][stage], once + args.settings)
+    recipes = RECIPES[args.recipe]
+    direct = stage == "encoder" and args.replace == "none" and "direct" in recipes
+    recipe = override(recipes["direct" if direct else stage], once + args.settings)
     if args.text and stage != "translator":
         reads = "images alone" if stage == "encoder" else "what --data holds"
         raise UserError(f"--text is for stage translator: stage {stage} reads {reads}")
