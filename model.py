@@ -1,5 +1,6 @@
 """
-Llama, CLIP's vision tower (ViT), and the vision language model (VLM) that joins them, from scratch in one file.
+Llama (and Qwen), CLIP's vision tower (ViT), and the vision language model (VLM) that joins them, from scratch in one
+file.
 
     image -> ViT -> projector -> visual tokens -> Llama -> text
 
@@ -7,7 +8,8 @@ Read top to bottom: 1) Llama, 2) ViT, 3) VLM. Parameter names are those of the o
 a plain `load_state_dict`; formats/official.py knows where official files are and how each format spells those names.
 
 References:
-1) Llama 3: https://arxiv.org/abs/2407.21783, code at https://github.com/meta-llama/llama-models
+1) Llama 3: https://arxiv.org/abs/2407.21783, code at https://github.com/meta-llama/llama-models; Qwen2.5 and Qwen3
+   (https://arxiv.org/abs/2412.15115, https://arxiv.org/abs/2505.09388) are the same but for two fields of LlamaConfig
 2) CLIP: https://arxiv.org/abs/2103.00020, parameter names of Hugging Face's `CLIPVisionModel`
 3) The method: https://arxiv.org/abs/2505.22664 (Zero-Shot Vision Encoder Grafting via LLM Surrogates)
 """
@@ -49,6 +51,8 @@ class LlamaConfig:
     rope_scaling: dict | None = None    # Llama 3.1 and 3.2 stretch the slow frequencies to read longer texts
     tie_word_embeddings: bool = True    # is the LM head the embedding matrix itself?
     max_position_embeddings: int = 8192
+    qkv_bias: bool = False              # Qwen2.5: q, k and v have a bias
+    qk_norm: bool = False               # Qwen3: every head of q and k goes through an RMSNorm
 
 
 def rope_frequencies(config):
@@ -86,17 +90,19 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, D = config.hidden_size, config.head_dim
+        C, D, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.head_dim = D
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
+        self.q_norm, self.k_norm = (RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                                    for _ in range(2))
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
     def forward(self, x, cos, sin, cache=None, layer=0):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)    # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))   # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))   # (B, T, Hkv, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
         if cache is None:                                   # training: the kernel rotates q and k while it loads them
             out = kernels.attention(q, k, v, causal=True, rope=(cos, sin))

@@ -301,14 +301,19 @@ def meta_llama_config(path):
 
 def hf_llama_config(path):
     c = hf_config(path)
-    if c.get("model_type") != "llama":
-        raise UserError(f"{path} holds a {c.get('model_type')} model: only the llama architecture is implemented here")
+    kind = c.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise UserError(f"{path} holds a {kind} model: only the architectures of Llama, Qwen2.5 and Qwen3 are "
+                        "implemented here")
+    if c.get("use_sliding_window"):
+        raise UserError(f"{path} attends within a sliding window, which is not implemented here")
     take = values(c, path / "config.json")
     width, heads = take("hidden_size"), take("num_attention_heads")
     return dict(vocab_size=take("vocab_size"), hidden_size=width, intermediate_size=take("intermediate_size"),
                 num_hidden_layers=take("num_hidden_layers", high=1000), num_attention_heads=heads,
                 num_key_value_heads=take("num_key_value_heads", heads),
-                head_dim=take("head_dim", max(1, width // heads)), rms_norm_eps=take("rms_norm_eps", 1e-6, float),
+                head_dim=take("head_dim", 128 if kind == "qwen3" else max(1, width // heads)),
+                qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", rms_norm_eps=take("rms_norm_eps", 1e-6, float),
                 **hf_rope(c, path / "config.json"), tie_word_embeddings=take("tie_word_embeddings", False, bool),
                 max_position_embeddings=take("max_position_embeddings", 2048))
 

@@ -21,7 +21,7 @@ from surrogate import check_ranges, parse_ranges
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. What the paper has beside its recipes (recipes.py): a baseline, the data, the hours
 
-PAPER = [name for name in TARGETS if name != "small"]
+PAPER = [name for name in TARGETS if name.startswith("llama")]
 PLANS = (*STAGES, "adapter")        # adapter: the baseline's first stage, the projector alone through the full LLM
 HOURS_70B = {"translator": 9.36, "encoder": 4.25, "decoder, 20 %": 5.56, "adapter": 7.01, "decoder": 27.78}
 LORA_RANK = 8                       # as in the paper's code

@@ -71,6 +71,9 @@ def test_recipes_have_the_official_sizes():
         assert all(cost.recipe_of(stage, name) is RECIPES[name][stage] for stage in STAGES)
         assert cost.recipe_of("encoder", name).steps == 4880 == -(-624_610 // 128)
         assert cost.recipe_of("adapter", name).steps == 2440
+    with torch.device("meta"):
+        qwen = Llama(TARGETS["qwen3-4b"].llm_config)
+    assert sum(p.numel() for p in qwen.parameters()) == pytest.approx(4.02e9, rel=2e-3)
     assert cost.recipe_of("translator", "llama-3.2-3b").steps == 3568
     assert cost.recipe_of("translator", "llama-3.1-8b").steps == 4393
 

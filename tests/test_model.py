@@ -7,14 +7,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers import LlamaConfig as HFLlamaConfig
 
 import model
+import surrogate
 from data.images import preprocess
 from formats import checkpoints
 from formats.tokenizer import IMAGE
 from model import VLM, KVCache, Llama, ViT, sample
+from surrogate import build_surrogate
 
 TOLERANCE = 1e-4  # the project's promise for float32 logits
 
@@ -33,10 +45,10 @@ def randomize(module, std=0.25):
     return module.eval()
 
 
-def hf_llama(**changes):
+def hf_llama(config=HFLlamaConfig, kind=LlamaForCausalLM, **changes):
     sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
                  num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
-    return randomize(LlamaForCausalLM(HFLlamaConfig(**sizes | changes)))
+    return randomize(kind(config(**sizes | changes)))
 
 
 TINY_VIT = dict(image_size=32, patch_size=8, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
@@ -68,7 +80,9 @@ def assert_same_function(ours, theirs, T=40):
     dict(num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True),        # 4, tied
     dict(head_dim=16),                                                                  # 6 heads of 16 in a width of 48
     dict(rope_parameters=LLAMA3_ROPE),
-], ids=["gqa1", "gqa3", "gqa4-tied", "head_dim", "llama3-rope"])  # fmt: skip
+    dict(config=Qwen2Config, kind=Qwen2ForCausalLM),
+    dict(config=Qwen3Config, kind=Qwen3ForCausalLM, head_dim=16, tie_word_embeddings=True),
+], ids=["gqa1", "gqa3", "gqa4-tied", "head_dim", "llama3-rope", "qwen2", "qwen3"])  # fmt: skip
 def test_llama_matches_transformers(tmp_path, changes):
     theirs = hf_llama(**changes)
     theirs.save_pretrained(tmp_path)
@@ -79,6 +93,21 @@ def test_llama_matches_transformers(tmp_path, changes):
         tokens = torch.randint(97, (1, 90))
         ours.config.rope_scaling, ours.rope_cache = None, None
         assert (ours(tokens) - theirs(tokens).logits).abs().max() > 0.1
+
+
+def test_qwen_generates_like_transformers(tmp_path):
+    """With the cache, and as a surrogate that is the whole LLM; in 8 bits, the biases stay."""
+    for name, changes in dict(qwen2=dict(config=Qwen2Config, kind=Qwen2ForCausalLM),
+                              qwen3=dict(config=Qwen3Config, kind=Qwen3ForCausalLM)).items():
+        theirs = hf_llama(**changes)
+        theirs.save_pretrained(tmp_path / name)
+        ours, prompt = surrogate.from_pretrained(tmp_path / name, [(1, 1)]), [5, 17, 3, 8]
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert ours.generate([prompt], max_new_tokens=12) == [expected[0, 4:].tolist()]
+        rounded, tokens = Llama.from_pretrained(tmp_path / name, quantize="int8"), torch.randint(97, (1, 20))
+        whole = build_surrogate(rounded, [(1, 1)])      # its translator is in floating point again, as rounded
+        for llm in (rounded, whole):
+            assert (llm(tokens) - ours(tokens)).abs().mean() < 0.1 * ours(tokens).std(), name
 
 
 def test_llama_official_config(tmp_path):
@@ -338,14 +367,17 @@ def test_smollm_generates_like_transformers(smollm, smollm_tokenizer):
 # ---- ViT ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["CLIPVisionModel", "CLIPModel", "pytorch_model.bin"])
-def test_vit_matches_transformers(tmp_path, kind):
+@pytest.mark.parametrize("kind, size, patch, tokens", [
+    ("CLIPVisionModel", 32, 8, 17), ("CLIPModel", 32, 8, 17), ("pytorch_model.bin", 32, 8, 17),
+    ("CLIPModel", 224, 14, 257), ("CLIPModel", 336, 14, 577)])      # the last two: ViT-L/14's images
+def test_vit_matches_transformers(tmp_path, kind, size, patch, tokens):
+    sizes = TINY_VIT | dict(image_size=size, patch_size=patch)
     if kind == "CLIPVisionModel":
-        whole = tower = randomize(CLIPVisionModel(CLIPVisionConfig(**TINY_VIT)), 0.15)
+        whole = tower = randomize(CLIPVisionModel(CLIPVisionConfig(**sizes)), 0.15)
     else:
         text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
                     bos_token_id=0, eos_token_id=1)  # fmt: skip
-        whole = randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=TINY_VIT)), 0.15)
+        whole = randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=sizes)), 0.15)
         tower = whole.vision_model
     whole.save_pretrained(tmp_path)
     if kind == "pytorch_model.bin":  # as OpenAI's own repository
@@ -353,9 +385,9 @@ def test_vit_matches_transformers(tmp_path, kind):
         torch.save(whole.state_dict() | {"vision_model.embeddings.position_ids": torch.arange(17)}, tmp_path / kind)
     vit = ViT.from_pretrained(tmp_path).requires_grad_(True)
     tower = getattr(tower, "vision_model", tower)  # one more level in transformers 4
-    pixels = torch.randn(2, 3, 32, 32)
+    pixels = torch.randn(2, 3, size, size)
     ours, theirs = vit(pixels), tower(pixels).last_hidden_state
-    assert ours.shape == (2, 17, 48)
+    assert ours.shape == (2, tokens, 48)
     assert (ours - theirs).abs().max() <= TOLERANCE
     ours, theirs = vit.vision_model.post_layernorm(ours), tower.post_layernorm(theirs)
     assert (ours - theirs).abs().max() <= TOLERANCE

@@ -128,8 +128,13 @@ def test_config_lacks_a_size(folder):
 
 def test_other_architectures(folder):
     change_config(folder, model_type="mistral")
-    refuses(UserError, lambda: Llama.from_pretrained(folder), "mistral", "only the llama architecture")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "mistral", "only the architectures of Llama, Qwen")
     refuses(UserError, lambda: ViT.from_pretrained(folder), "mistral", "only CLIP's")
+
+
+def test_sliding_window(folder):
+    change_config(folder, model_type="qwen2", use_sliding_window=True)
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "sliding window", str(folder))
 
 
 def test_other_rope_scaling(folder):
@@ -188,7 +193,7 @@ def test_weight_of_wrong_shape(folder):
 
 
 def test_extra_bias(folder):
-    """Qwen's architecture is Llama's with biases: reading it without them would give nonsense in silence."""
+    """Other architectures are Llama's with biases: reading it without them would give nonsense in silence."""
     change_weights(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
     refuses(UserError, lambda: Llama.from_pretrained(folder), "model.layers.0.self_attn.q_proj.bias", "another model")
 
