@@ -515,14 +515,20 @@ class VLM(nn.Module):
     that the paper released. Grafting is nothing more than calling this with another decoder.
     """
 
-    def __init__(self, encoder, decoder, tokenizer=None, like_words=False):
-        """like_words: give every visual token the length of a word (see `as_words`). Ours, not the paper's."""
+    def __init__(self, encoder, decoder, tokenizer=None, like_words=False, llava=None):
+        """like_words: give every visual token the length of a word (see `as_words`). Ours, not the paper's. llava: a
+        VLM of LLaVA's own code, whose visual tokens are those of an inner layer, without norm, start and end, and
+        without CLS: dict(layer=-2, cls=False)."""
         super().__init__()
-        C, d = encoder.config.hidden_size, decoder.config.hidden_size
+        C, d, ends = encoder.config.hidden_size, decoder.config.hidden_size, 0 if llava else 1
         self.encoder = encoder
+        self.cls = not llava or llava["cls"]
+        if llava:
+            del encoder.layers[len(encoder.layers) + 1 + llava["layer"]:]       # -1 is the last
+            encoder.vision_model["post_layernorm"] = nn.Identity()
         self.adapter = nn.Sequential(nn.Linear(C, d), nn.GELU(), nn.Linear(d, d))
-        self.embd_soi = nn.Parameter(torch.randn(1, d) * d ** -0.5)     # start of image
-        self.embd_eoi = nn.Parameter(torch.randn(1, d) * d ** -0.5)     # end of image
+        self.embd_soi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)      # start of image
+        self.embd_eoi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)      # end of image
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.like_words = like_words
@@ -538,14 +544,14 @@ class VLM(nn.Module):
     @property
     def n_visual(self):
         """How many positions an image takes in the LLM: all patches, CLS, start and end (579 for CLIP ViT-L/14-336)."""
-        return self.encoder.config.num_patches + 3
+        return self.encoder.config.num_patches + self.cls + len(self.embd_soi) + len(self.embd_eoi)
 
     def visual_tokens(self, pixels):
         """pixels (N, 3, S, S) -> (N, n_visual, d), where d is the width of the LLM (paper, section 3)."""
         pixels = pixels.to(self.embd_soi, non_blocking=True)                # device and dtype of the weights
         x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
-        x = self.adapter(x)                                                 # (N, 1 + P, d)
-        soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
+        x = self.adapter(x if self.cls else x[:, 1:])                       # (N, 1 + P, d)
+        soi, eoi = (e.expand(len(x), *e.shape) for e in (self.embd_soi, self.embd_eoi))
         x = torch.cat([soi, x, eoi], dim=1)                   # (N, 1 + (1 + P) + 1, d)
         return self.decoder.as_words(x) if self.like_words else x
 
@@ -573,18 +579,21 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, llm=official.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32,
-                        device="cpu", tokenizer=None):
+                        device="cpu", tokenizer=None, vit=None):
         """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage encoder
-        (file, folder or hub name).
+        (file, folder or hub name), of the paper's authors, or a LLaVA's folder.
 
-        The checkpoint holds only what was trained; its metadata names the ViT that it started from.
+        The checkpoint holds only what was trained; its metadata names the ViT that it started from. vit: another; the
+        authors' checkpoints name none, and are read over CLIP ViT-L/14-336.
         """
         tensors, about = checkpoints.read_checkpoint(encoder)
-        if not {"adapter.0.weight", "embd_soi"} <= tensors.keys():      # stage vit has the first, but not the second
+        llava = about.get("llava")
+        if not llava and not {"adapter.0.weight", "embd_soi"} <= tensors.keys():    # stage vit has only the first
             raise UserError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: "
                             "give a checkpoint of train.py's stage encoder or decoder")
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
-        vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
+        vit = vit or about.get("vit", "openai/clip-vit-large-patch14-336")
+        vit = base_vit(vit, encoder, decoder.dtype, decoder.device)
         if tokenizer is None:
             name = about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm
             tokenizer = Tokenizer.from_pretrained(official.find(name))
@@ -597,7 +606,7 @@ class VLM(nn.Module):
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
         like_words = about.get("recipe", {}).get("like_words", False)
-        vlm = cls(vit, decoder, tokenizer, like_words).to(decoder.device, decoder.dtype)
+        vlm = cls(vit, decoder, tokenizer, like_words, llava).to(decoder.device, decoder.dtype)
         checkpoints.load_checkpoint(vlm, tensors, encoder)
         return vlm.requires_grad_(False).eval()
 

@@ -272,6 +272,8 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
     if was.get("llm", llm) != llm:
         raise UserError(f"{start} was trained for {was['llm']}, not for {llm}: "
                         "give another checkpoint, or none, as --init")
+    if was.get("stage") == "llava":
+        raise UserError(f"{start} is a whole LLaVA, which is here to be asked, not to be trained further")
     if was.get("stage") == "decoder" and stage != "decoder":
         raise UserError(f"{start} is of stage decoder, which trained the full LLM: no surrogate belongs to it")
     given = "auto" if replace == "auto" else surrogate.parse_ranges(replace) if replace is not None else None

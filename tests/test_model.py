@@ -1,12 +1,15 @@
 """model.py: Llama, ViT and VLM against transformers, on tiny random models and on the default LLM's real weights."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_tiny_llm
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -20,6 +23,7 @@ from transformers import (
 )
 from transformers import LlamaConfig as HFLlamaConfig
 
+import graft
 import model
 import surrogate
 from data.images import preprocess
@@ -28,6 +32,7 @@ from formats.tokenizer import IMAGE
 from model import VLM, KVCache, Llama, ViT, sample
 from surrogate import build_surrogate
 
+ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-4  # the project's promise for float32 logits
 
 # The original context is 32 positions here and the sequences are longer, so that the scaling changes the logits a lot.
@@ -532,6 +537,78 @@ def test_vlm_from_released_checkpoint(tmp_path, vlm_and_oracle, monkeypatch):
         if name in state:
             assert torch.equal(p, state[name]), name
     assert not torch.equal(loaded.encoder.layers[last].mlp.fc1.weight, start.layers[last].mlp.fc1.weight)
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """(folder, tower, projector, LLM): a whole VLM as LLaVA's own code saves it, and its parts."""
+    folder, llm_path = tmp_path / "llava", Path(save_tiny_llm(tmp_path))
+    folder.mkdir()
+    tower = randomize(CLIPVisionModel(CLIPVisionConfig(**TINY_VIT | dict(hidden_size=64, num_attention_heads=1))), 0.15)
+    projector = randomize(torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 32)))
+    tensors = load_file(llm_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    inner = getattr(tower, "vision_model", tower)       # one more level in transformers 4
+    tensors |= {f"model.vision_tower.vision_tower.vision_model.{n}": t for n, t in inner.state_dict().items()}
+    tensors |= {f"model.mm_projector.{n}": t for n, t in projector.state_dict().items()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((llm_path / "config.json").read_text()) | dict(
+        architectures=["LlavaLlamaForCausalLM"], model_type="llava_llama", mm_projector_type="mlp2x_gelu",
+        mm_vision_tower="openai/clip-vit-large-patch14-336", mm_vision_select_layer=-2)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text((llm_path / "tokenizer.json").read_text())
+    return folder, tower, projector, Llama.from_pretrained(llm_path)
+
+
+def change_llava(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer, feature", [(-2, "patch"), (-1, "cls_patch"), (None, None)])
+def test_llava_folder(llava, capsys, layer, feature):
+    """Its visual tokens are those that its config.json says: LLaVA's are patches of the last layer but one. And the
+    example of the paper's model card."""
+    folder, tower, projector, llm = llava
+    change_llava(folder, mm_vision_select_layer=layer, mm_vision_select_feature=feature)
+    vlm = VLM.from_pretrained(str(folder), folder)
+    pixels = torch.randn(2, 3, 32, 32)
+    visual = tower(pixels, output_hidden_states=True).hidden_states[layer or -2][:, feature != "cls_patch":]
+    expected = projector(visual)
+    assert vlm.n_visual == expected.shape[1] == 16 + (feature == "cls_patch")
+    assert (vlm.visual_tokens(pixels) - expected).abs().max() <= TOLERANCE
+    tokens = torch.tensor([[5, *[IMAGE] * vlm.n_visual, 7]] * 2)
+    words = llm.embed(torch.tensor([[5], [7]]))[:, None].expand(-1, 2, -1, -1)
+    ours = vlm.decoder(embeds=vlm.embed(tokens, pixels))
+    theirs = llm(embeds=torch.cat([words[0], expected, words[1]], dim=1))
+    assert (ours - theirs).abs().max() <= TOLERANCE * max(1, theirs.abs().max())
+
+    picture, question = str(ROOT / "assets" / "flag.png"), "What is in this image?"
+    command = ["--encoder", str(folder), "--image", picture, "--question", question, "--max-new-tokens", "6"]
+    graft.main([*command, "--no-int8"])
+    assert capsys.readouterr().out.split("\n[")[0].strip() == vlm.chat(picture, question, max_new_tokens=6)
+    graft.main(command)
+
+
+@pytest.mark.parametrize("config, drop, words", [
+    (dict(architectures=["LlavaForConditionalGeneration"]), "", ("no checkpoint", "['LlavaForConditionalGeneration']")),
+    (dict(architectures=None), "", ("no checkpoint in", "found None")),
+    (dict(mm_vision_select_layer=2), "", ("'patch' of layer 2", "only patch and cls_patch")),
+    (dict(mm_vision_select_feature="cls"), "", ("'cls' of layer -2",)),
+    ({}, "mm_projector.2", ("projector of two layers", "found adapter.0.bias, adapter.0.weight")),
+    ({}, "position_embedding", ("lacks a part of its vision tower", "position_embedding")),
+    ({}, "model.layers.3.", ("lacks model.layers.3.",)),
+])
+def test_other_llava_folders_say_what_was_found(llava, config, drop, words):
+    folder = llava[0]
+    change_llava(folder, **config)
+    if drop:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({n: t for n, t in tensors.items() if drop not in n}, folder / "model.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        graft.main(["--encoder", str(folder), "--image", str(ROOT / "assets" / "flag.png")])
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
 def test_vlm_from_stage_3_has_the_trained_decoder(tmp_path, vlm_and_oracle):
