@@ -88,7 +88,8 @@ def parse(argv):
     add = parser.add_argument
     add("--llm", help="full LLM: folder, .gguf file or hub name (default: the one that the encoder was trained for)")
     add("--encoder", default="assets/encoder.safetensors",
-        help="checkpoint of the stage encoder (default: %(default)s)")
+        help="checkpoint of the stage encoder: file, folder, hub name or org/name:FILE (default: %(default)s)")
+    add("--vit", help="ViT: file, folder or hub name (default: the one that the encoder started from)")
     add("--direct", default="assets/direct.safetensors",
         help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
     add("--eval", type=number(int, 1, 10**6), default=5, metavar="N",
@@ -196,7 +197,7 @@ def main(argv=None):
     if args.int8 is None:       # stage 3 trained the LLM itself: it comes in floating point
         args.int8 = asked and args.device == "cpu" and about.get("stage") != "decoder"
     llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device, quantize="int8" if args.int8 else None)
-    vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)))
+    vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)), vit=args.vit)
     if args.web:
         web.serve(vlm, load_surrogate(llm, args.encoder))
     elif asked:

@@ -1,5 +1,6 @@
 """
-Llama, CLIP's vision tower (ViT), and the vision language model (VLM) that joins them, from scratch in one file.
+Llama (and Qwen), CLIP's vision tower (ViT), and the vision language model (VLM) that joins them, from scratch in one
+file.
 
     image -> ViT -> projector -> visual tokens -> Llama -> text
 
@@ -7,7 +8,8 @@ Read top to bottom: 1) Llama, 2) ViT, 3) VLM. Parameter names are those of the o
 a plain `load_state_dict`; formats/official.py knows where official files are and how each format spells those names.
 
 References:
-1) Llama 3: https://arxiv.org/abs/2407.21783, code at https://github.com/meta-llama/llama-models
+1) Llama 3: https://arxiv.org/abs/2407.21783, code at https://github.com/meta-llama/llama-models; Qwen2.5 and Qwen3
+   (https://arxiv.org/abs/2412.15115, https://arxiv.org/abs/2505.09388) are the same but for two fields of LlamaConfig
 2) CLIP: https://arxiv.org/abs/2103.00020, parameter names of Hugging Face's `CLIPVisionModel`
 3) The method: https://arxiv.org/abs/2505.22664 (Zero-Shot Vision Encoder Grafting via LLM Surrogates)
 """
@@ -50,6 +52,8 @@ class LlamaConfig:
     rope_scaling: dict | None = None    # Llama 3.1 and 3.2 stretch the slow frequencies to read longer texts
     tie_word_embeddings: bool = True    # is the LM head the embedding matrix itself?
     max_position_embeddings: int = 8192
+    qkv_bias: bool = False              # Qwen2.5: q, k and v have a bias
+    qk_norm: bool = False               # Qwen3: every head of q and k goes through an RMSNorm
 
 
 def rope_frequencies(config):
@@ -87,17 +91,19 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, D = config.hidden_size, config.head_dim
+        C, D, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.head_dim = D
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
+        self.q_norm, self.k_norm = (RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                                    for _ in range(2))
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
     def forward(self, x, cos, sin, cache=None, layer=0):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)    # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))   # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))   # (B, T, Hkv, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)    # (B, T, Hkv, D)
         q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
         lengths = None
@@ -533,14 +539,20 @@ class VLM(nn.Module):
     that the paper released. Grafting is nothing more than calling this with another decoder.
     """
 
-    def __init__(self, encoder, decoder, tokenizer=None, like_words=False):
-        """like_words: give every visual token the length of a word (see `as_words`). Ours, not the paper's."""
+    def __init__(self, encoder, decoder, tokenizer=None, like_words=False, llava=None):
+        """like_words: give every visual token the length of a word (see `as_words`). Ours, not the paper's. llava: a
+        VLM of LLaVA's own code, whose visual tokens are those of an inner layer, without norm, start and end, and
+        without CLS: dict(layer=-2, cls=False)."""
         super().__init__()
-        C, d = encoder.config.hidden_size, decoder.config.hidden_size
+        C, d, ends = encoder.config.hidden_size, decoder.config.hidden_size, 0 if llava else 1
         self.encoder = encoder
+        self.cls = not llava or llava["cls"]
+        if llava:
+            del encoder.layers[len(encoder.layers) + 1 + llava["layer"]:]       # -1 is the last
+            encoder.vision_model["post_layernorm"] = nn.Identity()
         self.adapter = nn.Sequential(nn.Linear(C, d), nn.GELU(), nn.Linear(d, d))
-        self.embd_soi = nn.Parameter(torch.randn(1, d) * d ** -0.5)     # start of image
-        self.embd_eoi = nn.Parameter(torch.randn(1, d) * d ** -0.5)     # end of image
+        self.embd_soi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)      # start of image
+        self.embd_eoi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)      # end of image
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.like_words = like_words
@@ -556,14 +568,14 @@ class VLM(nn.Module):
     @property
     def n_visual(self):
         """How many positions an image takes in the LLM: all patches, CLS, start and end (579 for CLIP ViT-L/14-336)."""
-        return self.encoder.config.num_patches + 3
+        return self.encoder.config.num_patches + self.cls + len(self.embd_soi) + len(self.embd_eoi)
 
     def visual_tokens(self, pixels):
         """pixels (N, 3, S, S) -> (N, n_visual, d), where d is the width of the LLM (paper, section 3)."""
         pixels = pixels.to(self.embd_soi, non_blocking=True)                # device and dtype of the weights
         x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
-        x = self.adapter(x)                                                 # (N, 1 + P, d)
-        soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
+        x = self.adapter(x if self.cls else x[:, 1:])                       # (N, 1 + P, d)
+        soi, eoi = (e.expand(len(x), *e.shape) for e in (self.embd_soi, self.embd_eoi))
         x = torch.cat([soi, x, eoi], dim=1)                   # (N, 1 + (1 + P) + 1, d)
         return self.decoder.as_words(x) if self.like_words else x
 
@@ -591,18 +603,21 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, llm=official.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32,
-                        device="cpu", tokenizer=None):
+                        device="cpu", tokenizer=None, vit=None):
         """A VLM out of an LLM (path, hub name, or a Llama already loaded) and a checkpoint of train.py's stage encoder
-        (file, folder or hub name).
+        (file, folder or hub name), of the paper's authors, or a LLaVA's folder.
 
-        The checkpoint holds only what was trained; its metadata names the ViT that it started from.
+        The checkpoint holds only what was trained; its metadata names the ViT that it started from. vit: another; the
+        authors' checkpoints name none, and are read over CLIP ViT-L/14-336.
         """
         tensors, about = checkpoints.read_checkpoint(encoder)
-        if not {"adapter.0.weight", "embd_soi"} <= tensors.keys():      # stage vit has the first, but not the second
+        llava = about.get("llava")
+        if not llava and not {"adapter.0.weight", "embd_soi"} <= tensors.keys():    # stage vit has only the first
             raise UserError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: "
                             "give a checkpoint of train.py's stage encoder or decoder")
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
-        vit = base_vit(about.get("vit", "openai/clip-vit-large-patch14-336"), encoder, decoder.dtype, decoder.device)
+        vit = vit or about.get("vit", "openai/clip-vit-large-patch14-336")
+        vit = base_vit(vit, encoder, decoder.dtype, decoder.device)
         if tokenizer is None:
             name = about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm
             tokenizer = Tokenizer.from_pretrained(official.find(name))
@@ -615,7 +630,7 @@ class VLM(nn.Module):
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
         like_words = about.get("recipe", {}).get("like_words", False)
-        vlm = cls(vit, decoder, tokenizer, like_words).to(decoder.device, decoder.dtype)
+        vlm = cls(vit, decoder, tokenizer, like_words, llava).to(decoder.device, decoder.dtype)
         checkpoints.load_checkpoint(vlm, tensors, encoder)
         return vlm.requires_grad_(False).eval()
 

@@ -1,5 +1,5 @@
 """
-Every number of every recipe: the small world's, and the paper's for Llama-3.2-3B, 3.1-8B and 3.1-70B.
+Every number of every recipe: the small world's, and the paper's for Llama-3.2-3B, 3.1-8B, 3.1-70B and Qwen3-4B.
 
     TARGETS["small"]                    which LLM, which ViT, which layers a translator replaces
     RECIPES["small"]["encoder"]         how a stage trains for it
@@ -131,9 +131,11 @@ SMALL = dict(
 def paper(steps=4393):
     """The paper's three stages on LLaVA-1.5-665K: one epoch, and for stage 3 20 % of it. steps: of stage 1."""
     common = dict(checkpointing=True, workers=2)
+    encoder = Recipe(steps=4880, batch=128, micro_batch=8, lr=5e-5, **common)
     return dict(
         translator=Recipe(steps=steps, batch=256, micro_batch=8, lr=1e-4, **common),
-        encoder=Recipe(steps=4880, batch=128, micro_batch=8, lr=5e-5, **common),
+        encoder=encoder,
+        direct=dataclasses.replace(encoder, lr=2e-4),       # stage 2 on the full LLM: --replace none
         decoder=Recipe(steps=1040, batch=128, micro_batch=4, lr=5e-5, loss_on="answers", **common),
     )
 
@@ -159,10 +161,15 @@ TARGETS = {
     "llama-3.1-70b": Target("meta-llama/Llama-3.1-70B-Instruct", ranges=((40, 78),), **CLIP, llm_config=llama3(
         8.0, num_hidden_layers=80, hidden_size=8192, intermediate_size=28672, num_attention_heads=64,
         tie_word_embeddings=False)),
+    "qwen3-4b": Target("Qwen/Qwen3-4B", ranges=((22, 34),), **CLIP, llm_config=LlamaConfig(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=40960,
+        qk_norm=True)),
 }
 RECIPES = {
     "small": SMALL,
     "llama-3.2-3b": paper(steps=3568),          # stage 1 of the released 3B checkpoint
     "llama-3.1-8b": paper(),
     "llama-3.1-70b": paper(),
+    "qwen3-4b": paper(),
 }

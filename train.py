@@ -265,6 +265,8 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
     if was.get("llm", llm) != llm:
         raise UserError(f"{start} was trained for {was['llm']}, not for {llm}: "
                         "give another checkpoint, or none, as --init")
+    if was.get("stage") == "llava":
+        raise UserError(f"{start} is a whole LLaVA, which is here to be asked, not to be trained further")
     if was.get("stage") == "decoder" and stage != "decoder":
         raise UserError(f"{start} is of stage decoder, which trained the full LLM: no surrogate belongs to it")
     given = "auto" if replace == "auto" else surrogate.parse_ranges(replace) if replace is not None else None
@@ -370,7 +372,9 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
     args = parse(sys.argv[1:] if argv is None else argv)
     stage, small, team = args.stage, args.recipe == "small", team or Solo(args.device)
     once = ["steps=0"] if args.data and small else []       # without a number of steps, all records once
-    recipe = override(RECIPES[args.recipe][stage], once + args.settings)
+    recipes = RECIPES[args.recipe]
+    direct = stage == "encoder" and args.replace == "none" and "direct" in recipes
+    recipe = override(recipes["direct" if direct else stage], once + args.settings)
     if args.text and stage != "translator":
         reads = "images alone" if stage == "encoder" else "what --data holds"
         raise UserError(f"--text is for stage translator: stage {stage} reads {reads}")

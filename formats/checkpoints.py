@@ -14,7 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from formats.errors import MissingFile, UserError
-from formats.official import check_finite, find, open_safetensors, open_torch
+from formats.official import (
+    check_finite,
+    find,
+    find_file,
+    hf_config,
+    is_llava,
+    open_llava,
+    open_safetensors,
+    open_torch,
+)
 
 ROOT = Path(__file__).parent.parent     # of the project: assets/ is there
 
@@ -58,18 +67,29 @@ def locate(path):
 
 def checkpoint_file(path):
     """
-    The file of a checkpoint: `path` itself, or what is in the folder or behind the hub name (org/name) of that name, a
-    result that formats/share.py wrote or the folder of a run.
+    The file of a checkpoint: `path` itself, a file of the hub (org/name:FILE), or what is in the folder or behind the
+    hub name (org/name) of that name: a result that formats/share.py wrote, the folder of a run, or, as it is, a LLaVA.
     """
-    path = locate(path)
-    if not path.exists() and path.suffix not in (".safetensors", ".pth", ".pt", ".bin") and str(path).count("/") == 1:
-        path = find(path)
+    name, path = path, locate(path)
+    if not path.exists() and on_hub(path):
+        path = find_file(path) if ":" in str(path) else find(path)
     if not path.is_dir():
         return path
     files = [path / f"{stage}.safetensors" for stage in ("encoder", "decoder", "translator", "vit")]
-    if not any(f.exists() for f in files):
-        raise MissingFile(f"no checkpoint in {path}: expected encoder.safetensors or translator.safetensors")
-    return next(f for f in files if f.exists())
+    if any(f.exists() for f in files):
+        return next(f for f in files if f.exists())
+    if is_llava(path):
+        return path
+    if not (path / "config.json").exists() and not locate(name).exists():
+        return find_file(name)                              # of the hub: the only file there
+    found = hf_config(path).get("architectures") if (path / "config.json").exists() else sorted(os.listdir(path))
+    raise MissingFile(f"no checkpoint in {path}: expected encoder.safetensors or translator.safetensors, or a model of "
+                      f"LLaVA's (LlavaLlamaForCausalLM); found {str(found):.80}")
+
+
+def on_hub(path):
+    """Is what is no file here a hub name: org/name, or org/name:FILE?"""
+    return ":" in str(path) or str(path).count("/") == 1 and path.suffix not in (".safetensors", ".pth", ".pt", ".bin")
 
 
 def open_checkpoint(path):
@@ -80,6 +100,8 @@ def open_checkpoint(path):
     path = checkpoint_file(path)
     if not path.exists():
         raise MissingFile(f"no such checkpoint: {path}")
+    if path.is_dir():
+        return open_llava(path)
     if path.suffix != ".safetensors":
         return open_torch(path), {}
     tensors = open_safetensors(path)
@@ -123,7 +145,7 @@ def beside(name, checkpoint):
         return neighbour
     if written.exists():
         return written
-    if written.suffix not in (".safetensors", ".pth"):      # a hub name
+    if on_hub(written):
         return checkpoint_file(name)
     raise MissingFile(f"{checkpoint} needs {name}, which is neither there nor beside it")
 

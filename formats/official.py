@@ -3,14 +3,15 @@ Official weights: where they are, and how each format spells their names.
 
 1. `find`: a folder, a file, the default LLM or a hub name -> a local path.
 2. Official formats -> Hugging Face's parameter names, one lazy tensor at a time:
-   Hugging Face folders (safetensors, one or many, or pytorch_model.bin), Meta's original layout (consolidated.*.pth),
-   GGUF.
+   Hugging Face folders (safetensors, one or many, or pytorch_model.bin), LLaVA's, Meta's original layout
+   (consolidated.*.pth), GGUF.
 3. `load`: those tensors into a model built on the meta device, with one clear line for whatever does not fit.
 
 No file can run code: safetensors and GGUF hold none, and `torch.load(weights_only=True)` builds nothing but tensors.
 """
 import functools
 import hashlib
+import math
 import os
 import re
 import subprocess
@@ -67,7 +68,8 @@ def fetch_default_llm():
 
 
 def find(path):
-    """Folder, file, "smollm2-135m" (the default LLM) or hub name (meta-llama/Llama-3.2-3B-Instruct) -> a local Path."""
+    """Folder, file, "smollm2-135m" (the default LLM) or hub name (meta-llama/Llama-3.2-3B-Instruct, org/name@REVISION)
+    -> a local Path."""
     if str(path) == DEFAULT_LLM:
         return fetch_default_llm()
     local = Path(path).expanduser()
@@ -78,11 +80,32 @@ def find(path):
         raise MissingFile(f"no such model: {path} (not a folder, not a .gguf file, not a hub name like org/name)")
     from huggingface_hub import snapshot_download
     files = ["*.json", "*.safetensors", "tokenizer.model"]
+    name, _, revision = str(path).partition("@")
+    get = lambda **which: Path(ask_hub(path, snapshot_download, name, revision=revision or None, **which))
+    folder = get(allow_patterns=files, ignore_patterns=["original/*", "onnx/*"])
+    if not list(folder.glob("*.safetensors")):          # an older repository, CLIP's for instance
+        folder = get(allow_patterns=["*.json", "pytorch_model*.bin"])
+    return folder
+
+
+def find_file(path):
+    """org/name:FILE or org/name@REVISION:FILE on the hub -> a local Path. FILE: a file of weights, or the end of its
+    name, or a folder that holds one; without it, the only one there."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+    where, _, file = str(path).partition(":")
+    name, _, revision = where.partition("@")
+    there = ask_hub(path, list_repo_files, name, revision=revision or None)
+    there = [f for f in there if f.endswith((".pth", ".safetensors"))]
+    fits = [f for f in there if file in ("", f) or f.startswith(file + "/") or f.endswith("/" + file)]
+    if len(fits) != 1:
+        raise MissingFile(f"{where} holds {len(fits) or 'no'} checkpoints{f' {file}' if file else ''}: name one of its "
+                          f"files, like {where}:FILE; there are {', '.join(there) or 'none'}")
+    return Path(ask_hub(path, hf_hub_download, name, fits[0], revision=revision or None))
+
+
+def ask_hub(path, call, *args, **options):
     try:
-        folder = Path(snapshot_download(str(path), allow_patterns=files, ignore_patterns=["original/*", "onnx/*"]))
-        if not list(folder.glob("*.safetensors")):      # an older repository, CLIP's for instance
-            folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "pytorch_model*.bin"]))
-        return folder
+        return call(*args, **options)
     except Exception as e:      # no network, no such name, no access: the hub's own words say which
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise MissingFile(f"no such model: {path} is not a local folder, and the hub did not give it ({why})") from None
@@ -301,14 +324,19 @@ def meta_llama_config(path):
 
 def hf_llama_config(path):
     c = hf_config(path)
-    if c.get("model_type") != "llama":
-        raise UserError(f"{path} holds a {c.get('model_type')} model: only the llama architecture is implemented here")
+    kind = "llama" if is_llava(path) else c.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise UserError(f"{path} holds a {kind} model: only the architectures of Llama, Qwen2.5 and Qwen3 are "
+                        "implemented here")
+    if c.get("use_sliding_window"):
+        raise UserError(f"{path} attends within a sliding window, which is not implemented here")
     take = values(c, path / "config.json")
     width, heads = take("hidden_size"), take("num_attention_heads")
     return dict(vocab_size=take("vocab_size"), hidden_size=width, intermediate_size=take("intermediate_size"),
                 num_hidden_layers=take("num_hidden_layers", high=1000), num_attention_heads=heads,
                 num_key_value_heads=take("num_key_value_heads", heads),
-                head_dim=take("head_dim", max(1, width // heads)), rms_norm_eps=take("rms_norm_eps", 1e-6, float),
+                head_dim=take("head_dim", 128 if kind == "qwen3" else max(1, width // heads)),
+                qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", rms_norm_eps=take("rms_norm_eps", 1e-6, float),
                 **hf_rope(c, path / "config.json"), tie_word_embeddings=take("tie_word_embeddings", False, bool),
                 max_position_embeddings=take("max_position_embeddings", 2048))
 
@@ -339,11 +367,15 @@ def hf_config(path):
 def llama_tensors(path):
     if path.suffix == ".gguf":
         return open_gguf(path)
-    return open_meta(path) if meta_files(path) else open_hf(path)
+    if meta_files(path):
+        return open_meta(path)
+    return {n: t for n, t in open_hf(path).items() if not n.startswith(("model.vision_tower.", "model.mm_projector."))}
 
 
 def vit_config(path):
     """Fields of model.ViTConfig as a dict, out of the config.json of a CLIP model or of its vision tower alone."""
+    if is_llava(path):
+        return llava_vit_config(path)
     c = hf_config(path)
     c = c.get("vision_config") or c
     values(c, path / "config.json")
@@ -374,7 +406,48 @@ def vit_sizes(c, where):
 def vit_tensors(path):
     of_the_text = ("text_model.", "text_projection", "visual_projection", "logit_scale")
     tensors = {n: t for n, t in open_hf(path).items() if not n.startswith(of_the_text)}
+    if is_llava(path):
+        tensors = {n.removeprefix(TOWER): t for n, t in tensors.items() if n.startswith(TOWER)}
     return {n if n.startswith("vision_model.") else f"vision_model.{n}": t for n, t in tensors.items()}
+
+
+# A folder of LLaVA's own code holds a whole VLM: an LLM in Llama's names, and among them the vision tower and the
+# projector. https://github.com/haotian-liu/LLaVA, llava/model; the model card of the paper's checkpoints names such
+TOWER = "model.vision_tower.vision_tower."
+
+
+def is_llava(path):
+    """Is this a folder of LLaVA's own code, with Llama as its LLM?"""
+    return (path / "config.json").exists() and "LlavaLlamaForCausalLM" in str(hf_config(path).get("architectures"))
+
+
+def llava_vit_config(path):
+    """LLaVA's config.json names its vision tower, but not the sizes: the weights have them."""
+    tensors = vit_tensors(path)
+    try:
+        shape = lambda name: tensors[f"vision_model.{name}"]().shape
+        width, _, patch, _ = shape("embeddings.patch_embedding.weight")
+        positions, M = shape("embeddings.position_embedding.weight")[0], shape("encoder.layers.0.mlp.fc1.weight")[0]
+    except (KeyError, ValueError) as e:
+        raise UserError(f"{path} lacks a part of its vision tower ({e}): is the download complete?") from None
+    layers = sum(n.endswith("mlp.fc1.weight") for n in tensors)
+    return vit_sizes(dict(image_size=patch * math.isqrt(positions - 1), patch_size=patch, hidden_size=width,
+                          intermediate_size=M, num_hidden_layers=layers, layer_norm_eps=1e-5,
+                          num_attention_heads=max(1, width // 64)), path)       # as in all of CLIP's ViTs
+
+
+def open_llava(path):
+    """The projector of such a folder in our names, as readers, and what a checkpoint of ours would say about itself."""
+    c, tensors = hf_config(path), open_hf(path)
+    parts = {n.replace("model.mm_projector", "adapter"): t for n, t in tensors.items() if "mm_projector." in n}
+    layer, feature = c.get("mm_vision_select_layer", -2), c.get("mm_vision_select_feature", "patch")
+    if set(parts) != {f"adapter.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}:
+        raise UserError(f"{path}: LLaVA's projector of two layers is read, found {', '.join(sorted(parts)) or 'none'}")
+    if type(layer) is not int or layer >= 0 or feature not in ("patch", "cls_patch"):
+        raise UserError(f"{path}: its visual tokens are {feature!r} of layer {layer!r}: only patch and cls_patch, of a "
+                        "layer counted from the end, are implemented here")
+    vit = path if any(n.startswith(TOWER) for n in tensors) else c.get("mm_vision_tower")
+    return parts, dict(stage="llava", llm=str(path), vit=str(vit), llava=dict(layer=layer, cls=feature == "cls_patch"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""Llama 3 and SmolLM2 tokenizers on tiktoken, and their chat formats: text or messages in, token ids out.
+"""Llama 3, Qwen and SmolLM2 tokenizers on tiktoken, and their chat formats: text or messages in, token ids out.
 
-Both are byte-level BPE: a regular expression cuts text into pieces; within a piece, neighbouring tokens are merged in
+All are byte-level BPE: a regular expression cuts text into pieces; within a piece, neighbouring tokens are merged in
 the order in which training learnt the merges. Ids were given out in that order, so tiktoken needs {bytes: id} only.
 """
 import base64
 import codecs
 import re
+import unicodedata
 from pathlib import Path
 
 import tiktoken
@@ -21,6 +22,8 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 LLAMA3_NAMES = ("begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
                 "step_id start_header_id end_header_id eom_id eot_id python_tag image").split()
 LLAMA3_NAMES += [f"reserved_special_token_{i}" for i in range(2, 246)]  # 256 special tokens in all
+# Qwen2.5 and Qwen3: the same, but that every digit stands alone. (Before it, text is put into Unicode's form NFC.)
+QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 # GPT-2's pattern where every digit was cut out beforehand, so that white space before a digit ends a piece.
 SMOLLM2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
@@ -54,19 +57,20 @@ def read_meta(path):
 
 
 def read_json(path):
-    """Hugging Face's tokenizer.json. It also says how to cut text; only the two ways that we know are taken."""
+    """Hugging Face's tokenizer.json. It also says how to cut text; only the three ways that we know are taken."""
     spec = files.read_json(path)
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
     ranks = bpe_ranks(vocab, spec["model"]["merges"])
     first, last = spec["pre_tokenizer"]["pretokenizers"]
     steps = first["type"], last["type"], last["add_prefix_space"], last.get("use_regex", True), spec.get("normalizer")
-    if steps == ("Split", "ByteLevel", False, False, None) and first["behavior"] == "Isolated" \
-            and first["pattern"]["Regex"] == LLAMA3_PATTERN:
-        return ranks, special, LLAMA3_PATTERN
+    if steps[:4] == ("Split", "ByteLevel", False, False) and first["behavior"] == "Isolated":
+        pattern = first["pattern"]["Regex"]
+        if (pattern, steps[4]) in ((LLAMA3_PATTERN, None), (QWEN_PATTERN, {"type": "NFC"})):
+            return ranks, special, pattern
     if steps == ("Digits", "ByteLevel", False, True, None) and first["individual_digits"]:
         return ranks, special, SMOLLM2_PATTERN
-    raise UserError("it cuts text in another way than Llama 3 and SmolLM2")
+    raise UserError("it cuts text in another way than Llama 3, Qwen and SmolLM2")
 
 
 def read_gguf(path):
@@ -94,6 +98,7 @@ class Tokenizer:
         # they get ids past the vocabulary, which encode drops. Hugging Face's tokenizer drops these bytes too.
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         extra = {byte: self.n_vocab + i for i, byte in enumerate(missing)}
+        self.nfc = pattern == QWEN_PATTERN
         self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks | extra, special_tokens={})
         self.token_bytes = {i: token for token, i in ranks.items()}
         self.special_bytes = {i: token.encode() for token, i in special.items()} | {IMAGE: b"<image>"}
@@ -103,12 +108,15 @@ class Tokenizer:
             self.bos, text_end = special["<|begin_of_text|>"], special["<|end_of_text|>"]
             self.turn_start, self.header_end = [special["<|start_header_id|>"]], [special["<|end_header_id|>"]]
             self.turn_end, self.after_turn = [special["<|eot_id|>"]], []
-        elif "<|im_start|>" in special:  # ChatML
+        elif "<|im_start|>" in special:  # ChatML: SmolLM2, Qwen
             self.bos, text_end = None, special["<|endoftext|>"]
             self.turn_start, self.header_end = [special["<|im_start|>"]], []
             self.turn_end, self.after_turn = [special["<|im_end|>"]], self.newline
         else:
-            raise UserError("it has the chat tokens of neither Llama 3 nor SmolLM2")
+            raise UserError("it has the chat tokens of neither Llama 3 nor ChatML")
+        # Qwen3 thinks aloud unless the answer opens with an empty thought, as its chat template has it
+        thought = [special[t] for t in ("<think>", "</think>") if t in special]
+        self.no_thought = [i for t in thought for i in (t, *self.encode("\n\n"))]
         self.pad = special.get("<|finetune_right_pad_id|>", text_end)  # Llama 3.0 names none in tokenizer.json
         self.stop_tokens = {text_end, *self.turn_end, special.get("<|eom_id|>", text_end)}
 
@@ -116,7 +124,7 @@ class Tokenizer:
     def from_pretrained(cls, path):
         """path: a folder with tokenizer.json (Hugging Face) or tokenizer.model (Meta), either file, or a .gguf file.
 
-        MissingFile if there is none; UserError if it is malformed or not a Llama 3 or SmolLM2 tokenizer."""
+        MissingFile if there is none; UserError if it is malformed or not a Llama 3, Qwen or SmolLM2 tokenizer."""
         path = Path(path).expanduser()
         file = next((f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()), None)
         if file is None:
@@ -126,8 +134,8 @@ class Tokenizer:
             tokenizer = cls(*{".json": read_json, ".gguf": read_gguf}.get(file.suffix, read_meta)(file))
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # all that a malformed file can cause
             reason = " ".join(str(error).split()) if isinstance(error, ValueError) else f"malformed: {error!r}"
-            raise UserError(f"cannot use {file} as tokenizer ({reason}): give Llama 3's or SmolLM2's official "
-                            "tokenizer.json, tokenizer.model or .gguf file") from error
+            raise UserError(f"cannot use {file} as tokenizer ({reason}): give Llama 3's, Qwen's or SmolLM2's "
+                            "official tokenizer.json, tokenizer.model or .gguf file") from error
         # a .gguf may hold a vocabulary alone
         if official.read_gguf(file).tensors if file.suffix == ".gguf" else (path / "config.json").exists():
             known = official.llama_config(path)["vocab_size"]
@@ -137,7 +145,7 @@ class Tokenizer:
 
     def encode_text(self, text):
         """text -> ids of plain text, whatever it spells: neither a special token nor IMAGE can come out."""
-        ids = []
+        ids, text = [], unicodedata.normalize("NFC", text) if self.nfc else text
         for block in (text[i:i + MAX_CHARS] for i in range(0, len(text), MAX_CHARS)):
             cuts = [0, *(run.end() for run in RUN.finditer(block) if run[1]), len(block)]
             for start, end in zip(cuts, cuts[1:]):
@@ -179,9 +187,10 @@ class Tokenizer:
         """messages [{"role": "user" | "assistant" | "system", "content": str}, ...] -> ids.
 
         Llama 3: <|begin_of_text|>, then per turn <|start_header_id|>ROLE<|end_header_id|>\\nTEXT<|eot_id|>, with one
-        newline as in the paper. SmolLM2: per turn <|im_start|>ROLE\\nTEXT<|im_end|>\\n. No system prompt unless given.
-        generate=True opens an assistant turn at the end. "<image>" is an image, except in an assistant's text."""
-        opening = self.turn_start + self.encode("assistant") + self.header_end + self.newline
+        newline as in the paper. ChatML: per turn <|im_start|>ROLE\\nTEXT<|im_end|>\\n. No system prompt unless given.
+        generate=True opens an assistant turn at the end, for Qwen3 with an empty thought. "<image>" is an image, except
+        in an assistant's text."""
+        opening = self.turn_start + self.encode("assistant") + self.header_end + self.newline + self.no_thought
         return self.chat_targets(messages)[0] + (opening if generate else [])
 
     def chat_targets(self, messages):

@@ -25,10 +25,11 @@ def round_rows(weight):
 
 
 class Int8Linear(nn.Module):
-    """x (…, K) -> x W^T (…, N), in place of an nn.Linear without bias."""
+    """x (…, K) -> x W^T (…, N), in place of an nn.Linear; a bias (N,) stays as it is."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, bias=None):
         super().__init__()
+        self.bias = bias
         weight, scale = round_rows(weight.detach())
         self.register_buffer("weight", weight)          # (N, K)
         self.register_buffer("scale_bits", scale)       # (N,)
@@ -38,7 +39,8 @@ class Int8Linear(nn.Module):
         return self.scale_bits.view(torch.bfloat16)     # (N,)
 
     def forward(self, x):
-        return kernels.int8_linear(x, self.weight, self.scale)
+        y = kernels.int8_linear(x, self.weight, self.scale)
+        return y if self.bias is None else y + self.bias
 
 
 def replace(module, kind, new):
@@ -54,7 +56,7 @@ def quantize(llm):
     """Turn all linear layers of a Llama to int8, and its LM head. Returns it."""
     if not hasattr(llm, "lm_head"):     # tied to the embeddings: these stay, a step reads one row a token of them
         llm.lm_head = Int8Linear(llm.model.embed_tokens.weight)
-    return replace(llm, nn.Linear, lambda linear: Int8Linear(linear.weight))
+    return replace(llm, nn.Linear, lambda linear: Int8Linear(linear.weight, linear.bias))
 
 
 def restore(layer, dtype):
@@ -62,7 +64,7 @@ def restore(layer, dtype):
     def new(child):
         linear = nn.Linear(*reversed(child.weight.shape), bias=False, device="meta")
         weight = (child.weight.float() * child.scale.float()[:, None]).to(dtype)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), child.bias
         return linear
     return replace(layer, Int8Linear, new)
 

@@ -12,7 +12,7 @@ from extras.lora import add_lora
 from formats.errors import UserError
 from formats.tokenizer import IMAGE
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
-from recipes import RECIPES, TARGETS, Recipe, Target
+from recipes import RECIPES, STAGES, TARGETS, Recipe, Target
 from studies import cost
 from surrogate import build_surrogate
 
@@ -68,9 +68,12 @@ def test_recipes_have_the_official_sizes():
         llm = sum(parts[part][0] for part in ("decoder's layers", "embeddings, norm, LM head"))
         assert llm == pytest.approx(sizes[name], rel=2e-3)
         assert cost.decoder_layers("encoder", TARGETS[name])[0] == surrogates[name]
-        assert all(cost.recipe_of(stage, name) is RECIPES[name][stage] for stage in RECIPES[name])
+        assert all(cost.recipe_of(stage, name) is RECIPES[name][stage] for stage in STAGES)
         assert cost.recipe_of("encoder", name).steps == 4880 == -(-624_610 // 128)
         assert cost.recipe_of("adapter", name).steps == 2440
+    with torch.device("meta"):
+        qwen = Llama(TARGETS["qwen3-4b"].llm_config)
+    assert sum(p.numel() for p in qwen.parameters()) == pytest.approx(4.02e9, rel=2e-3)
     assert cost.recipe_of("translator", "llama-3.2-3b").steps == 3568
     assert cost.recipe_of("translator", "llama-3.1-8b").steps == 4393
 

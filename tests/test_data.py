@@ -208,7 +208,7 @@ def test_preprocess_equals_clip_image_processor():
     from transformers.models.clip import CLIPImageProcessorPil
 
     sizes = [(64, 64), (336, 336), (500, 300), (123, 457), (1, 90), (90, 1), (1, 1), (40, 33), (337, 336)]
-    for size in (64, 336):
+    for size in (64, 224, 336):
         clip = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
         for w, h in sizes:
             image = noise(w, h)

@@ -3,22 +3,39 @@
 import copy
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_tiny_llm
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers import LlamaConfig as HFLlamaConfig
 
+import graft
 import model
+import surrogate
 from data.images import preprocess
 from formats import checkpoints
 from formats.tokenizer import IMAGE
 from kernels.graph import Graphs
 from model import VLM, KVCache, Llama, ViT, sample
+from surrogate import build_surrogate
 
+ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-4  # the project's promise for float32 logits
 
 # The original context is 32 positions here and the sequences are longer, so that the scaling changes the logits a lot.
@@ -36,10 +53,10 @@ def randomize(module, std=0.25):
     return module.eval()
 
 
-def hf_llama(**changes):
+def hf_llama(config=HFLlamaConfig, kind=LlamaForCausalLM, **changes):
     sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
                  num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
-    return randomize(LlamaForCausalLM(HFLlamaConfig(**sizes | changes)))
+    return randomize(kind(config(**sizes | changes)))
 
 
 TINY_VIT = dict(image_size=32, patch_size=8, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
@@ -71,7 +88,9 @@ def assert_same_function(ours, theirs, T=40):
     dict(num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True),        # 4, tied
     dict(head_dim=16),                                                                  # 6 heads of 16 in a width of 48
     dict(rope_parameters=LLAMA3_ROPE),
-], ids=["gqa1", "gqa3", "gqa4-tied", "head_dim", "llama3-rope"])  # fmt: skip
+    dict(config=Qwen2Config, kind=Qwen2ForCausalLM),
+    dict(config=Qwen3Config, kind=Qwen3ForCausalLM, head_dim=16, tie_word_embeddings=True),
+], ids=["gqa1", "gqa3", "gqa4-tied", "head_dim", "llama3-rope", "qwen2", "qwen3"])  # fmt: skip
 def test_llama_matches_transformers(tmp_path, changes):
     theirs = hf_llama(**changes)
     theirs.save_pretrained(tmp_path)
@@ -82,6 +101,21 @@ def test_llama_matches_transformers(tmp_path, changes):
         tokens = torch.randint(97, (1, 90))
         ours.config.rope_scaling, ours.rope_cache = None, None
         assert (ours(tokens) - theirs(tokens).logits).abs().max() > 0.1
+
+
+def test_qwen_generates_like_transformers(tmp_path):
+    """With the cache, and as a surrogate that is the whole LLM; in 8 bits, the biases stay."""
+    for name, changes in dict(qwen2=dict(config=Qwen2Config, kind=Qwen2ForCausalLM),
+                              qwen3=dict(config=Qwen3Config, kind=Qwen3ForCausalLM)).items():
+        theirs = hf_llama(**changes)
+        theirs.save_pretrained(tmp_path / name)
+        ours, prompt = surrogate.from_pretrained(tmp_path / name, [(1, 1)]), [5, 17, 3, 8]
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert ours.generate([prompt], max_new_tokens=12) == [expected[0, 4:].tolist()]
+        rounded, tokens = Llama.from_pretrained(tmp_path / name, quantize="int8"), torch.randint(97, (1, 20))
+        whole = build_surrogate(rounded, [(1, 1)])      # its translator is in floating point again, as rounded
+        for llm in (rounded, whole):
+            assert (llm(tokens) - ours(tokens)).abs().mean() < 0.1 * ours(tokens).std(), name
 
 
 def test_llama_official_config(tmp_path):
@@ -377,14 +411,17 @@ def test_smollm_generates_like_transformers(smollm, smollm_tokenizer):
 # ---- ViT ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["CLIPVisionModel", "CLIPModel", "pytorch_model.bin"])
-def test_vit_matches_transformers(tmp_path, kind):
+@pytest.mark.parametrize("kind, size, patch, tokens", [
+    ("CLIPVisionModel", 32, 8, 17), ("CLIPModel", 32, 8, 17), ("pytorch_model.bin", 32, 8, 17),
+    ("CLIPModel", 224, 14, 257), ("CLIPModel", 336, 14, 577)])      # the last two: ViT-L/14's images
+def test_vit_matches_transformers(tmp_path, kind, size, patch, tokens):
+    sizes = TINY_VIT | dict(image_size=size, patch_size=patch)
     if kind == "CLIPVisionModel":
-        whole = tower = randomize(CLIPVisionModel(CLIPVisionConfig(**TINY_VIT)), 0.15)
+        whole = tower = randomize(CLIPVisionModel(CLIPVisionConfig(**sizes)), 0.15)
     else:
         text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
                     bos_token_id=0, eos_token_id=1)  # fmt: skip
-        whole = randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=TINY_VIT)), 0.15)
+        whole = randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=sizes)), 0.15)
         tower = whole.vision_model
     whole.save_pretrained(tmp_path)
     if kind == "pytorch_model.bin":  # as OpenAI's own repository
@@ -392,9 +429,9 @@ def test_vit_matches_transformers(tmp_path, kind):
         torch.save(whole.state_dict() | {"vision_model.embeddings.position_ids": torch.arange(17)}, tmp_path / kind)
     vit = ViT.from_pretrained(tmp_path).requires_grad_(True)
     tower = getattr(tower, "vision_model", tower)  # one more level in transformers 4
-    pixels = torch.randn(2, 3, 32, 32)
+    pixels = torch.randn(2, 3, size, size)
     ours, theirs = vit(pixels), tower(pixels).last_hidden_state
-    assert ours.shape == (2, 17, 48)
+    assert ours.shape == (2, tokens, 48)
     assert (ours - theirs).abs().max() <= TOLERANCE
     ours, theirs = vit.vision_model.post_layernorm(ours), tower.post_layernorm(theirs)
     assert (ours - theirs).abs().max() <= TOLERANCE
@@ -539,6 +576,78 @@ def test_vlm_from_released_checkpoint(tmp_path, vlm_and_oracle, monkeypatch):
         if name in state:
             assert torch.equal(p, state[name]), name
     assert not torch.equal(loaded.encoder.layers[last].mlp.fc1.weight, start.layers[last].mlp.fc1.weight)
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """(folder, tower, projector, LLM): a whole VLM as LLaVA's own code saves it, and its parts."""
+    folder, llm_path = tmp_path / "llava", Path(save_tiny_llm(tmp_path))
+    folder.mkdir()
+    tower = randomize(CLIPVisionModel(CLIPVisionConfig(**TINY_VIT | dict(hidden_size=64, num_attention_heads=1))), 0.15)
+    projector = randomize(torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.GELU(), torch.nn.Linear(32, 32)))
+    tensors = load_file(llm_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    inner = getattr(tower, "vision_model", tower)       # one more level in transformers 4
+    tensors |= {f"model.vision_tower.vision_tower.vision_model.{n}": t for n, t in inner.state_dict().items()}
+    tensors |= {f"model.mm_projector.{n}": t for n, t in projector.state_dict().items()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((llm_path / "config.json").read_text()) | dict(
+        architectures=["LlavaLlamaForCausalLM"], model_type="llava_llama", mm_projector_type="mlp2x_gelu",
+        mm_vision_tower="openai/clip-vit-large-patch14-336", mm_vision_select_layer=-2)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text((llm_path / "tokenizer.json").read_text())
+    return folder, tower, projector, Llama.from_pretrained(llm_path)
+
+
+def change_llava(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer, feature", [(-2, "patch"), (-1, "cls_patch"), (None, None)])
+def test_llava_folder(llava, capsys, layer, feature):
+    """Its visual tokens are those that its config.json says: LLaVA's are patches of the last layer but one. And the
+    example of the paper's model card."""
+    folder, tower, projector, llm = llava
+    change_llava(folder, mm_vision_select_layer=layer, mm_vision_select_feature=feature)
+    vlm = VLM.from_pretrained(str(folder), folder)
+    pixels = torch.randn(2, 3, 32, 32)
+    visual = tower(pixels, output_hidden_states=True).hidden_states[layer or -2][:, feature != "cls_patch":]
+    expected = projector(visual)
+    assert vlm.n_visual == expected.shape[1] == 16 + (feature == "cls_patch")
+    assert (vlm.visual_tokens(pixels) - expected).abs().max() <= TOLERANCE
+    tokens = torch.tensor([[5, *[IMAGE] * vlm.n_visual, 7]] * 2)
+    words = llm.embed(torch.tensor([[5], [7]]))[:, None].expand(-1, 2, -1, -1)
+    ours = vlm.decoder(embeds=vlm.embed(tokens, pixels))
+    theirs = llm(embeds=torch.cat([words[0], expected, words[1]], dim=1))
+    assert (ours - theirs).abs().max() <= TOLERANCE * max(1, theirs.abs().max())
+
+    picture, question = str(ROOT / "assets" / "flag.png"), "What is in this image?"
+    command = ["--encoder", str(folder), "--image", picture, "--question", question, "--max-new-tokens", "6"]
+    graft.main([*command, "--no-int8"])
+    assert capsys.readouterr().out.split("\n[")[0].strip() == vlm.chat(picture, question, max_new_tokens=6)
+    graft.main(command)
+
+
+@pytest.mark.parametrize("config, drop, words", [
+    (dict(architectures=["LlavaForConditionalGeneration"]), "", ("no checkpoint", "['LlavaForConditionalGeneration']")),
+    (dict(architectures=None), "", ("no checkpoint in", "found None")),
+    (dict(mm_vision_select_layer=2), "", ("'patch' of layer 2", "only patch and cls_patch")),
+    (dict(mm_vision_select_feature="cls"), "", ("'cls' of layer -2",)),
+    ({}, "mm_projector.2", ("projector of two layers", "found adapter.0.bias, adapter.0.weight")),
+    ({}, "position_embedding", ("lacks a part of its vision tower", "position_embedding")),
+    ({}, "model.layers.3.", ("lacks model.layers.3.",)),
+])
+def test_other_llava_folders_say_what_was_found(llava, config, drop, words):
+    folder = llava[0]
+    change_llava(folder, **config)
+    if drop:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({n: t for n, t in tensors.items() if drop not in n}, folder / "model.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        graft.main(["--encoder", str(folder), "--image", str(ROOT / "assets" / "flag.png")])
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
 def test_vlm_from_stage_3_has_the_trained_decoder(tmp_path, vlm_and_oracle):

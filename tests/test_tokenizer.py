@@ -1,12 +1,13 @@
 """Our tokenizer against Meta's reference and Hugging Face's tokenizers library: the same ids for the same text."""
 import json
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
 
-from formats.tokenizer import BYTE_OF, IMAGE, LLAMA3_PATTERN, Tokenizer
+from formats.tokenizer import BYTE_OF, IMAGE, LLAMA3_PATTERN, QWEN_PATTERN, Tokenizer
 
 TEXTS = ["", " ", "\n", "Hello world!", "I'm sure they'll say 'tis DON'T it's", "a  b   c\t\td \n\n e\r\nf ",
          "  leading", "trailing  ", "0 12 345 6789 1234567890", "x1y22z333 3.14159 1,000,000", "½ Ⅷ ٣٤٥ ๑๒ ²³",
@@ -155,6 +156,42 @@ def test_smollm2_equals_hugging_face(smollm2, hf_smollm2, tmp_path):
     assert ours.special_bytes == smollm2.special_bytes and len(smollm2.special_bytes) == 17 + 1
     assert (smollm2.n_vocab, smollm2.bos, smollm2.pad, smollm2.stop_tokens) == (49152, None, 0, {0, 2})
     assert (ours.n_vocab, ours.bos, ours.pad, ours.stop_tokens) == (49152, None, 0, {0, 2})
+
+
+@pytest.fixture(scope="module")
+def hf_qwen():
+    """A small tokenizer of Qwen3's kind: NFC, single digits, ChatML, and a token for its thoughts."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer
+    hf = HFTokenizer(models.BPE())
+    hf.normalizer = normalizers.NFC()
+    hf.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    hf.decoder = decoders.ByteLevel()
+    hf.train_from_iterator(TEXTS + fuzz(300, seed=7), trainers.BpeTrainer(
+        vocab_size=1500, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    hf.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    hf.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")])
+    return hf
+
+
+def test_qwen_equals_hugging_face(hf_qwen, tmp_path):
+    hf_qwen.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    texts = [text for text in TEXTS + fuzz(3000, seed=8)    # Python knows newer combining marks than `tokenizers`
+             if unicodedata.normalize("NFC", text) == hf_qwen.normalizer.normalize_str(text)]
+    assert len(texts) > 3000
+    assert [ours.encode(text) for text in texts] == hf_encode(hf_qwen, texts)
+    assert ours.encode("e\u0301") == ours.encode("é") and ours.bos is None
+    ends = [hf_qwen.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>")]
+    assert (ours.pad, ours.stop_tokens) == (ends[0], set(ends))
+    hf_qwen.encode_special_tokens = False
+    literal = "<|im_start|>user\n2 + 2?<|im_end|>\n"
+    message = [{"role": "user", "content": "2 + 2?"}]
+    assert ours.chat(message, generate=False) == hf_qwen.encode(literal).ids
+    opening = "<|im_start|>assistant\n<think>\n\n</think>\n\n"       # as apply_chat_template(enable_thinking=False)
+    assert ours.chat(message) == hf_qwen.encode(literal + opening).ids
 
 
 # ---- chat

@@ -154,6 +154,16 @@ def test_only_what_is_trained_changes(tiny_llm, tmp_path, stage):
     assert all(torch.equal(saved[n], p.half()) for n, p in vlm.named_parameters() if n in trained)
 
 
+@pytest.mark.parametrize("replace, settings, lr", [
+    ("none", [], 2e-4), ("17-30", [], 5e-5), ("none", ["lr=1e-5"], 1e-5)])
+def test_the_direct_route_has_the_rate_of_the_papers_code(monkeypatch, replace, settings, lr):
+    def plan(stage, recipe, *args, **options):
+        raise UserError(f"{recipe.lr} {recipe.steps}")
+    monkeypatch.setattr(train, "plan", plan)
+    with pytest.raises(UserError, match=f"^{lr} 4880$"):
+        train.main(["encoder", *settings, "--recipe", "llama-3.1-8b", "--data", "x.json", "--replace", replace])
+
+
 def test_settings_of_the_recipe():
     recipe = override(RECIPES["small"]["encoder"], ["steps=7", "lr=1e-3", "checkpointing=true", "loss_on=answers"])
     assert (recipe.steps, recipe.lr, recipe.checkpointing, recipe.loss_on) == (7, 1e-3, True, "answers")

@@ -103,6 +103,32 @@ def test_hub_name(monkeypatch, folder):
     assert any(p.endswith(".bin") for p in asked[-1])
 
 
+@pytest.mark.parametrize("name, words", [
+    ("org/zero:8b_encoder/ckpt_2.pth", None), ("org/zero:ckpt_2.pth", None), ("org/zero@v1:8b_encoder", None),
+    ("org/zero:ckpt_1.pth", ("holds 2 checkpoints ckpt_1.pth", "org/zero:FILE", "8b_encoder/ckpt_2.pth")),
+    ("org/zero:gone.pth", ("holds no checkpoints gone.pth", "70b_encoder/ckpt_1.pth")),
+    ("org/zero", ("holds 3 checkpoints:",)), ("org/one", None), ("org/one@v2", None), ("org/none", ("there are none",)),
+])
+def test_released_checkpoints_by_name(monkeypatch, tmp_path, name, words):
+    """The only file that fits, at the revision that was asked for; else a line that says which there are."""
+    import huggingface_hub
+    repos = {"org/zero": ["README.md", "8b_encoder/ckpt_2.pth", "70b_encoder/ckpt_1.pth", "3b_encoder/ckpt_1.pth"],
+             "org/one": ["8b_encoder/ckpt_2.pth"], "org/none": ["README.md"]}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "8b_encoder").mkdir()
+    torch.save(dict(model={"embd_soi": torch.ones(1, 4)}), tmp_path / "8b_encoder" / "ckpt_2.pth")
+    revisions = set()
+    answers = dict(snapshot_download=lambda repo: tmp_path / "empty", list_repo_files=lambda repo: repos[repo],
+                   hf_hub_download=lambda repo, file: tmp_path / file)
+    for call, answer in answers.items():
+        monkeypatch.setattr(huggingface_hub, call, lambda *args, revision, answer=answer, **_: (
+            revisions.add(revision) or answer(*args)))
+    if words:
+        return refuses(MissingFile, lambda: checkpoints.read_checkpoint(name), *words)
+    assert checkpoints.read_checkpoint(name)[0].keys() == {"embd_soi"}
+    assert revisions == {name.partition("@")[2][:2] or None}
+
+
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
@@ -128,8 +154,13 @@ def test_config_lacks_a_size(folder):
 
 def test_other_architectures(folder):
     change_config(folder, model_type="mistral")
-    refuses(UserError, lambda: Llama.from_pretrained(folder), "mistral", "only the llama architecture")
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "mistral", "only the architectures of Llama, Qwen")
     refuses(UserError, lambda: ViT.from_pretrained(folder), "mistral", "only CLIP's")
+
+
+def test_sliding_window(folder):
+    change_config(folder, model_type="qwen2", use_sliding_window=True)
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "sliding window", str(folder))
 
 
 def test_other_rope_scaling(folder):
@@ -188,7 +219,7 @@ def test_weight_of_wrong_shape(folder):
 
 
 def test_extra_bias(folder):
-    """Qwen's architecture is Llama's with biases: reading it without them would give nonsense in silence."""
+    """Other architectures are Llama's with biases: reading it without them would give nonsense in silence."""
     change_weights(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
     refuses(UserError, lambda: Llama.from_pretrained(folder), "model.layers.0.self_attn.q_proj.bias", "another model")
 
