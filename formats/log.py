@@ -75,7 +75,7 @@ class Log:
 
     def save(self):
         def write(part):
-            with open(part, "w", newline="") as f:
+            with open(part, "w", newline="", encoding="utf-8") as f:
                 writer = csv.DictWriter(f, list(self.rows[-1]))
                 writer.writeheader()
                 writer.writerows(self.rows)

@@ -65,7 +65,7 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
     try:
         for name, (weights, _) in files.items():
             save_checkpoint(part / f"{name}.safetensors", weights, told[name])
-        (part / "config.json").write_text(json.dumps(told[stage], indent=1, sort_keys=True))
+        (part / "config.json").write_text(json.dumps(told[stage], indent=1, sort_keys=True), encoding="utf-8")
         weights = {name: weights for name, (weights, _) in files.items()}
         (part / "README.md").write_text(card(folder.name, told[stage], weights, table), encoding="utf-8")
         if folder.exists():

@@ -440,7 +440,7 @@ def compile_launch(kernel, args, options, capability):
         f.flush()
         arch = f"sm_{capability}" + "a" * (capability >= 90)
         log = subprocess.run([get_ptxas(capability).path, "-v", f"--gpu-name={arch}", f.name, "-o", os.devnull],
-                             capture_output=True, text=True).stderr
+                             capture_output=True, encoding="utf-8").stderr
     number = lambda before: int(log.split(before)[0].split()[-1])
     return (f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}", ", ".join(case), tiles,
             launch.get("num_warps", 4), launch.get("num_stages", 3), number("registers"),
@@ -504,7 +504,7 @@ def main(argv=None):
         result = table(args.only) if args.tune is None else tune(args.tune)
     print(result)
     if args.markdown:
-        with open(args.markdown, "w") as f:
+        with open(args.markdown, "w", encoding="utf-8") as f:
             f.write(result + "\n")
 
 
