@@ -173,7 +173,8 @@ def show(args, vlm, llm, about, name, command):
     results = dict(command=command, encoder=args.encoder, about=about, llm=name, samples=args.eval, seed=args.seed,
                    dtype=args.dtype, int8=args.int8, device=args.device, torch=torch.__version__,
                    python=platform.python_version(), seconds=seconds)
-    checkpoints.write_whole(out / "results.json", lambda part: part.write_text(as_lines(results, brings, rows), encoding="utf-8"))
+    text = as_lines(results, brings, rows)
+    checkpoints.write_whole(out / "results.json", lambda part: part.write_text(text, encoding="utf-8"))
     print(f"{seconds} s; see {out}/{'demo.png and ' if surrogate else ''}results.json")
 
 

@@ -163,6 +163,7 @@ class Llama(nn.Module):
         kernels.check_choice()
         path = official.find(path)
         config, tensors = LlamaConfig(**official.llama_config(path)), official.llama_tensors(path)
+        config.tie_word_embeddings &= not official.has_own_head(tensors)
         if layers is not None:
             tensors = official.pick_layers(tensors, layers, config.num_hidden_layers)
             config.num_hidden_layers = len(layers)
@@ -170,7 +171,7 @@ class Llama(nn.Module):
             model = cls(config)
         if quantize:
             int8.quantize(model)
-            tensors = int8.rounded(tensors)
+            tensors = int8.rounded(tensors, config.tie_word_embeddings)
         if shard:
             shard(model)
         official.load(model, tensors, dtype, device, path, model.place)
@@ -582,6 +583,7 @@ class VLM(nn.Module):
         if tokenizer is None:
             name = about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm
             tokenizer = Tokenizer.from_pretrained(official.find(name))
+        needs = checkpoints.held(about, tensors, vit.config.num_hidden_layers)
         if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
             # stage 3 trained the full LLM itself: a copy takes the new weights
             if isinstance(getattr(decoder, "lm_head", None), int8.Int8Linear):
@@ -592,7 +594,7 @@ class VLM(nn.Module):
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
         like_words = about.get("recipe", {}).get("like_words", False)
         vlm = cls(vit, decoder, tokenizer, like_words).to(decoder.device, decoder.dtype)
-        checkpoints.load_checkpoint(vlm, tensors, encoder)
+        checkpoints.load_checkpoint(vlm, tensors, encoder, needs=needs)
         return vlm.requires_grad_(False).eval()
 
     def prompt(self, messages):
@@ -645,5 +647,5 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
         raise UserError(f"{file} holds another ViT than its metadata says: it is damaged; give another checkpoint")
     vit = ViT(config)
     tensors = {n: t for n, t in tensors.items() if n.startswith("encoder.")}
-    checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)
+    checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file, needs=["encoder."])
     return vit.to(device, dtype).requires_grad_(False).eval()

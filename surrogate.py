@@ -160,13 +160,17 @@ def load_surrogate(llm, checkpoint):
 def load_translators(surrogate, checkpoint):
     """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 leaves them frozen) names the one
     that it started from. Returns the surrogate."""
-    for file, tensors, _ in checkpoints.ancestry(checkpoint):
-        if any(n.startswith("decoder.") for n in tensors):
+    for file, tensors, about in checkpoints.ancestry(checkpoint):
+        taught = about.get("stage") == "encoder" and about.get("ranges") and about.get("recipe", {}).get("distill")
+        if taught or any(n.startswith("decoder.") for n in tensors):
             break
     else:
         raise UserError(f"{checkpoint} holds no translator, and names no checkpoint that does")
     translators = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
-    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, file, surrogate.place)
+    places = tuple(f"decoder.model.layers.{i}." for i in surrogate.translators)
+    if odd := [n for n in translators if not n.startswith(places)]:     # a layer that the LLM shares, or all of it
+        raise UserError(f"{file} does not belong to this surrogate: {odd[0]} is of none of its translators")
+    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, file, surrogate.place, places)
     return surrogate
 
 

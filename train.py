@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import surrogate
 from data.batches import Batches, shares
 from data.sources import CHATS, read_data
-from formats.checkpoints import ancestry, beside, checkpoint_file, load_checkpoint, open_checkpoint
+from formats.checkpoints import ancestry, beside, checkpoint_file, held, load_checkpoint, open_checkpoint
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
 from formats.log import Log, check_resume, check_start
@@ -331,15 +331,14 @@ def build(about, dtype, device, shard=None, llm=None):
                         about["seed"])
     vlm.to(device)                                          # before the decoder: float32 till the optimizer has copies
     if start:
-        tensors = {}
-        for _, below, _ in ancestry(start):         # of a translator trained alone, the projector is the stage before's
-            tensors = below | tensors
-            if "adapter.0.weight" in tensors:
+        for _, tensors, was in ancestry(start):         # of translators trained alone, the rest is the stage before's
+            if not all(n.startswith("decoder.") for n in tensors):
                 break
+        needs = held(was, tensors, vlm.encoder.config.num_hidden_layers)
         # stage 3 goes on with a whole decoder; the translators of other files have been loaded above
         keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors
         tensors = {n: t for n, t in tensors.items() if keep or not n.startswith("decoder.")}
-        load_checkpoint(vlm, tensors, start, decoder.place)
+        load_checkpoint(vlm, tensors, start, decoder.place, needs)
     return vlm
 
 

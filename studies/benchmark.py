@@ -87,7 +87,8 @@ def graft_memory():
 def peak_memory():
     """Bytes: the most physical memory that this process has held so far, pages of files that it maps included."""
     if sys.platform == "linux":     # not ru_maxrss: there a new process begins with the peak of the one that started it
-        line = next(row for row in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if row.startswith("VmHWM"))
+        rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        line = next(row for row in rows if row.startswith("VmHWM"))
         return int(line.split()[1]) * 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS counts in bytes
 
