@@ -117,7 +117,7 @@ class Tokenizer:
         """path: a folder with tokenizer.json (Hugging Face) or tokenizer.model (Meta), either file, or a .gguf file.
 
         MissingFile if there is none; UserError if it is malformed or not a Llama 3 or SmolLM2 tokenizer."""
-        path = Path(path).expanduser()
+        path = files.expand(path)
         file = next((f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()), None)
         if file is None:
             raise MissingFile(f"no tokenizer at {path}: give a folder that holds the model's tokenizer.json or "

@@ -49,7 +49,7 @@ except ImportError:
     triton = None
 
 BACKENDS = ("auto", "triton", "torch", "cudnn")
-_choice = os.environ.get("KERNELS", "auto")
+_choice = os.environ.get("KERNELS") or "auto"
 
 
 def check_choice():
