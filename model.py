@@ -11,8 +11,10 @@ References:
 2) CLIP: https://arxiv.org/abs/2103.00020, parameter names of Hugging Face's `CLIPVisionModel`
 3) The method: https://arxiv.org/abs/2505.22664 (Zero-Shot Vision Encoder Grafting via LLM Surrogates)
 """
+import argparse
 import copy
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +27,13 @@ import kernels
 from data.batches import wrap
 from data.images import preprocess
 from formats import checkpoints, official
-from formats.errors import MissingFile, UserError
+from formats.errors import MissingFile, UserError, number
 from formats.tokenizer import IMAGE, Tokenizer
 from kernels import int8
 from kernels.graph import record
+
+OVERFLOW = "the predictions are not numbers: the weights are damaged, or overflow (try --dtype float32)"
+SAMPLING = dict(max_new_tokens=(int, 0, 10**6), temperature=(float, 0, 100), top_p=(float, 1e-6, 1))    # kind and range
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Llama
@@ -144,6 +149,7 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
+        self.told = False           # that a text is too long: said once
         self.words = None           # mean and length of the word embeddings, see `as_words`
         self.place = None           # sharded (extras/parallel.py): what cuts this process's slice out of a tensor
         self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again backward
@@ -217,6 +223,10 @@ class Llama(nn.Module):
         """
         if cache is None:
             cos, sin = self.rope(x.shape[1])
+            if x.shape[1] > self.config.max_position_embeddings and not self.told:
+                self.told = True
+                print(f"warning: {x.shape[1]} positions, of which this LLM knows only the first "
+                      f"{self.config.max_position_embeddings} (max_length=… cuts)", file=sys.stderr)
         else:
             positions = cache.positions(x.shape[1])                         # (T,), or (B, T) where rows differ
             cache.tables = self.rope(cache.size)    # held there, since a CUDA graph reads them where they are
@@ -260,6 +270,8 @@ class Llama(nn.Module):
         (on the model's device) makes sampling repeatable. use_cache=False recomputes everything for each token.
         """
         B, T, _ = embeds.shape
+        given = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        max_new_tokens, temperature, top_p = (in_range(name, x) for name, x in given.items())
         last = torch.full((B,), T - 1) if lengths is None else lengths.cpu() - 1
         if not use_cache:       # slow, and simple: the whole sequence anew for every token
             if lengths is not None:
@@ -282,7 +294,10 @@ class Llama(nn.Module):
         """
         step = lambda token: self.run(self.embed(token[:, None]), cache=cache)[:, -1]
         for i in range(max_new_tokens):
-            token = sample(self.logits(x), temperature, top_p, generator)   # only the last position meets the LM head
+            logits = self.logits(x)                                         # only the last position meets the LM head
+            if i == 0 and not logits.isfinite().all():
+                raise UserError(OVERFLOW)
+            token = sample(logits, temperature, top_p, generator)
             yield token
             if i < max_new_tokens - 1:
                 if i == 0 and x.is_cuda:
@@ -296,6 +311,7 @@ class Llama(nn.Module):
         if embeds is None:
             if not prompts or not all(prompts):
                 raise UserError("an empty prompt cannot be continued: give at least one token, as Tokenizer.chat does")
+            check_ids(prompts, self.config.vocab_size)
             lengths = torch.tensor([len(p) for p in prompts])
             padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
             for row, p in zip(padded, prompts):
@@ -318,6 +334,21 @@ def collect(stream, stop=()):
         if all(done):
             break
     return out
+
+
+def in_range(name, value):
+    """The value of an option of SAMPLING; UserError if it is out of its range."""
+    try:
+        return number(*SAMPLING[name])(value)
+    except argparse.ArgumentTypeError as e:
+        raise UserError(f"{name} {e}") from None
+
+
+def check_ids(prompts, vocab_size, known=()):
+    """UserError if a prompt holds what is no id of this LLM, and not one of `known`."""
+    for i in {i for prompt in prompts for i in prompt}:
+        if not 0 <= i < vocab_size and i not in known:
+            raise UserError(f"token id {i} is not in this LLM's vocabulary of {vocab_size}: use its own tokenizer")
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -607,6 +638,7 @@ class VLM(nn.Module):
     @torch.no_grad()
     def embed_prompts(self, prompts, images):
         """Prompts (lists of ids) and their images, in order -> embeddings (B, T, d), padded; lengths (B,)."""
+        check_ids(prompts, self.decoder.config.vocab_size, (IMAGE,))
         places = sum(p.count(IMAGE) for p in prompts)
         if places != len(images) * self.n_visual:
             raise UserError(f"{len(images)} images given, but the prompts have places for {places / self.n_visual:g}")

@@ -22,7 +22,7 @@ from formats.errors import Parser, UserError, number, run_cli
 from formats.files import check_out_file, read_text
 from formats.tokenizer import Tokenizer
 from kernels import int8
-from model import Llama
+from model import OVERFLOW, Llama
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prediction trajectory
@@ -46,6 +46,8 @@ def prediction_trajectory(llm, tokens, progress=False):
             logp.append(next_logp.log_softmax(0).cpu())                         # normalised over the sequence
         logp = torch.stack(logp)                                                # (layers, T - 1)
         total += (logp.exp() * (logp - logp[-1])).sum(1)
+    if not total.isfinite().all():
+        raise UserError(OVERFLOW)
     return total / len(tokens)
 
 
@@ -227,10 +229,11 @@ def count_parameters(model):
 
 def parse_ranges(text):
     """"16-26" or "12-17,20-28" -> [(16, 26)], [(12, 17), (20, 28)]; "none" -> []."""
-    if text in ("", "none"):
+    text = text.replace(" ", "")
+    if text == "none":
         return []
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", "")):
-        raise UserError(f"cannot read the layer ranges {text!r}: write them like 16-26 or 12-17,20-28")
+    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text, re.ASCII):
+        raise UserError(f"cannot read the layer ranges {text!r:.60}: write them like 16-26 or 12-17,20-28")
     ends = [part.split("-") for part in text.split(",")]
     return [(int(e[0]), int(e[-1])) for e in ends]
 

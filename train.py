@@ -25,7 +25,7 @@ from data.sources import CHATS, read_data
 from formats.checkpoints import ancestry, beside, checkpoint_file, held, load_checkpoint, open_checkpoint
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
-from formats.log import Log, check_resume, check_start
+from formats.log import Log, check_resume, check_start, same_file
 from formats.official import find, llama_config
 from formats.tokenizer import IMAGE, Tokenizer
 from model import VLM, Llama
@@ -148,6 +148,8 @@ class Optimizer:
         for n, m in self.master.items():
             m.copy_(self.read(n, tensors[f"master.{n}"]()))
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{n}.{k}" in tensors]
+            if len(keys) in (1, 2):
+                raise KeyError(f"it lacks parts of adam.{n}")
             if keys:
                 self.adam.state[m] = {k: self.read(n, tensors[f"adam.{n}.{k}"]()) for k in keys}
         self.write_back()
@@ -270,7 +272,7 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
     start = starting_point(stage, target, init)
     was = open_checkpoint(start)[1] if start else {}
     llm = llm or was.get("llm", target.llm)
-    if was.get("llm", llm) != llm:
+    if not same_file(was.get("llm", llm), llm):
         raise UserError(f"{start} was trained for {was['llm']}, not for {llm}: "
                         "give another checkpoint, or none, as --init")
     if was.get("stage") == "decoder" and stage != "decoder":

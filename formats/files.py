@@ -53,13 +53,16 @@ def read_text(path, limit=MAX_BYTES):
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): save it as UTF-8") from None
 
 
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # no JSON, endless digits, endless nesting
+        raise UserError(f"{where}: not valid JSON ({e}); download or write it again") from None
+
+
 def read_json(path, kind=dict, limit=MAX_BYTES):
     """What a JSON file holds: an object (dict) or a list."""
-    text = read_text(path, limit)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:  # no JSON, endless digits, endless nesting
-        raise UserError(f"{path}: not valid JSON ({e}); download or write it again") from None
+    value = parse_json(read_text(path, limit), path)
     if not isinstance(value, kind):
         raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}, not {value!r:.40}")
     return value

@@ -255,6 +255,7 @@ def open_gguf(path):
 @functools.lru_cache(maxsize=1)     # a second or two for the header, which config, weights and tokenizer share
 def read_gguf(path):
     import gguf
+    import numpy
 
     class Reader(gguf.GGUFReader):
         """The package trusts the lengths in a header: one that is damaged would keep it busy for ever. And it makes an
@@ -262,6 +263,7 @@ def read_gguf(path):
         reads = 0
 
         def _get(self, offset, dtype, count=1, override_order=None):
+            self.data = self.data.view(numpy.ndarray)               # a memmap is slow to slice
             got, self.reads = super()._get(offset, dtype, count, override_order), self.reads + 1
             if len(got) < count or self.reads > 2_000_000:          # Llama 3's tokenizer takes a million
                 raise ValueError("a length in its header leads past its end")
@@ -273,6 +275,8 @@ def read_gguf(path):
                 if dtype := self.gguf_scalar_to_np.get(of[0]):
                     part = self._get(offset + 12, dtype, n[0])
                     return 12 + part.nbytes, [of, n, part], [2], [gguf.GGUFValueType(i) for i in (kind, of[0])]
+                if of[0] == gguf.GGUFValueType.ARRAY:
+                    raise ValueError("it holds arrays of arrays")
             return super()._get_field_parts(offset, kind)
 
     check_file(path)

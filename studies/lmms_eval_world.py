@@ -45,13 +45,12 @@ generation_kwargs:
   max_new_tokens: 40
   do_sample: false
 """
-UTILS = """from PIL import Image
-
+UTILS = """from data.images import open_image
 from data.world import is_right
 
 
 def images(doc):
-    return [Image.open(doc["image"]).convert("RGB")]
+    return [open_image(doc["image"])]
 
 
 def said(doc, results):
