@@ -311,6 +311,7 @@ def test_added_tokens_as_hugging_face(tmp_path, added):
         token |= flags | token | dict(special=token.get("special", True))
     spec |= dict(version="1.0", truncation=None, padding=None, post_processor=None,
                  decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True))
+    spec["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] = True
     spec["model"] |= dict(dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                           fuse_unk=False, byte_fallback=False, ignore_merges=False)
     theirs = hf.Tokenizer.from_str(json.dumps(spec))
