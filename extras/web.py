@@ -22,8 +22,6 @@ from evaluate import DEMO
 from extras.side_by_side import plot_lens, rank, sample_of, talk
 from formats.errors import MissingFile, UserError
 
-for name in [n for n in os.environ if n.startswith("GRADIO_") and n not in ("GRADIO_TEMP_DIR", "GRADIO_SERVER_PORT")]:
-    del os.environ[name]            # by these it could be shared, served to others, or serve more files
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")       # before it is imported
 try:
     import gradio as gr
@@ -217,6 +215,10 @@ def serve(vlm, surrogate):
 
 def launch(blocks, **options):
     """Serve the page to this machine alone."""
+    keep = ("GRADIO_TEMP_DIR", "GRADIO_SERVER_PORT", "GRADIO_ANALYTICS_ENABLED")
+    for name in [n for n in os.environ if n.startswith("GRADIO_") and n not in keep]:
+        del os.environ[name]            # by these it could be shared, served to others, or serve other files
+    blocks.root_path = ""
     return blocks.queue(default_concurrency_limit=1, max_size=16, api_open=False).launch(
         server_name="127.0.0.1", share=False, max_file_size="20mb", footer_links=[], run_history=False, ssr_mode=False,
         mcp_server=False, allowed_paths=[], enable_monitoring=False, css=CSS, app_kwargs=dict(lifespan=guarded),
