@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import world
 from data.batches import collate
 from formats.errors import UserError
-from model import OVERFLOW, KVCache, collect
+from model import KVCache, check_logits, collect
 from surrogate import run_both
 
 TASKS = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
@@ -38,9 +38,8 @@ def sum_logp(decoder, before, tokens, real, chunk=256):
     """log p of the tokens (n, T) of each row, of which `real` (n, T) count; before (n, T, C): what predicts them."""
     logp = torch.zeros(tokens.shape, device=tokens.device)
     pieces = zip(before[real].split(chunk), tokens[real].split(chunk))              # logits are large: a few at a time
-    logp[real] = torch.cat([decoder.logits(x).float().log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
-    if not logp.isfinite().all():       # else the first option would be the likeliest
-        raise UserError(OVERFLOW)
+    logits = lambda x: check_logits(decoder.logits(x).float())
+    logp[real] = torch.cat([logits(x).log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
     return logp.sum(1)
 
 

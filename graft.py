@@ -67,7 +67,8 @@ def show_piece(piece):
 def chat(vlm, image, options):
     """Converse on the terminal until an empty line or end of input."""
     turns, size = [], vlm.decoder.config.max_position_embeddings - options.get("max_new_tokens", 128)
-    messages = lambda: [dict(m, content=wrap(m["content"])) if i == 0 else m for i, m in enumerate(turns)]
+    messages = lambda turns: [dict(turns[0], content=wrap(turns[0]["content"])), *turns[1:]]
+    fits = lambda turns: len(vlm.prompt(messages(turns))) <= size
     print("Ask about the image; an empty line ends the conversation.")
     while True:
         try:
@@ -77,18 +78,16 @@ def chat(vlm, image, options):
         if not question:
             break
         turns.append({"role": "user", "content": question})
-        before = len(turns)
-        while len(turns) > 1 and len(vlm.prompt(messages())) > size:
-            del turns[:2]                           # a question and its answer; the image goes into the next question
-        if len(turns) < before:
-            print("     [the LLM reads no more at once: the oldest turns are forgotten]")
-        print("llm> ", end="")
-        try:
-            text, timing = ask(vlm, image, messages(), show=show_piece, **options)
-        except UserError as e:                      # this question alone is too long
-            print(f"     [{printable(str(e))}: ask something shorter, or end with an empty line]")
+        if not fits(turns[-1:]):
             turns.pop()
+            print("     [this is too long for the LLM: ask something shorter, or end with an empty line]")
             continue
+        if not fits(turns):
+            print("     [the LLM reads no more at once: the oldest turns are forgotten]")
+        while not fits(turns):
+            del turns[:2]                           # a question and its answer; the image goes into the next question
+        print("llm> ", end="")
+        text, timing = ask(vlm, image, messages(turns), show=show_piece, **options)
         print(f"\n     [{timing}]")
         turns.append({"role": "assistant", "content": text})
 

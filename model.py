@@ -32,7 +32,6 @@ from formats.tokenizer import IMAGE, Tokenizer
 from kernels import int8
 from kernels.graph import record
 
-OVERFLOW = "the predictions are not numbers: the weights are damaged, or overflow (try --dtype float32)"
 SAMPLING = dict(max_new_tokens=(int, 0, 10**6), temperature=(float, 0, 100), top_p=(float, 1e-6, 1))    # kind and range
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +276,7 @@ class Llama(nn.Module):
             if lengths is not None:
                 raise UserError("prompts of different lengths need the cache: use_cache=True, or give one at a time")
             for _ in range(max_new_tokens):
-                token = sample(self.logits(self.run(embeds)[:, -1]), temperature, top_p, generator)
+                token = sample(check_logits(self.logits(self.run(embeds)[:, -1])), temperature, top_p, generator)
                 yield token
                 embeds = torch.cat([embeds, self.embed(token[:, None])], dim=1)
             return
@@ -295,8 +294,8 @@ class Llama(nn.Module):
         step = lambda token: self.run(self.embed(token[:, None]), cache=cache)[:, -1]
         for i in range(max_new_tokens):
             logits = self.logits(x)                                         # only the last position meets the LM head
-            if i == 0 and not logits.isfinite().all():
-                raise UserError(OVERFLOW)
+            if i == 0:
+                check_logits(logits)
             token = sample(logits, temperature, top_p, generator)
             yield token
             if i < max_new_tokens - 1:
@@ -334,6 +333,14 @@ def collect(stream, stop=()):
         if all(done):
             break
     return out
+
+
+def check_logits(logits):
+    """Logits (…, vocab), as they are; UserError if they say nothing: nan, or, after a norm of what is too large, all
+    the same. The first option, or the first word, would be the likeliest."""
+    if not logits.isfinite().all() or (logits.amax(-1) == logits.amin(-1)).any():
+        raise UserError("the LLM predicts nothing: its weights are damaged, or too large for this dtype")
+    return logits
 
 
 def in_range(name, value):

@@ -22,7 +22,7 @@ from formats.errors import Parser, UserError, number, run_cli
 from formats.files import check_out_file, read_text
 from formats.tokenizer import Tokenizer
 from kernels import int8
-from model import OVERFLOW, Llama
+from model import Llama, check_logits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prediction trajectory
@@ -44,10 +44,9 @@ def prediction_trajectory(llm, tokens, progress=False):
             all_logp = llm.logits(x)[0, :-1].float().log_softmax(-1)            # (T - 1, vocab)
             next_logp = all_logp.gather(1, row[1:, None].to(llm.device))[:, 0]  # (T - 1,)
             logp.append(next_logp.log_softmax(0).cpu())                         # normalised over the sequence
+        check_logits(all_logp)
         logp = torch.stack(logp)                                                # (layers, T - 1)
         total += (logp.exp() * (logp - logp[-1])).sum(1)
-    if not total.isfinite().all():
-        raise UserError(OVERFLOW)
     return total / len(tokens)
 
 

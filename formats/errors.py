@@ -38,9 +38,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):      # all ways to parse come by here
         known, rest = super().parse_known_args(args, namespace)
-        for name, value in vars(known).items():     # --data "$DATA" without a DATA: another experiment, in silence
-            if value == "" or isinstance(value, list) and "" in value:
-                self.error(f"{name.replace('_', '-')}: an empty name says nothing: leave the option out")
+        for action in self._actions:        # --data "$DATA" without a DATA: another experiment, in silence
+            value = getattr(known, action.dest, None)
+            if value in ("", [""]) and value != action.default:
+                self.error(f"{'/'.join(action.option_strings) or action.dest}: an empty name says nothing: leave it out")
         return known, rest
 
     def error(self, message):

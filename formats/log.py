@@ -121,6 +121,7 @@ class Log:
 
     def close(self):
         if self.first:
+            Path(self.lock.name).unlink(missing_ok=True)
             self.lock.close()
             figure = plot_loss(self.rows, self.about["stage"])
             write_whole(self.out / "loss.png", lambda part: figure.savefig(part, format="png"))

@@ -48,11 +48,11 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
     llm, vit: names that others know, where the checkpoint has a path. scores: results.json of graft.py. The folder must
     be new or empty, and appears whole or not at all. Returns {name of a file: bytes}.
     """
+    check_parts(tensors, checkpoint)
     stage, folder = about.get("stage"), Path(folder)
     if stage not in ("translator", "encoder"):
         raise UserError(f"{checkpoint} is of stage {stage or 'unknown'}: a folder to share holds an encoder or "
                         "translators, and nothing of the LLM itself")
-    check_parts(tensors, checkpoint)
     ranges = about.get("ranges", [])
     places = [first - sum(b - a for a, b in ranges if b < first) for first, _ in ranges]        # of the translators
     if any(n.startswith("decoder.") and not n.startswith(tuple(f"decoder.model.layers.{i}." for i in places))

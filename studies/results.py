@@ -95,7 +95,7 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     out, start, tera, seconds = Path(out), None, [], []
     file = out / f"{name.replace(' ', '-')}-{steps}-seed{seed}.json"
     if file.exists():
-        return read_json(file)
+        return read_result(file)
     *first, last = ARMS[name]
     for command, more in [*((c, []) for c in first), (last, [f"steps={steps}"])]:
         print(f"{name}, {steps} steps, seed {seed}: {command}", flush=True)
@@ -157,6 +157,16 @@ MEASURES = {        # title: function of (result, system)
     "never trained, ranked": lambda r, s: score(r, s, "ranked", False),
     "never trained, said": lambda r, s: score(r, s, "said", False),
 }
+
+
+def read_result(file):
+    """A result that `run_arm` has written; UserError if no table can be made of it."""
+    result = read_json(file)
+    try:
+        table([result])
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{file} is no result of an arm, or damaged ({e!r:.60}): delete it") from None
+    return result
 
 
 def by_arm(results):
@@ -235,7 +245,7 @@ def main(argv=None):
         for steps in args.steps:
             for name in ARMS if "all" in args.run else args.run:
                 run_arm(name, steps, seed, args.samples, args.out)
-    new = [read_json(f) for f in sorted(Path(args.out).glob("*-seed*.json"))]
+    new = [read_result(f) for f in sorted(Path(args.out).glob("*-seed*.json"))]
     known = read_json(file, list) if file.exists() else []
     results = list({(r["arm"], r["steps"], r["seed"]): r for r in known + new}.values())        # the new one counts
     if not results:
