@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from data import world
 from data.batches import collate
-from model import KVCache, collect
+from formats.errors import UserError
+from model import KVCache, check_logits, collect
 from surrogate import run_both
 
 TASKS = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
@@ -41,7 +42,8 @@ def sum_logp(decoder, before, tokens, real, chunk=256):
     """log p of the tokens (n, T) of each row, of which `real` (n, T) count; before (n, T, C): what predicts them."""
     logp = torch.zeros(tokens.shape, device=tokens.device)
     pieces = zip(before[real].split(chunk), tokens[real].split(chunk))              # logits are large: a few at a time
-    logp[real] = torch.cat([decoder.logits(x).float().log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
+    logits = lambda x: check_logits(decoder.logits(x).float())
+    logp[real] = torch.cat([logits(x).log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
     return logp.sum(1)
 
 
@@ -122,24 +124,26 @@ def compare(vlm, surrogate=None, n=40, batch=20, tasks=None, seed=EVAL_SEED, bef
     said: the greedy answer, up to 40 tokens, holds the right word and no rival: 0 or 1 for every image. ranked: of the
     options, the right one is the likeliest. about: subject and question of every image, which may come again.
     """
-    tasks, got = tasks or SPLITS[split][0], {}
-    samples = [world.world(task, i, seed, split) for task in tasks for i in range(n)]
-    total = len(samples) * ((1 + text) * (1 + (surrogate is not None)) + (before is not None) + (direct is not None))
+    if min(n, batch) < 1:
+        raise UserError(f"n={n}, batch={batch}: both must be at least 1")
+    tasks, got, chance, about = tasks or SPLITS[split][0], {}, [], []
+    total = n * len(tasks) * ((1 + text) * (1 + (surrogate is not None)) + (before is not None) + (direct is not None))
     with tqdm(total=total, desc=f"images, {split}", unit="answer", disable=not progress) as bar:
-        for i in range(0, len(samples), batch):
-            for name, r in systems(vlm, surrogate, samples[i:i + batch], before, direct, text):
-                got.setdefault(name, []).extend(r)
+        for i in range(0, n * len(tasks), batch):           # drawn as they are needed: n may be a million
+            samples = [world.world(tasks[k // n], k % n, seed, split) for k in range(i, min(i + batch, n * len(tasks)))]
+            chance += [1 / len(s.options) for s in samples]
+            about += [f"{s.caption}: {s.task}" for s in samples]
+            for name, r in systems(vlm, surrogate, samples, before, direct, text):
+                got.setdefault(name, []).extend((int(world.is_right(said, s)), int(s.options[choice] == s.answer))
+                                                for s, (choice, said) in zip(samples, r))
                 bar.update(len(r))
     rows = []
     for k, task in enumerate(tasks):
-        mine = samples[k * n:(k + 1) * n]
+        mine = slice(k * n, (k + 1) * n)
         for name, r in got.items():
-            r = r[k * n:(k + 1) * n]
             rows.append(dict(task=task, split=split, trained=task in world.TRAINED_TASKS, system=name,
-                             said=[int(world.is_right(text, s)) for s, (_, text) in zip(mine, r)],
-                             ranked=[int(s.options[choice] == s.answer) for s, (choice, _) in zip(mine, r)],
-                             chance=sum(1 / len(s.options) for s in mine) / n,
-                             about=[f"{s.caption}: {task}" for s in mine]))
+                             said=[said for said, _ in r[mine]], ranked=[ranked for _, ranked in r[mine]],
+                             chance=sum(chance[mine]) / n, about=about[mine]))
     return rows
 
 

@@ -20,28 +20,31 @@ import torch
 
 import evaluate
 from data import world
-from data.batches import wrap
+from data.batches import without_image, wrap
 from data.images import open_image
 from formats import checkpoints, official
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
+from formats.errors import MAX_SEED, Parser, UserError, number, printable, run_cli
 from formats.files import check_out
 from formats.tokenizer import Tokenizer
-from model import VLM, Llama
+from model import SAMPLING, VLM, Llama
 from surrogate import load_surrogate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ask
 
 
-def ask(vlm, image, messages, max_new_tokens=128, temperature=0.0, top_p=1.0, show=print):
-    """Answer a conversation about an image, handing pieces of text to `show` as they come. Returns (answer, timing)."""
+def ask(vlm, image, messages, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0, show=print):
+    """Answer a conversation about an image, handing pieces of text to `show` as they come. Returns (answer, timing).
+    seed: of the sampling."""
     start = time.perf_counter()
+    generator = torch.Generator(vlm.decoder.device).manual_seed(seed)
     embeds, _ = vlm.embed_prompts([vlm.prompt(messages)], [image] if image is not None else [])
     first, count = None, 0
 
     def ids():
         nonlocal first, count
-        for token in vlm.decoder.stream(embeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p):
+        for token in vlm.decoder.stream(embeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                                        generator=generator):
             first = first or time.perf_counter()
             if int(token) in vlm.tokenizer.stop_tokens:
                 return
@@ -58,25 +61,35 @@ def ask(vlm, image, messages, max_new_tokens=128, temperature=0.0, top_p=1.0, sh
 
 
 def show_piece(piece):
-    print(piece, end="", flush=True)
+    print(printable(piece), end="", flush=True)
 
 
 def chat(vlm, image, options):
     """Converse on the terminal until an empty line or end of input."""
-    messages = []
+    turns, size = [], vlm.decoder.config.max_position_embeddings - options.get("max_new_tokens", 128)
+    messages = lambda turns: [dict(turns[0], content=wrap(turns[0]["content"])), *turns[1:]]
+    fits = lambda turns: len(vlm.prompt(messages(turns))) <= size
     print("Ask about the image; an empty line ends the conversation.")
     while True:
         try:
-            question = input("\nyou> ").replace("<image>", "").strip()      # the one image is in the first turn
+            question = without_image(input("\nyou> ")) if sys.stdin else ""         # None where it is closed (<&-)
         except EOFError:
             break
         if not question:
             break
-        messages.append({"role": "user", "content": question if messages else wrap(question)})
+        turns.append({"role": "user", "content": question})
+        if not fits(turns[-1:]):
+            turns.pop()
+            print("     [this is too long for the LLM: ask something shorter, or end with an empty line]")
+            continue
+        if not fits(turns):
+            print("     [the LLM reads no more at once: the oldest turns are forgotten]")
+        while not fits(turns):
+            del turns[:2]                           # a question and its answer; the image goes into the next question
         print("llm> ", end="")
-        text, timing = ask(vlm, image, messages, show=show_piece, **options)
+        text, timing = ask(vlm, image, messages(turns), show=show_piece, **options)
         print(f"\n     [{timing}]")
-        messages.append({"role": "assistant", "content": text})
+        turns.append({"role": "assistant", "content": text})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,13 +103,13 @@ def parse(argv):
     add("--encoder", default="assets/encoder.safetensors",
         help="checkpoint of the stage encoder: file, folder, hub name or org/name:FILE (default: %(default)s)")
     add("--vit", help="ViT: file, folder or hub name (default: the one that the encoder started from)")
-    add("--direct", default="assets/direct.safetensors",
-        help="an encoder trained directly on the full LLM, compared where present (default: %(default)s)")
+    add("--direct", help="an encoder trained directly on the full LLM, compared with (default: "
+        "assets/direct.safetensors, where it is there and of this LLM)")
     add("--eval", type=number(int, 1, 10**6), default=5, metavar="N",
         help="held-out images a task for the comparison (default: %(default)s)")
     add("--batch", type=number(int, 1, 4096), default=20, help="images at a time (default: %(default)s)")
     add("--seed", type=number(int, 0, MAX_SEED), default=evaluate.EVAL_SEED,
-        help="which held-out images (default: %(default)s)")
+        help="which held-out images, and which samples where --temperature is not 0 (default: %(default)s)")
     add("--splits", nargs="+", choices=list(evaluate.SPLITS), default=["test"],
         help="test; untaught: about words and flags that stages 1 and 2 left out; restyled: in fonts and sizes that no "
         "stage has drawn (default: test)")
@@ -107,8 +120,8 @@ def parse(argv):
     add("--pair", action="store_true", help="ask the encoder-surrogate pair in place of the graft")
     add("--max-new-tokens", type=number(int, 1, 10**6), default=128,
         help="longest answer to --image or --chat (default: %(default)s)")
-    add("--temperature", type=number(float, 0, 100), default=0.0, help="0: greedy (default: %(default)s)")
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0,
+    add("--temperature", type=number(*SAMPLING["temperature"]), default=0.0, help="0: greedy (default: %(default)s)")
+    add("--top-p", type=number(*SAMPLING["top_p"]), default=1.0,
         help="sample from the likeliest tokens that hold this mass (default: %(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: %(default)s")
     add("--int8", action=argparse.BooleanOptionalAction,
@@ -134,7 +147,7 @@ def converse(args, vlm, image):
         print(f"No --image: the conversation is about {args.out}/sign.png")
     if args.pair:
         vlm.decoder = load_surrogate(vlm.decoder, args.encoder)     # the other way: from the graft back to the pair
-    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     if args.chat:
         return chat(vlm, image, options)
     _, timing = ask(vlm, image, [{"role": "user", "content": wrap(args.question)}], show=show_piece, **options)
@@ -149,8 +162,10 @@ def show(args, vlm, llm, about, name, command):
     if about.get("vit"):
         before = VLM.untrained(about["vit"], llm, vlm.tokenizer, vlm.like_words, about.get("seed", 0), args.encoder)
         before = before.to(llm.device, llm.dtype).requires_grad_(False).eval()
-    file = checkpoints.locate(args.direct)
-    same = file.is_file() and checkpoints.open_checkpoint(file)[1].get("llm") == name
+    file = checkpoints.locate(args.direct or "assets/direct.safetensors")
+    same = (args.direct or file.is_file()) and checkpoints.open_checkpoint(file)[1].get("llm") == name
+    if args.direct and not same:
+        raise UserError(f"--direct {args.direct}: it was trained for another LLM than {name}")
     direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer) if same else None
     if surrogate is None:
         print("graft:  encoder + the full LLM, with which it was trained: there is no surrogate")
@@ -174,7 +189,8 @@ def show(args, vlm, llm, about, name, command):
     results = dict(command=command, encoder=args.encoder, about=about, llm=name, samples=args.eval, seed=args.seed,
                    dtype=args.dtype, int8=args.int8, device=args.device, torch=torch.__version__,
                    python=platform.python_version(), seconds=seconds)
-    checkpoints.write_whole(out / "results.json", lambda part: part.write_text(as_lines(results, brings, rows)))
+    text = as_lines(results, brings, rows)
+    checkpoints.write_whole(out / "results.json", lambda part: part.write_text(text, encoding="utf-8"))
     print(f"{seconds} s; see {out}/{'demo.png and ' if surrogate else ''}results.json")
 
 

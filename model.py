@@ -13,8 +13,10 @@ References:
 2) CLIP: https://arxiv.org/abs/2103.00020, parameter names of Hugging Face's `CLIPVisionModel`
 3) The method: https://arxiv.org/abs/2505.22664 (Zero-Shot Vision Encoder Grafting via LLM Surrogates)
 """
+import argparse
 import copy
 import math
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +30,12 @@ import kernels
 from data.batches import wrap
 from data.images import preprocess
 from formats import checkpoints, official
-from formats.errors import MissingFile, UserError
+from formats.errors import MissingFile, UserError, number
 from formats.tokenizer import IMAGE, Tokenizer
 from kernels import int8
 from kernels.graph import Graphs, record
+
+SAMPLING = dict(max_new_tokens=(int, 0, 10**6), temperature=(float, 0, 100), top_p=(float, 1e-6, 1))    # kind and range
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Llama
@@ -150,6 +154,7 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
+        self.told = False           # that a text is too long: said once
         self.words = None           # mean and length of the word embeddings, see `as_words`
         self.place = None           # sharded (extras/parallel.py): what cuts this process's slice out of a tensor
         self.graphs = Graphs()      # decoding steps on a GPU
@@ -170,6 +175,7 @@ class Llama(nn.Module):
         kernels.check_choice()
         path = official.find(path)
         config, tensors = LlamaConfig(**official.llama_config(path)), official.llama_tensors(path)
+        config.tie_word_embeddings &= not official.has_own_head(tensors)
         if layers is not None:
             tensors = official.pick_layers(tensors, layers, config.num_hidden_layers)
             config.num_hidden_layers = len(layers)
@@ -177,7 +183,7 @@ class Llama(nn.Module):
             model = cls(config)
         if quantize:
             int8.quantize(model)
-            tensors = int8.rounded(tensors)
+            tensors = int8.rounded(tensors, config.tie_word_embeddings)
         if shard:
             shard(model)
         official.load(model, tensors, dtype, device, path, model.place)
@@ -223,6 +229,10 @@ class Llama(nn.Module):
         """
         if cache is None:
             cos, sin = self.rope(x.shape[1])
+            if x.shape[1] > self.config.max_position_embeddings and not self.told:
+                self.told = True
+                print(f"warning: {x.shape[1]} positions, of which this LLM knows only the first "
+                      f"{self.config.max_position_embeddings} (max_length=… cuts)", file=sys.stderr)
         else:
             positions = cache.positions(x.shape[1])                         # (T,), or (B, T) where rows differ
             cache.tables = self.rope(cache.size)    # held there, since a CUDA graph reads them where they are
@@ -266,12 +276,14 @@ class Llama(nn.Module):
         (on the model's device) makes sampling repeatable. use_cache=False recomputes everything for each token.
         """
         B, T, _ = embeds.shape
+        given = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        max_new_tokens, temperature, top_p = (in_range(name, x) for name, x in given.items())
         last = torch.full((B,), T - 1) if lengths is None else lengths.cpu() - 1
         if not use_cache:       # slow, and simple: the whole sequence anew for every token
             if lengths is not None:
                 raise UserError("prompts of different lengths need the cache: use_cache=True, or give one at a time")
             for _ in range(max_new_tokens):
-                token = sample(self.logits(self.run(embeds)[:, -1]), temperature, top_p, generator)
+                token = sample(check_logits(self.logits(self.run(embeds)[:, -1])), temperature, top_p, generator)
                 yield token
                 embeds = torch.cat([embeds, self.embed(token[:, None])], dim=1)
             return
@@ -289,7 +301,10 @@ class Llama(nn.Module):
         step = lambda token: self.run(self.embed(token[:, None]), cache=cache)[:, -1]
         with self.graph(cache) if x.is_cuda and max_new_tokens > 1 else nullcontext((step, cache)) as (step, used):
             for i in range(max_new_tokens):
-                token = sample(self.logits(x), temperature, top_p, generator)   # only the last position meets the head
+                logits = self.logits(x)                                     # only the last position meets the LM head
+                if i == 0:
+                    check_logits(logits)
+                token = sample(logits, temperature, top_p, generator)
                 yield token
                 if i < max_new_tokens - 1:
                     x = step(token)
@@ -319,6 +334,7 @@ class Llama(nn.Module):
         if embeds is None:
             if not prompts or not all(prompts):
                 raise UserError("an empty prompt cannot be continued: give at least one token, as Tokenizer.chat does")
+            check_ids(prompts, self.config.vocab_size)
             lengths = torch.tensor([len(p) for p in prompts])
             padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
             for row, p in zip(padded, prompts):
@@ -341,6 +357,29 @@ def collect(stream, stop=()):
         if all(done):
             break
     return out
+
+
+def check_logits(logits):
+    """Logits (…, vocab), as they are; UserError if they say nothing: nan, or, after a norm of what is too large, all
+    the same. The first option, or the first word, would be the likeliest."""
+    if not logits.isfinite().all() or (logits.amax(-1) == logits.amin(-1)).any():
+        raise UserError("the LLM predicts nothing: its weights are damaged, or too large for this dtype")
+    return logits
+
+
+def in_range(name, value):
+    """The value of an option of SAMPLING; UserError if it is out of its range."""
+    try:
+        return number(*SAMPLING[name])(value)
+    except argparse.ArgumentTypeError as e:
+        raise UserError(f"{name} {e}") from None
+
+
+def check_ids(prompts, vocab_size, known=()):
+    """UserError if a prompt holds what is no id of this LLM, and not one of `known`."""
+    for i in {i for prompt in prompts for i in prompt}:
+        if not 0 <= i < vocab_size and i not in known:
+            raise UserError(f"token id {i} is not in this LLM's vocabulary of {vocab_size}: use its own tokenizer")
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -621,6 +660,7 @@ class VLM(nn.Module):
         if tokenizer is None:
             name = about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm
             tokenizer = Tokenizer.from_pretrained(official.find(name))
+        needs = checkpoints.held(about, tensors, vit.config.num_hidden_layers)
         if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
             # stage 3 trained the full LLM itself: a copy takes the new weights
             if isinstance(getattr(decoder, "lm_head", None), int8.Int8Linear):
@@ -631,7 +671,7 @@ class VLM(nn.Module):
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
         like_words = about.get("recipe", {}).get("like_words", False)
         vlm = cls(vit, decoder, tokenizer, like_words, llava).to(decoder.device, decoder.dtype)
-        checkpoints.load_checkpoint(vlm, tensors, encoder)
+        checkpoints.load_checkpoint(vlm, tensors, encoder, needs=needs)
         return vlm.requires_grad_(False).eval()
 
     def prompt(self, messages):
@@ -644,6 +684,7 @@ class VLM(nn.Module):
     @torch.no_grad()
     def embed_prompts(self, prompts, images):
         """Prompts (lists of ids) and their images, in order -> embeddings (B, T, d), padded; lengths (B,)."""
+        check_ids(prompts, self.decoder.config.vocab_size, (IMAGE,))
         places = sum(p.count(IMAGE) for p in prompts)
         if places != len(images) * self.n_visual:
             raise UserError(f"{len(images)} images given, but the prompts have places for {places / self.n_visual:g}")
@@ -684,5 +725,5 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
         raise UserError(f"{file} holds another ViT than its metadata says: it is damaged; give another checkpoint")
     vit = ViT(config)
     tensors = {n: t for n, t in tensors.items() if n.startswith("encoder.")}
-    checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file)
+    checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file, needs=["encoder."])
     return vit.to(device, dtype).requires_grad_(False).eval()

@@ -22,7 +22,7 @@ from formats.errors import Parser, UserError, number, run_cli
 from formats.files import check_out_file, read_text
 from formats.tokenizer import Tokenizer
 from kernels import default_dtype, int8
-from model import Llama
+from model import Llama, check_logits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prediction trajectory
@@ -44,6 +44,7 @@ def prediction_trajectory(llm, tokens, progress=False):
             all_logp = llm.logits(x)[0, :-1].float().log_softmax(-1)            # (T - 1, vocab)
             next_logp = all_logp.gather(1, row[1:, None].to(llm.device))[:, 0]  # (T - 1,)
             logp.append(next_logp.log_softmax(0).cpu())                         # normalised over the sequence
+        check_logits(all_logp)
         logp = torch.stack(logp)                                                # (layers, T - 1)
         total += (logp.exp() * (logp - logp[-1])).sum(1)
     return total / len(tokens)
@@ -160,13 +161,17 @@ def load_surrogate(llm, checkpoint):
 def load_translators(surrogate, checkpoint):
     """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 leaves them frozen) names the one
     that it started from. Returns the surrogate."""
-    for file, tensors, _ in checkpoints.ancestry(checkpoint):
-        if any(n.startswith("decoder.") for n in tensors):
+    for file, tensors, about in checkpoints.ancestry(checkpoint):
+        taught = about.get("stage") == "encoder" and about.get("ranges") and about.get("recipe", {}).get("distill")
+        if taught or any(n.startswith("decoder.") for n in tensors):
             break
     else:
         raise UserError(f"{checkpoint} holds no translator, and names no checkpoint that does")
     translators = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
-    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, file, surrogate.place)
+    places = tuple(f"decoder.model.layers.{i}." for i in surrogate.translators)
+    if odd := [n for n in translators if not n.startswith(places)]:     # a layer that the LLM shares, or all of it
+        raise UserError(f"{file} does not belong to this surrogate: {odd[0]} is of none of its translators")
+    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, file, surrogate.place, places)
     return surrogate
 
 
@@ -223,10 +228,11 @@ def count_parameters(model):
 
 def parse_ranges(text):
     """"16-26" or "12-17,20-28" -> [(16, 26)], [(12, 17), (20, 28)]; "none" -> []."""
-    if text in ("", "none"):
+    text = text.replace(" ", "")
+    if text == "none":
         return []
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text.replace(" ", "")):
-        raise UserError(f"cannot read the layer ranges {text!r}: write them like 16-26 or 12-17,20-28")
+    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text, re.ASCII):
+        raise UserError(f"cannot read the layer ranges {text!r:.60}: write them like 16-26 or 12-17,20-28")
     ends = [part.split("-") for part in text.split(",")]
     return [(int(e[0]), int(e[-1])) for e in ends]
 

@@ -22,10 +22,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import surrogate
 from data.batches import Batches, shares
 from data.sources import CHATS, read_data
-from formats.checkpoints import ancestry, beside, checkpoint_file, load_checkpoint, open_checkpoint
+from formats.checkpoints import ancestry, beside, checkpoint_file, held, load_checkpoint, open_checkpoint
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
-from formats.log import Log, check_resume, check_start
+from formats.log import Log, check_resume, check_start, same_file
 from formats.official import find, llama_config
 from formats.tokenizer import IMAGE, Tokenizer
 from kernels import default_dtype
@@ -149,6 +149,8 @@ class Optimizer:
         for n, m in self.master.items():
             m.copy_(self.read(n, tensors[f"master.{n}"]()))
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{n}.{k}" in tensors]
+            if len(keys) in (1, 2):
+                raise KeyError(f"it lacks parts of adam.{n}")
             if keys:
                 self.adam.state[m] = {k: self.read(n, tensors[f"adam.{n}.{k}"]()) for k in keys}
         self.write_back()
@@ -262,7 +264,7 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
     start = starting_point(stage, target, init)
     was = open_checkpoint(start)[1] if start else {}
     llm = llm or was.get("llm", target.llm)
-    if was.get("llm", llm) != llm:
+    if not same_file(was.get("llm", llm), llm):
         raise UserError(f"{start} was trained for {was['llm']}, not for {llm}: "
                         "give another checkpoint, or none, as --init")
     if was.get("stage") == "llava":
@@ -325,15 +327,14 @@ def build(about, dtype, device, shard=None, llm=None):
                         about["seed"])
     vlm.to(device)                                          # before the decoder: float32 till the optimizer has copies
     if start:
-        tensors = {}
-        for _, below, _ in ancestry(start):         # of a translator trained alone, the projector is the stage before's
-            tensors = below | tensors
-            if "adapter.0.weight" in tensors:
+        for _, tensors, was in ancestry(start):         # of translators trained alone, the rest is the stage before's
+            if not all(n.startswith("decoder.") for n in tensors):
                 break
+        needs = held(was, tensors, vlm.encoder.config.num_hidden_layers)
         # stage 3 goes on with a whole decoder; the translators of other files have been loaded above
         keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors
         tensors = {n: t for n, t in tensors.items() if keep or not n.startswith("decoder.")}
-        load_checkpoint(vlm, tensors, start, decoder.place)
+        load_checkpoint(vlm, tensors, start, decoder.place, needs)
     return vlm
 
 

@@ -7,6 +7,7 @@ A sample is an image and a chat about it. The order in which samples are shown, 
 
 import functools
 import random
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,9 +34,24 @@ OPENINGS = [
 ]
 
 
+def without_image(text):
+    """Text that shows no image, whatever it spells: every "<image>" is taken out, those that this makes, too."""
+    if "<image>" not in text:
+        return text.strip()
+    kept = []
+    for c in text:
+        kept.append(c)
+        if c == ">" and "".join(kept[-7:]) == "<image>":
+            del kept[-7:]
+    return "".join(kept).strip()
+
+
 def wrap(question, rng=None, opening=None):
     """Put the image into a sentence before `question`: `opening`, or with `rng` a random one of OPENINGS, or the
-    default one."""
+    default one. What the question itself spells is no image."""
+    if not isinstance(question, str):
+        raise UserError(f"a question is a text, not {question!r:.40}")
+    question = without_image(question)
     return (opening or (rng.choice(OPENINGS) if rng else OPENINGS[0])) + question[:1].lower() + question[1:]
 
 
@@ -185,12 +201,22 @@ class Batches(torch.utils.data.Dataset):
         return [self.collate(kind[i : i + self.micro]) for kind in kinds for i in range(0, len(kind), self.micro)]
 
     def loader(self, steps, workers=0):
-        """Iterate over these steps; `workers` processes prepare them ahead."""
+        """Iterate over these steps; `workers` processes prepare them ahead. Says how many samples carry no loss, since
+        max_length cuts them before their answer; UserError if that is true of all."""
+        seen, empty, why = 0, 0, f"max_length={self.collate.keywords['max_length']} cuts them before their answer"
         options = dict(batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
-        for read in torch.utils.data.DataLoader(Returned(self), **options):
-            if isinstance(read, Exception):
-                raise read
-            yield read
+        try:
+            for step, read in zip(steps, torch.utils.data.DataLoader(Returned(self), **options)):
+                if isinstance(read, Exception):
+                    raise read
+                learns = torch.cat([(batch["targets"] >= 0).any(1) for batch in read])      # (samples of the step,)
+                seen, empty = seen + len(learns), empty + int((~learns).sum())
+                if seen == empty and (seen >= 100 or step == steps[-1]):
+                    raise UserError(f"none of the first {seen} samples has anything to learn: {why}")
+                yield read
+        finally:
+            if 0 < empty < seen:
+                print(f"warning: {empty} of {seen} samples taught nothing: {why}", file=sys.stderr)
 
 
 class Returned:

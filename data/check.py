@@ -13,9 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.llava import LlavaRecords
-from formats.errors import Parser, UserError, run_cli
+from formats.errors import Parser, UserError, printable, run_cli
 from formats.official import find
-from formats.tokenizer import Tokenizer
+from formats.tokenizer import IMAGE, Tokenizer
 from recipes import RECIPES, TARGETS
 
 
@@ -48,6 +48,10 @@ def check(json_path, images, tokenizer, n_visual, max_length, progress=True):
         turns[len(sample.messages) // 2] += 1
         sizes[sample.image and sample.image.size] += 1
         ids, _ = tokenizer.chat_targets(sample.messages)
+        if IMAGE in ids and ids.index(IMAGE) + n_visual > max_length:
+            records._bad(records.places[i], f"{records._name(records.places[i], records.records[i])}: the image lies "
+                         f"beyond max_length={max_length}, which would cut it")
+            continue
         tokens.append(len(ids) + (n_visual - 1 if sample.image else 0))
     texts = sizes.pop(None, 0)
     return dict(pictured=len(tokens) - texts, texts=texts, turns=turns, sizes=sizes, tokens=tokens,
@@ -100,7 +104,7 @@ def main(argv=None):
         raise UserError(f"{args.json}: no such file")
     tokenizer = Tokenizer.from_pretrained(find(args.llm or target.llm))
     found = check(args.json, images, tokenizer, n_visual, recipe.max_length)
-    print(show(found, n_visual, recipe.max_length, recipe.batch))
+    print(printable(show(found, n_visual, recipe.max_length, recipe.batch)))
     if found["errors"]:
         print("a training run stops at the first bad record; with --on-bad-record skip it goes on")
     elif found["pictured"]:

@@ -1,49 +1,68 @@
 """Images: from a file to what CLIP expects. A student's picture may be of any kind, and may be broken."""
 
 import os
+import re
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from formats.checkpoints import locate
 from formats.errors import MissingFile, UserError
+from formats.files import check_file
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # EPS would run Ghostscript
 
 SIZE = 64  # of the drawn world's images
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+ORIENTATION = ExifTags.Base.Orientation
 MAX_PIXELS, MAX_SIDE = 64_000_000, 10_000  # padded to a square, the longest side alone decides: 400 MB at 10,000
 
 
 def open_image(source):
     """
-    A path or a PIL image of any mode -> PIL image in RGB. Transparency is laid over white, 16-bit is scaled to 8,
-    a photo is turned as its EXIF says. MissingFile: no such file. UserError: not an image, damaged or too large.
+    A path, a PIL image of any mode or a numpy array of uint8, (H, W) or (H, W, 3 or 4) -> PIL image in RGB.
+    Transparency is laid over white, 16-bit is scaled to 8, a photo is turned as its EXIF says. MissingFile: no such
+    file. UserError: not an image, damaged or too large.
     """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2:
+            raise UserError(f"image: an array of {source.dtype} {source.shape}: give uint8 (H, W) or (H, W, 3 or 4)")
+        source = Image.fromarray(source) if source.size else Image.new("RGB", (0, 0))
+    if not isinstance(source, (Image.Image, str, os.PathLike)):
+        raise UserError(f"image: {type(source).__name__} is none: give a path, a PIL image or a numpy array")
     name = "image" if isinstance(source, Image.Image) else str(source)
-    if not isinstance(source, Image.Image):
+    if isinstance(source, Image.Image):
+        if source.format not in (None, "MPO", *FORMATS):
+            raise UserError(f"{name}: {source.format} is not read here (try PNG or JPEG)")
+    else:
+        if re.match("https?://", name):
+            raise UserError(f"{name}: this is a URL: download it first, and give the file")
         source = locate(source)
         if not os.path.exists(source):
             raise MissingFile(f"{name}: no such image file")
         if not os.path.isfile(source):  # a folder, or a pipe that would wait for ever
             raise UserError(f"{name}: not an image file")
+        check_file(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
     except Image.DecompressionBombError:
         raise UserError(f"{name}: more than {MAX_PIXELS / 1e6:.0f} megapixels; scale the image down first") from None
-    except Exception:  # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(f"{name}: not an image that Pillow can read (try PNG or JPEG)") from None
+    except Exception as e:  # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
+        why = "it holds a text that is too large" if "MAX_TEXT" in str(e) else "try PNG or JPEG"
+        raise UserError(f"{name}: not an image that Pillow can read ({why})") from None
     w, h = image.size
     if not 0 < w * h <= MAX_PIXELS or max(w, h) > MAX_SIDE:
         limits = f"1 pixel to {MAX_PIXELS / 1e6:.0f} megapixels and at most {MAX_SIDE:,} pixels a side"
         raise UserError(f"{name}: {w} x {h} pixels, but must have {limits}; scale or crop it first")
     try:
         image.load()
-        if image is not source:
+        if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
         return _to_rgb(image)
     except Exception as error:
@@ -51,13 +70,15 @@ def open_image(source):
 
 
 def _to_rgb(image):
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel: Pillow's own convert would clip at 255
         values = np.nan_to_num(np.asarray(image).astype(np.float32))
         scale = 1 / 257 if image.mode[0] == "I" and (";" in image.mode or values.max() > 255) else 1
         if image.mode[0] == "F" and values.max() <= 1:
             scale = 255
+        if isinstance(clear := image.info.get("transparency"), int):
+            values[values == clear] = 255 / scale
         return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -3,21 +3,26 @@ LLaVA's JSON, as LLaVA-1.5-665K is distributed; every record is checked.
 
 [{"id": ..., "image": "coco/train2017/a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]
 
+Or .jsonl, a record a line. A first turn may be from "system"; "user" and "assistant" are other names of human and gpt.
+
     records = load_llava("data.json", "images")     # a list of samples; on_bad="skip" goes on past bad records
 """
 
+import hashlib
 import os
 import random
+import re
 import sys
 from itertools import chain
 
-from data.batches import Sample, wrap
+from data.batches import Sample, without_image, wrap
 from data.images import open_image
-from formats.errors import MissingFile, UserError
-from formats.files import read_json
+from formats.errors import MissingFile, UserError, printable
+from formats.files import parse_json, read_json, read_text
 
 MAX_BYTES, MAX_RECORDS = 4 * 10**9, 10**7  # LLaVA-1.5-665K has 10**9 bytes and 665 thousand records
-MAX_TURNS, MAX_CHARS = 1000, 10**6  # of one record
+MAX_TURNS, MAX_CHARS, MAX_OPENING = 1000, 10**6, 1000  # of one record
+NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 class LlavaRecords:
@@ -26,6 +31,7 @@ class LlavaRecords:
     All records are checked when the file is loaded, so that a long run does not stop at record 500,000.
 
         pictured, texts     the indices i of the records with an image, and of those without
+        digest              of the file's bytes and the sizes of the images that it names: has something changed?
         skipped             with on_bad="skip": one line for every record left out or replaced so far
     """
 
@@ -34,7 +40,15 @@ class LlavaRecords:
             raise UserError(f"unknown on_bad {on_bad!r}: choose 'stop' or 'skip'")
         self.path, self.image_folder = str(json_path), str(image_folder or ".")
         self.seed, self.on_bad, self.errors = seed, on_bad, {}  # errors: place in the file -> what is wrong there
-        records = read_json(json_path, list, MAX_BYTES)
+        if self.path.endswith(".jsonl"):
+            lines = enumerate(read_text(json_path, MAX_BYTES).split("\n"), 1)
+            records = [parse_json(line, f"{json_path}, line {n}") for n, line in lines if line.strip()]
+        else:
+            records = read_json(json_path, list, MAX_BYTES)
+        with open(json_path, "rb") as file:
+            digest = hashlib.sha256()
+            for block in iter(lambda: file.read(2**20), b""):
+                digest.update(block)
         if not 0 < len(records) <= MAX_RECORDS:
             raise UserError(f"{json_path}: expected a list of 1 to {MAX_RECORDS:,} records (LLaVA's format), "
                             f"not {len(records):,}")  # fmt: skip
@@ -47,9 +61,12 @@ class LlavaRecords:
             except UserError as error:
                 self._bad(place, error)
                 continue
+            if image_path:
+                digest.update(f"{place}: {os.path.getsize(image_path)}\n".encode())
             (self.pictured if image_path else self.texts).append(len(self.records))
             self.records.append(record)
             self.places.append(place)
+        self.digest = digest.hexdigest()
         if not self.records:
             raise UserError(f"{self.path}: all {len(records)} records are bad; the first: {self.skipped[0]}")
 
@@ -64,7 +81,7 @@ class LlavaRecords:
         if self.on_bad == "stop":
             raise error
         if place not in self.errors:  # once, however often the walk comes by
-            print(f"skipped: {error}", file=sys.stderr)
+            print(printable(f"skipped: {error}"), file=sys.stderr)
         self.errors[place] = str(error)
 
     def _name(self, place, record):
@@ -81,20 +98,24 @@ class LlavaRecords:
         messages, marks = [], []
         for t, turn in enumerate(turns):
             speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-            if speaker not in ("human", "gpt") or not isinstance(text, str):
+            role = NAMES.get(speaker) if isinstance(speaker, str) else None
+            if role is None or not isinstance(text, str):
                 raise UserError(f'{name}: turn {t} needs "from": "human" or "gpt", and a text "value"')
-            if speaker != ("human", "gpt")[t % 2]:
-                raise UserError(f"{name}: turn {t} is from {speaker!r}; human and gpt must alternate, human first")
+            system = bool(messages) and messages[0]["role"] == "system"
+            if role != ("user", "assistant")[(t - system) % 2] and not (role == "system" and t == 0):
+                raise UserError(f"{name}: turn {t} is from {speaker!r}; human and gpt must alternate, human first"
+                                " (or second, after system)")
             if len(text) > MAX_CHARS:
                 raise UserError(f"{name}: turn {t} has {len(text):,} characters, more than {MAX_CHARS:,}; shorten it")
             marks.append(text.count("<image>"))
-            text = text.replace("<image>", "").strip()  # LLaVA puts it at the start or the end, with a newline
+            text = without_image(text)  # LLaVA puts it at the start or the end, with a newline
             if not text:
                 raise UserError(f"{name}: turn {t} has no text")
-            messages.append({"role": ("user", "assistant")[t % 2], "content": text})
-        if len(messages) % 2:
+            messages.append({"role": role, "content": text})
+        if messages[-1]["role"] != "assistant":
             raise UserError(f"{name}: ends with a human turn; there is no answer to learn from")
-        if sum(marks) > 1 or sum(marks[1:]):
+        first = messages[0]["role"] == "system"
+        if sum(marks) > 1 or marks[first] != sum(marks):
             raise UserError(f'{name}: one "<image>" at most, and in the first turn; found {marks} over the turns')
         image = record.get("image")
         if image is None:
@@ -103,11 +124,16 @@ class LlavaRecords:
             return None, messages
         if not isinstance(image, str) or not image:
             raise UserError(f'{name}: "image" must be one file name, not {image!r:.80}')
+        if re.match("https?://", image):
+            raise UserError(f"{name}: the image {image!r:.200} is a URL: download it first, and name the file")
         if os.path.isabs(image) or ".." in image.replace("\\", "/").split("/"):
             raise UserError(f'{name}: "image" {image!r:.80} leads out of the folder of images')
         opening = record.get("opening", "<image>")
-        if not isinstance(opening, str) or opening.count("<image>") != 1:
-            raise UserError(f'{name}: "opening" must be a text with one "<image>", not {opening!r:.80}')
+        question = messages[first]["content"]
+        if not isinstance(opening, str) or len(opening) > MAX_OPENING or opening.count("<image>") != 1 \
+                or wrap(question, None, opening).count("<image>") != 1:
+            raise UserError(f'{name}: "opening" must be a text with one "<image>", of at most {MAX_OPENING:,} '
+                            f"characters, not {opening!r:.80}")
         path = os.path.join(self.image_folder, image)
         if not os.path.isfile(path):
             raise MissingFile(f"{name}: image file {path} not found")
@@ -125,8 +151,9 @@ class LlavaRecords:
             except UserError as error:
                 raise type(error)(f"{self._name(place, record)}: {error}") from None
             rng = None if self.seed is None else random.Random(f"llava/{self.seed}/{place}")
-            messages[0]["content"] = wrap(messages[0]["content"], rng, record.get("opening"))
-            caption = messages[1]["content"]
+            first = messages[0]["role"] == "system"
+            messages[first]["content"] = wrap(messages[first]["content"], rng, record.get("opening"))
+            caption = messages[first + 1]["content"]
         return Sample(image, messages, "llava", messages[-1]["content"], [], caption)
 
     def __getitem__(self, index):

@@ -20,12 +20,16 @@ def read_data(stage, about, on_bad="stop"):
     Images of the drawn world or of about["data"]; stage 1 mixes in text instructions, stage 3 the text of `data`.
     """
     seed, text = about["seed"], about["text"]
+    about.pop("read", None)         # by this a run that goes on knows whether its files are the same (formats/log.py)
     records = load_llava(about["data"], about["images"], seed, on_bad) if about["data"] else None
+    if records is not None:
+        about["read"] = [records.digest]
     if records is not None and not records.pictured:
         raise UserError(f"{about['data']} has no record with an image")
     images = World(seed) if records is None else Shuffled(records, records.pictured, seed)
     if text:
         written = load_llava(locate(text), None, seed, on_bad)
+        about["read"] = about.get("read", []) + [written.digest]
         if not written.texts:
             raise UserError(f"{text} has no record without an image, from which stage translator takes its text")
         texts = Shuffled(written, written.texts, seed)

@@ -8,7 +8,6 @@ itself (assets/instructions.json). Never trained are the capital, language and c
 them, the LLM has to know them.
 """
 
-import json
 import random
 import re
 from functools import lru_cache
@@ -17,6 +16,7 @@ from pathlib import Path
 from data.batches import Sample, wrap
 from data.drawing import COLORS, FLAGS, SHAPES, draw
 from formats.errors import UserError
+from formats.files import read_json
 
 # ---- What there is --------------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ def is_right(text, sample):
 @lru_cache(maxsize=None)
 def instructions(path=Path(__file__).parent.parent / "assets" / "instructions.json"):
     """[(subject, question, answer), ...]: what the LLM itself answered, with the caption in the image's place."""
-    return [(tuple(subject), question, answer) for subject, question, answer in json.loads(path.read_text())]
+    return [(tuple(subject), question, answer) for subject, question, answer in read_json(path, list)]
 
 
 def _subject(rng, task, index, split):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import surrogate
 from data.batches import collate
 from data.world import TRAINED_SUBJECTS, World, caption
-from formats.errors import MAX_SEED, Parser, number, run_cli
+from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out
 from formats.log import Log, check_resume
 from formats.official import DEFAULT_LLM, find
@@ -97,6 +97,8 @@ def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resu
         if k not in cache:
             samples = [source[i] for i in range(k * B, (k + 1) * B)]
             batch = collate(samples, tokenizer, slots.n_visual, vit.image_size, recipe.loss_on, recipe.max_length)
+            if (batch["targets"] < 0).all():
+                raise UserError(f"max_length={recipe.max_length} cuts all samples before their answer: give more")
             with torch.no_grad():
                 trunk = decoder.run(slots.embed(samples, batch, seed * 10**6 + k), 0, decoder.trunk)
             cache[k] = teacher_states(decoder, llm, trunk, batch)

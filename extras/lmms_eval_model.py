@@ -12,24 +12,28 @@ decoder=surrogate. Questions are put as graft.py puts them. One image a question
 import sys
 
 import torch
-from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from data.batches import wrap
+from data.batches import without_image, wrap
 from formats import checkpoints, official
-from formats.errors import UserError, run_cli
+from formats.errors import MissingFile, UserError, run_cli
 from model import VLM
 from surrogate import load_surrogate
 
+try:
+    from lmms_eval.api.model import lmms
+except ImportError:
+    lmms = None
 
-class Graft(lmms):
+
+class Graft(lmms or object):
     def __init__(self, llm=None, encoder="assets/encoder.safetensors", decoder="llm", dtype="float32",
                  device="cuda" if torch.cuda.is_available() else "cpu", batch_size=8):
         super().__init__()
         if decoder not in ("llm", "surrogate"):
             raise UserError(f"decoder={decoder}: choose llm (the graft) or surrogate (the pair)")
         llm = llm or checkpoints.open_checkpoint(encoder)[1].get("llm", official.DEFAULT_LLM)
-        self.vlm = VLM.from_pretrained(llm, encoder, getattr(torch, dtype), device)
+        self.vlm = VLM.from_pretrained(llm, encoder, dtype, device)
         if decoder == "surrogate":
             self.vlm.decoder = load_surrogate(self.vlm.decoder, encoder)
         self.batch_size = int(batch_size)
@@ -38,7 +42,7 @@ class Graft(lmms):
         """A request -> (token ids of its prompt, its images, what else its task gives: an answer, or options)."""
         context, given, doc_to_visual, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
-        images, question = doc_to_visual(doc) or [], context.replace("<image>", "").strip()
+        images, question = doc_to_visual(doc) or [], without_image(context)
         if len(images) > 1:
             raise UserError(f"task {task} has {len(images)} images in a question: these models read one")
         content = wrap(question) if images else question
@@ -103,6 +107,8 @@ class Pair(Graft):
 
 
 def main():
+    if lmms is None:
+        raise MissingFile("lmms-eval is not installed: pip install lmms-eval==0.7.3")
     from lmms_eval import evaluator
     from lmms_eval.cli.dispatch import main as lmms_eval_main
     from lmms_eval.models import MODEL_REGISTRY_V2, registry_v2

@@ -11,16 +11,20 @@ processes, so the gradients only have to be added up. A sharded weight is a DTen
 import atexit
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train
 from extras.lora import add_lora, merge
 from formats.errors import Parser, UserError, number, run_cli
 from model import VLM
+
+PATIENCE = timedelta(seconds=120)       # until the other processes are there
 
 
 def local(t):
@@ -115,8 +119,13 @@ class Team:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             try:
-                dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-            except (ValueError, RuntimeError) as e:     # RANK or WORLD_SIZE, say, missing or no number
+                # by hand, so that only this has so short a limit: a step may wait for a checkpoint to be written
+                store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+                if not 0 <= rank < world:
+                    raise ValueError(f"RANK={rank} of WORLD_SIZE={world}")
+                backend = "nccl" if device.startswith("cuda") else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            except (ValueError, RuntimeError) as e:     # RANK or WORLD_SIZE missing or no number, a process not there
                 why = str(e).splitlines()[0]
                 raise UserError(f"the processes do not find each other ({why}): start them with torchrun") from None
             atexit.register(dist.destroy_process_group)

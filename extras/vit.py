@@ -146,7 +146,7 @@ def train_vit(recipe, out, start=None, seed=0, device="cpu", dtype=torch.float32
     captions = Captions()
     model = Pretraining(captions, ViTConfig())
     if start:
-        load_checkpoint(model, read_checkpoint(start)[0], start)
+        load_checkpoint(model, read_checkpoint(start)[0], start, needs=["encoder."])
     model.to(device)
     optimizer = Optimizer(dict(model.named_parameters()), recipe)
     model.to(dtype)

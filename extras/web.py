@@ -5,14 +5,17 @@ A page to play with: what the pair and the graft say about the same image, side 
 
 It is for this machine alone: no other can open the page, and the page fetches nothing from any.
 """
+import contextlib
 import gc
 import html
 import os
 import random
+import re
+import threading
 from functools import partial
 
 from data import world
-from data.batches import wrap
+from data.batches import without_image, wrap
 from data.drawing import COLORS, SHAPES, draw
 from data.images import open_image
 from evaluate import DEMO
@@ -30,13 +33,19 @@ SUGGESTIONS = {"trained": [asked[0] for asked, _ in world.QUESTIONS.values()],
                "never trained": [asked[0] for both in world.KNOWLEDGE_QUESTIONS.values() for asked in both],
                "free": ["What does it remind you of?", "Tell a short story about it.", "Is it larger than a house?"]}
 ABOUT = {"pair": ("#B34700", "encoder + surrogate, as trained"), "graft": ("#0072B2", "encoder + full LLM, zero-shot")}
-MAX_WORD, MAX_QUESTION = 14, 300
+MAX_WORD, MAX_QUESTION, MAX_SIDE = 14, 300, 1024
+ONE_AT_A_TIME = threading.Lock()    # a photo of 64 megapixels takes half a gigabyte until it has been made small
 
 
 def picture(subject):
     """A subject of the world, or ("file", path) -> its PIL image, always the same. UserError: it makes no image."""
     try:
-        return open_image(subject[1]) if subject[0] == "file" else draw(random.Random(f"web/{subject}"), subject)
+        if subject[0] != "file":
+            return draw(random.Random(f"web/{subject}"), subject)
+        with ONE_AT_A_TIME:
+            image = open_image(subject[1])
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+            return image
     except StopIteration:                                   # letters of no size fit
         raise UserError(f"{subject[1]} is too wide for a sign: type a shorter word") from None
     except UserError as error:                              # names the file, not the folder that Gradio put it into
@@ -45,9 +54,22 @@ def picture(subject):
 
 def sign(word):
     """What someone types -> ("sign", word). UserError where there is nothing to draw."""
-    if word := "".join(c for c in " ".join(word.split()) if c.isprintable())[:MAX_WORD].strip():
+    if word := "".join(c for c in " ".join(str(word or "").split()) if c.isprintable())[:MAX_WORD].strip():
         return "sign", word[:1].upper() + word[1:]
     raise UserError("type a word")
+
+
+def nth(index):
+    """A picture of the gallery. A request that was made by hand may hold anything."""
+    if type(index) is not int or not 0 <= index < len(SUBJECTS):
+        raise UserError("choose one of the pictures")
+    return SUBJECTS[index]
+
+
+def uploaded(path):
+    if not isinstance(path, str):
+        raise UserError("choose one file")
+    return "file", path
 
 
 def show(choose, *given):
@@ -72,7 +94,7 @@ def respond(vlm, surrogate, subject, question):
     """Yield what the page shows, piece by piece: HTML (an error, the pair, the graft) and a figure of the layers."""
     gc.collect()        # the figures of the question before: their parts refer to each other
     try:
-        question = question.replace("<image>", " ").strip()[:MAX_QUESTION]          # the one image is in the prompt
+        question = without_image(str(question or ""))[:MAX_QUESTION]                # the one image is in the prompt
         if not subject or not question:
             raise UserError("choose an image first" if question else "ask something first")
         image, prompt = picture(subject), vlm.prompt([{"role": "user", "content": wrap(question)}])
@@ -128,17 +150,57 @@ def page(vlm, surrogate):
         with gr.Accordion("look inside"):
             layers = gr.Plot(format="png", show_label=False, elem_id="look")
 
-        def pick(event: gr.SelectData):
-            return show(SUBJECTS.__getitem__, event.index)
+        def pick(event: gr.EventData = None):       # not SelectData, which a request without an index breaks
+            data = getattr(event, "_data", None)
+            return show(nth, data.get("index") if isinstance(data, dict) else None)
         chosen = dict(outputs=[image, subject, line], queue=False, trigger_mode="always_last", **hidden)
         gallery.select(pick, None, **chosen)
         word.input(partial(show, sign), word, **chosen)
-        upload.upload(partial(show, lambda path: ("file", path)), upload, **chosen)
+        upload.upload(partial(show, uploaded), upload, **chosen)
         gr.on([d.input for d in look], partial(show, lambda *of: ("shape", *of)), look, **chosen)
         asked = gr.on([ask.click, question.submit], partial(respond, vlm, surrogate), [subject, question],
                       [line, pair, graft, layers], **hidden)
         stop.click(None, cancels=asked)
     return blocks
+
+
+CSP = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+       "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+       "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'")
+
+
+class Guard:
+    """
+    Around the whole application (ASGI): a request must name this machine as Host, and may come from this page alone.
+    Else any web site that is open in the browser could read it (DNS rebinding) or fill its folder of uploads.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                message = message | dict(headers=[*message["headers"], (b"content-security-policy", CSP.encode())])
+            await send(message)
+
+        headers = {k.lower(): v.decode("latin-1") for k, v in scope.get("headers", ())}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        here = re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", host) and origin in (None, f"http://{host}")
+        if here or scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send_with_policy)
+        elif scope["type"] == "websocket":
+            await send(dict(type="websocket.close", code=1008))
+        else:
+            await send(dict(type="http.response.start", status=403, headers=[(b"content-type", b"text/plain")]))
+            await send(dict(type="http.response.body", body=b"this page is for this machine alone"))
+
+
+@contextlib.asynccontextmanager
+async def guarded(app):
+    """When the server starts: nothing of it answers before the guard does."""
+    app.middleware_stack = Guard(app.middleware_stack)
+    yield
 
 
 def need_gradio():
@@ -148,6 +210,16 @@ def need_gradio():
 
 def serve(vlm, surrogate):
     """Open the page in the browser, until Ctrl-C."""
-    page(vlm, surrogate).queue(default_concurrency_limit=1, max_size=16, api_open=False).launch(
-        server_name="127.0.0.1", share=False, inbrowser=True, max_file_size="20mb", footer_links=[], run_history=False,
-        enable_monitoring=False, css=CSS, theme=gr.themes.Base(font=["system-ui"], font_mono=["monospace"]))
+    launch(page(vlm, surrogate), inbrowser=True)
+
+
+def launch(blocks, **options):
+    """Serve the page to this machine alone."""
+    keep = ("GRADIO_TEMP_DIR", "GRADIO_SERVER_PORT", "GRADIO_ANALYTICS_ENABLED")
+    for name in [n for n in os.environ if n.startswith("GRADIO_") and n not in keep]:
+        del os.environ[name]            # by these it could be shared, served to others, or serve other files
+    blocks.root_path = ""
+    return blocks.queue(default_concurrency_limit=1, max_size=16, api_open=False).launch(
+        server_name="127.0.0.1", share=False, max_file_size="20mb", footer_links=[], run_history=False, ssr_mode=False,
+        mcp_server=False, allowed_paths=[], enable_monitoring=False, css=CSS, app_kwargs=dict(lifespan=guarded),
+        theme=gr.themes.Base(font=["system-ui"], font_mono=["monospace"]), **options)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from formats.errors import MissingFile, UserError
 from formats.official import (
+    and_more,
     check_finite,
     find,
     find_file,
@@ -118,13 +119,20 @@ def open_checkpoint(path):
 def check_about(about, path):
     """What a checkpoint says about itself, if its values are of the kinds that `save_checkpoint` was given."""
     kinds = dict(stage=str, llm=str, vit=str, start=(str, type(None)), ranges=list, vit_config=dict, recipe=dict,
-                 about=dict, step=int, steps_done=int)
+                 about=dict, step=int, steps_done=int, seed=int, data=(str, type(None)), text=(str, type(None)),
+                 images=(str, type(None)))
     whole = lambda pair: isinstance(pair, list) and [type(x) for x in pair] == [int, int]
     for name, kind in kinds.items():
         value = about.get(name)
         if name in about and not (isinstance(value, kind) and (name != "ranges" or all(map(whole, value)))):
             raise UserError(f"{path} says of itself {name} = {value!r:.60}: it is damaged, or not of this project's "
                             "train.py")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{path} says of itself {name} = {value!r:.60}, which is no name: it is damaged")
+    for name, kind in dict(vit_layers=int, distill=int, like_words=bool).items():       # of the recipe, what is read
+        value = about.get("recipe", {}).get(name, kind())
+        if type(value) is not kind or value < 0:
+            raise UserError(f"{path} says of itself {name} = {value!r:.60}: it is damaged")
     return about
 
 
@@ -162,9 +170,28 @@ def ancestry(path):
             raise UserError(f"{path} started from itself, says its metadata: it is damaged; give another checkpoint")
 
 
-def load_checkpoint(module, tensors, path, place=None):
+def held(about, tensors, layers):
     """
-    Copy named tensors into `module`; every name and shape must fit, else one line names all that do not.
+    How the names begin that a checkpoint has to hold: those of what its stage trained, but for the translators, for
+    which surrogate.load_translators asks. Whatever it lacked would be random. layers: of its ViT.
+    """
+    upper, recipe, stage = "encoder.vision_model.encoder.layers.", about.get("recipe", {}), about.get("stage")
+    whole = stage == "decoder" or "decoder.model.embed_tokens.weight" in tensors        # stage 3 trains the LLM itself
+    if stage is None:                                                                   # the paper's say nothing
+        stage = "encoder" if any(n.startswith(upper) for n in tensors) else "translator"
+    if stage == "vit":
+        return ["encoder."]
+    if stage == "translator" and "epochs" in recipe:                                    # of extras/distillation.py
+        return []
+    learn = recipe.get("vit_layers") or max(1, layers // 3)
+    names = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."] + ["decoder."] * whole
+    return names + [f"{upper}{i}." for i in range(layers - learn, layers) if stage != "translator"]
+
+
+def load_checkpoint(module, tensors, path, place=None, needs=()):
+    """
+    Copy named tensors into `module`; every name and shape must fit, else one line names all that do not. needs: how the
+    names begin of which none may be missing.
     place(parameter, tensor): what is copied in the tensor's place, as in official.load; a sharded model takes a slice.
     """
     wanted, wrong = dict(module.named_parameters()), []
@@ -177,6 +204,8 @@ def load_checkpoint(module, tensors, path, place=None):
             check_finite(tensor.float(), name, path)
     if wrong:
         raise UserError(f"{path} does not belong to this model: it holds {'; '.join(wrong)}")
+    if missing := [n for n in wanted if n.startswith(tuple(needs)) and n not in tensors]:
+        raise UserError(f"{path} lacks {and_more(missing)}: it is not whole; copy or train it again")
     with torch.no_grad():
         for name, tensor in tensors.items():
             wanted[name].copy_(place(wanted[name], tensor) if place else tensor)

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from formats.checkpoints import read_checkpoint, save_checkpoint, save_released
-from formats.errors import Parser, UserError, run_cli
+from formats.errors import Parser, UserError, printable, run_cli
 from formats.files import check_out_file
 from formats.official import DEFAULT_LLM
-from formats.share import share
+from formats.share import check_parts, share
 from surrogate import check_ranges, parse_ranges
 
 CLIP = "openai/clip-vit-large-patch14-336"
@@ -36,14 +36,15 @@ def main(argv=None):
     parse_ranges(args.replace or "none")
     if args.out is not None:
         check_out_file(args.out)
+    say = lambda text: print(printable(text))           # names out of a file that someone else wrote
     tensors, about = read_checkpoint(args.checkpoint)
     if args.to:
         about = about or describe(tensors, args)
         files = share(args.checkpoint, tensors, about, args.to, args.llm, args.vit, args.scores)
         print(*(f"{size:>13,}  {args.to}/{name}" for name, size in files.items()), sep="\n")
     elif args.out is None:
-        print(*(f"{k}: {json.dumps(v)}" for k, v in sorted(about.items())), sep="\n")     # no order in the file
-        print(*(f"{n}  {tuple(t.shape)} {t.dtype}" for n, t in tensors.items()), sep="\n")
+        say("\n".join(f"{k}: {json.dumps(v)}" for k, v in sorted(about.items())))        # no order in the file
+        say("\n".join(f"{n}  {tuple(t.shape)} {t.dtype}".replace("\n", "\\n") for n, t in tensors.items()))
     elif Path(args.out).suffix == ".pth":
         if any(".lora_" in n for n in tensors):
             raise UserError(f"{args.checkpoint} holds low-rank updates, for which the paper's layout has no place")
@@ -61,6 +62,7 @@ def main(argv=None):
 def describe(tensors, args):
     """What our own checkpoint of these tensors would say about itself; `args` say what cannot be seen in them."""
     ranges = check_ranges(parse_ranges(args.replace or "none"), 1000)
+    check_parts(tensors, args.checkpoint)
     decoder = any(n.startswith("decoder.") for n in tensors)
     whole = "decoder.model.embed_tokens.weight" in tensors      # stage 3's; else it is the translator
     if decoder and not whole and not ranges:

@@ -36,8 +36,21 @@ class Parser(argparse.ArgumentParser):
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.add_argument("--device", type=available_device, default=default, help="default: %(default)s")
 
+    def parse_known_args(self, args=None, namespace=None):      # all ways to parse come by here
+        known, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:        # --data "$DATA" without a DATA: another experiment, in silence
+            value = getattr(known, action.dest, None)
+            if value in ("", [""]) and value != action.default:
+                self.error(f"{'/'.join(action.option_strings) or action.dest}: an empty name says nothing: leave it out")
+        return known, rest
+
     def error(self, message):
         raise UserError(f"{message} (--help shows what there is)")
+
+
+def printable(text):
+    """Text that someone else wrote, for a terminal: what a terminal acts on, such as an escape, is spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def number(kind, low, high):
@@ -46,11 +59,12 @@ def number(kind, low, high):
     def read(text):
         try:
             x = kind(text)
-        except ValueError:
+            x = x if isinstance(text, str) or x == text else math.nan       # 2.7 is no whole number
+        except (ValueError, TypeError, OverflowError):
             x = math.nan
         if not low <= x <= high:  # so written that nan fails, too
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} between {low:,} and {high:,}, not {text:.40}")
+            raise argparse.ArgumentTypeError(f"must be {what} between {low:,} and {high:,}, not {text!s:.40}")
         return x
 
     return read
@@ -92,7 +106,7 @@ def run_cli(main):
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             why += " (make room, or write to another place)"
     except RuntimeError as e:  # torch has no error class of its own for these
-        known = ("DefaultCPUAllocator", "DataLoader worker", "No space left on device")
+        known = ("DefaultCPUAllocator", "DataLoader worker", "No space left on device", "unable to mmap")
         if not any(words in str(e) for words in known):
             raise
         why = str(e).splitlines()[0]
@@ -103,7 +117,7 @@ def run_cli(main):
             sys.stdout.flush()
     except OSError:  # it was stdout that is full or closed: Python would complain a second time
         discard(sys.stdout)
-    print(f"error: {why}", file=sys.stderr)
+    print(printable(f"error: {why}"), file=sys.stderr)
     return 2
 
 

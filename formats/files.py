@@ -19,6 +19,15 @@ MAX_SIZE = 10**7  # of anything in a configuration: positions, vocabulary, width
 KINDS = {int: "a whole number from 1 to {high:,}", float: "a number above 0", bool: "true or false"}
 
 
+def expand(path):
+    """A path with ~ and ~user written out."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise MissingFile(f"{path}: there is no such home folder: set HOME, or give a whole path "
+                          "(of the cache: XDG_CACHE_HOME)") from None
+
+
 def check_file(path):
     """The path, if a file is there that has an end: not a folder, and not a pipe or a device, on which one may wait."""
     path = Path(path)
@@ -26,7 +35,11 @@ def check_file(path):
         raise MissingFile(f"{path}: no such file")
     if not path.is_file():
         raise UserError(f"{path} is not a file: give the path of a file")
-    return path
+    try:
+        with open(path, "rb"):
+            return path
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror})") from None
 
 
 def read_text(path, limit=MAX_BYTES):
@@ -40,13 +53,16 @@ def read_text(path, limit=MAX_BYTES):
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): save it as UTF-8") from None
 
 
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # no JSON, endless digits, endless nesting
+        raise UserError(f"{where}: not valid JSON ({e}); download or write it again") from None
+
+
 def read_json(path, kind=dict, limit=MAX_BYTES):
     """What a JSON file holds: an object (dict) or a list."""
-    text = read_text(path, limit)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:  # no JSON, endless digits, endless nesting
-        raise UserError(f"{path}: not valid JSON ({e}); download or write it again") from None
+    value = parse_json(read_text(path, limit), path)
     if not isinstance(value, kind):
         raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}, not {value!r:.40}")
     return value

@@ -1,6 +1,7 @@
 """What a training run leaves in its folder: log.csv, a plot of the loss, and checkpoints from which it can go on."""
 
 import csv
+import errno
 import json
 import math
 import time
@@ -13,6 +14,11 @@ from formats.checkpoints import checkpoint_file, open_checkpoint, save_checkpoin
 from formats.errors import MissingFile, UserError
 from formats.files import read_text
 
+try:
+    import fcntl
+except ImportError:     # Windows
+    fcntl = None
+
 
 def check_start(about, out):
     """UserError if a run would save its checkpoint over the one that it starts from."""
@@ -21,8 +27,23 @@ def check_start(about, out):
         raise UserError(f"this run goes on from {about['start']}, and would overwrite it: give another --out")
 
 
+PATHS = ("llm", "vit", "start", "data", "images", "text")
+CHANGE_NOTHING = ("workers", "save_every", "micro_batch", "checkpointing", "read", *PATHS)
+
+
+def same_file(was, now):
+    """Do two paths name the same file, spelled in two ways or moved? What was moved is no longer there."""
+    if not was or not now or was == now:
+        return was == now
+    there = Path(was).exists(), Path(now).exists()
+    return Path(was).samefile(now) if all(there) else there[1] and Path(was).name == Path(now).name
+
+
 def check_resume(out, about):
-    """UserError if the run in `out` is another one: names all that differs. Returns what its state says about it."""
+    """
+    UserError if the run in `out` is another one: names all that differs. Returns what its state says about it, with the
+    paths of now. The contents of data and text are compared when they have been read (Log).
+    """
     state = Path(out) / "state.safetensors"
     if not state.exists():
         raise MissingFile(f"nothing to resume: {state} is not there (see --out)")
@@ -35,10 +56,14 @@ def check_resume(out, about):
     ours, theirs = flat(about), flat(was)
     ours |= {"ranges": theirs.get("ranges")} if about.get("ranges") == "auto" else {}
     odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items()
-           if k not in ("workers", "save_every") and theirs.get(k) != v]
+           if k not in CHANGE_NOTHING and theirs.get(k) != v]
+    odd += [f"{k} was {theirs.get(k)}, is {ours[k]}" for k in PATHS if k in ours and not (
+        bool(theirs.get(k)) == bool(ours[k]) if k in ("data", "images", "text") else same_file(theirs.get(k), ours[k]))]
     if odd:
         raise UserError(f"{state} is of another run: {'; '.join(odd)}")
-    return was
+    if not 0 <= said["step"] <= (ours.get("steps") or 10**9):
+        raise UserError(f"{state} says that {said['step']} steps are done: it is damaged; start anew in another --out")
+    return was | {k: about[k] for k in PATHS if k in about}
 
 
 class Log:
@@ -49,13 +74,17 @@ class Log:
         self.optimizer, self.team, self.export = optimizer, team, export
         self.first = team is None or team.rank == 0
         self.rows, self.state = [], self.out / "state.safetensors"
+        self.lock = lock(self.out) if self.first else None
         if resume:
             for part in self.out.glob(".*.part") if self.first else ():     # what a killed run was writing
                 part.unlink()
             tensors, was = open_checkpoint(self.state)
+            if was["about"].get("read") != self.about.get("read"):
+                raise UserError(f"the files of --data or --text have changed since the run that {self.state} is of: "
+                                "give those, or start anew in another --out")
             try:
                 optimizer.load_state(tensors, was["step"])
-            except RuntimeError as e:       # a tensor of another shape
+            except (RuntimeError, KeyError) as e:       # a tensor of another shape, or none
                 raise UserError(f"{self.state} does not fit this run ({str(e).splitlines()[0]}): it is damaged; "
                                 "start anew in another --out") from None
             self.rows = read_log(self.out / "log.csv", optimizer.step)
@@ -75,7 +104,7 @@ class Log:
 
     def save(self):
         def write(part):
-            with open(part, "w", newline="") as f:
+            with open(part, "w", newline="", encoding="utf-8") as f:
                 writer = csv.DictWriter(f, list(self.rows[-1]))
                 writer.writeheader()
                 writer.writerows(self.rows)
@@ -92,6 +121,8 @@ class Log:
 
     def close(self):
         if self.first:
+            Path(self.lock.name).unlink(missing_ok=True)
+            self.lock.close()
             figure = plot_loss(self.rows, self.about["stage"])
             write_whole(self.out / "loss.png", lambda part: figure.savefig(part, format="png"))
             print(f"{len(self.rows)} steps, loss {self.rows[0]['loss']} -> {self.rows[-1]['loss']}, "
@@ -99,12 +130,29 @@ class Log:
         return self.rows
 
 
+def lock(folder):
+    """
+    An open file in a run's folder, which no other process can open so: two runs would overwrite each other's files. It
+    ends with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a", encoding="utf-8")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):         # any other: a file system that knows no locks
+            raise UserError(f"another run is writing into {folder}: wait for it, or give another --out") from None
+    return file
+
+
 def read_log(path, steps):
     """The rows of a log.csv up to the step with which its run goes on."""
     lines = read_text(path, limit=10**9).splitlines()
     try:
         rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(lines) if int(r["step"]) < steps]
-        whole = [int(r["step"]) for r in rows] == list(range(steps)) and all(float(r["loss"]) < math.inf for r in rows)
+        whole = len(rows) == steps and [int(r["step"]) for r in rows] == list(range(steps))
+        whole &= all(float(r["loss"]) < math.inf for r in rows)
     except (ValueError, KeyError, TypeError, csv.Error):
         whole = False
     if not whole:

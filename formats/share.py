@@ -28,6 +28,13 @@ LICENSES = {    # part of an LLM's name: (the hub's word for its license, what t
 UNKNOWN = ("other", "Whether they may be shared is a matter of its license, which was not known here: read it first.")
 
 
+def check_parts(tensors, path):
+    """UserError if tensors are none of a VLM's: weights of an LLM or of another model, under whatever name."""
+    odd = [n for n in tensors if not n.startswith(("encoder.vision_model.", "adapter.", "embd_", "decoder."))]
+    if odd or not tensors:
+        raise UserError(f"{path} is no checkpoint of train.py: it holds {odd[0] if odd else 'nothing'}")
+
+
 def public(name, what):
     """`name`, unless it is a path of this machine: that would help nobody else."""
     if Path(name).exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
@@ -41,18 +48,29 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
     llm, vit: names that others know, where the checkpoint has a path. scores: results.json of graft.py. The folder must
     be new or empty, and appears whole or not at all. Returns {name of a file: bytes}.
     """
+    check_parts(tensors, checkpoint)
     stage, folder = about.get("stage"), Path(folder)
     if stage not in ("translator", "encoder"):
         raise UserError(f"{checkpoint} is of stage {stage or 'unknown'}: a folder to share holds an encoder or "
                         "translators, and nothing of the LLM itself")
+    ranges = about.get("ranges", [])
+    places = [first - sum(b - a for a, b in ranges if b < first) for first, _ in ranges]        # of the translators
+    if any(n.startswith("decoder.") and not n.startswith(tuple(f"decoder.model.layers.{i}." for i in places))
+           for n in tensors):
+        raise UserError(f"{checkpoint} holds the LLM itself, not only translators: it is not to be shared like this")
+    if stage == "encoder" and "adapter.0.weight" not in tensors:
+        raise UserError(f"{checkpoint} holds no projector: it is not whole")
+    for name, value in (("llm", llm or about.get("llm")), ("vit", vit or about.get("vit") or stage == "translator")):
+        if not value:
+            raise UserError(f"{checkpoint} does not say which {name} it was trained with: give --{name}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: give a new folder")
     table = score_table(read_json(scores), about, scores) if scores else ""
-    llm, vit, start, files = public(llm or about["llm"], "--llm"), vit or about["vit"], None, {}
-    if Path(vit).suffix == ".safetensors":
+    llm, vit, start, files = public(llm or about["llm"], "--llm"), vit or about.get("vit"), None, {}
+    if vit and Path(vit).suffix == ".safetensors":
         files["vit"], vit = read_checkpoint(beside(vit, checkpoint)), "vit.safetensors"
         start = vit if stage == "translator" else None              # a translator that was trained alone needs it
-    vit = public(vit, "--vit")
+    vit = vit and public(vit, "--vit")
     own = any(n.startswith("decoder.") for n in tensors)            # translators that the LLM went on teaching
     if stage == "encoder" and about.get("ranges") and about.get("start") and not own:
         files["translator"], start = translators(checkpoint), "translator.safetensors"
@@ -61,12 +79,12 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
     for name, (_, says) in files.items():
         base = {k: Path(v).name for k, v in says.items() if k in ("data", "text", "images") and v}
         told[name] = says | base | dict(llm=llm, start=start if name == stage else None)
-        told[name] |= dict(vit=vit) if name != "vit" else {}
+        told[name] |= dict(vit=vit) if name != "vit" and vit else {}
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         for name, (weights, _) in files.items():
             save_checkpoint(part / f"{name}.safetensors", weights, told[name])
-        (part / "config.json").write_text(json.dumps(told[stage], indent=1, sort_keys=True))
+        (part / "config.json").write_text(json.dumps(told[stage], indent=1, sort_keys=True), encoding="utf-8")
         weights = {name: weights for name, (weights, _) in files.items()}
         (part / "README.md").write_text(card(folder.name, told[stage], weights, table), encoding="utf-8")
         if folder.exists():
@@ -87,6 +105,14 @@ def translators(checkpoint):
 
 
 def score_table(results, about, path):
+    """`scores`, or a UserError where results.json is damaged."""
+    try:
+        return scores_as_table(results, about, path)
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"{path} is no results.json of graft.py, or damaged ({e!r:.80})") from None
+
+
+def scores_as_table(results, about, path):
     """results.json of graft.py as a table: means over the tasks of what was said freely, and of what was ranked."""
     if not isinstance(results, dict) or results.get("about") != about:
         raise UserError(f"{path} holds the scores of another encoder: run graft.py --encoder with this one")
@@ -109,7 +135,7 @@ def card(name, about, files, table):
     derived = any(n.startswith("decoder.") for tensors in files.values() for n in tensors)
     facts = {
         "base LLM": f"[{hub}](https://huggingface.co/{hub})",
-        "ViT": about["vit"],
+        "ViT": about.get("vit"),
         "layers replaced by translators": ", ".join(f"{a}–{b}" for a, b in about.get("ranges") or []) or "none",
         "data": about.get("data") or "the drawn world of data/world.py",
         "text": about.get("text"),

@@ -64,7 +64,7 @@ TABLE = [
     ("int8", (8, 0), (99, 0), FLOAT, "few", "triton"),  # up to 16 rows; more are a matrix product, cuBLAS's
 ]
 BACKENDS = ("auto", "triton", "torch", "cudnn")
-_choice = os.environ.get("KERNELS", "auto")
+_choice = os.environ.get("KERNELS") or "auto"
 
 
 def check_choice():

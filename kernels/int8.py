@@ -69,10 +69,12 @@ def restore(layer, dtype):
     return replace(layer, Int8Linear, new)
 
 
-def rounded(tensors):
-    """Readers of official weights (formats/official.py) -> readers for a quantized model, which holds no others."""
+def rounded(tensors, tied):
+    """Readers of official weights (formats/official.py) -> readers for a quantized model, which holds no others. tied:
+    the embeddings are the LM head, too."""
     scales, tensors = {}, dict(tensors)
-    tensors.setdefault("lm_head.weight", tensors.get("model.embed_tokens.weight"))
+    if tied and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
 
     def read(name):
         weight, scales[name] = round_rows(tensors[name]())

@@ -14,14 +14,19 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
 from PIL import Image
+
+try:
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellControlSignal, DeadKernelError
+except ImportError:
+    nbformat = None
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))        # run as a script, only this folder is on the path
 from formats.checkpoints import write_whole  # noqa: E402
-from formats.errors import Parser, UserError, run_cli  # noqa: E402
+from formats.errors import MissingFile, Parser, UserError, run_cli  # noqa: E402
 
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 
@@ -77,7 +82,7 @@ def settled(text):
 
 
 def without_paths(text):
-    for path, name in ((HERE.parent, "."), (sys.prefix, "…"), (Path.home(), "~")):
+    for path, name in ((HERE.parent, "."), (sys.prefix, "…"), (os.path.expanduser("~"), "~")):
         text = text.replace(str(path), name)
     return re.sub(r" at 0x[0-9a-f]{6,}", "", text)
 
@@ -85,7 +90,8 @@ def without_paths(text):
 def few_colors(png):
     """A PNG in base64 with 64 colors: a third of the size, and no difference to be seen."""
     small = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+    image = Image.open(io.BytesIO(base64.b64decode(png)), formats=["PNG"]).convert("RGB")
+    image.quantize(64).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 
@@ -93,12 +99,18 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", default=[""], help="how the notebooks' names begin (default: all)")
     args = parser.parse_args(argv)
+    if nbformat is None:
+        raise MissingFile("notebooks need nbclient and more: pip install -r requirements-dev.txt")
     chosen = [p for p in NOTEBOOKS if p.name.startswith(tuple(args.names))]
     if not chosen:
         raise UserError(f"no notebook begins with {' or '.join(args.names)}: there are {[p.name for p in NOTEBOOKS]}")
     for path in chosen:
         start = time.perf_counter()
-        notebook = clean(execute(nbformat.read(path, as_version=4)))
+        try:
+            notebook = clean(execute(nbformat.read(path, as_version=4)))
+        except (CellControlSignal, DeadKernelError) as e:           # a cell that failed, or took too long
+            lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+            raise UserError(f"{path.name}: a cell failed: {lines[-1]}") from None
         write_whole(path, lambda part: nbformat.write(notebook, part))
         print(f"{path.name}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1024:.0f} KB")
 

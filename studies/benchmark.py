@@ -77,7 +77,7 @@ def encoder_step(device, dtype, batch=16, rounds=5, replace=((16, 28),)):
 def graft_memory():
     """Peak memory of `python graft.py`, as the operating system counts it."""
     done = subprocess.run([sys.executable, ROOT / "graft.py", "--eval", "8", "--out", "runs/benchmark"],
-                          capture_output=True, text=True)
+                          capture_output=True, encoding="utf-8")
     if done.returncode:
         raise UserError(f"graft.py failed: {done.stderr.strip().splitlines()[-1]}")
     unit = 2**30 if sys.platform == "darwin" else 2**20         # macOS counts in bytes, Linux in KiB
@@ -91,7 +91,8 @@ def graft_memory():
 def peak_memory():
     """Bytes: the most physical memory that this process has held so far, pages of files that it maps included."""
     if sys.platform == "linux":     # not ru_maxrss: there a new process begins with the peak of the one that started it
-        line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
+        rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        line = next(row for row in rows if row.startswith("VmHWM"))
         return int(line.split()[1]) * 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS counts in bytes
 
@@ -100,7 +101,7 @@ def in_fresh_process(call, module="benchmark", **environment):
     """The value (numbers, strings, dictionaries) of an expression of this module, e.g. "surrogate_memory('folder')", or
     of another one in studies/; environment: variables that the process is given besides."""
     code = f"import json; from studies import {module}; print(json.dumps({module}.{call}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8",
                           env=os.environ | environment)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"it was killed, status {done.returncode}: out of memory?"])[-1]
@@ -164,8 +165,9 @@ def save_random_llm(folder, layers=28, width=768, vocab=32064, shards=4):
         files |= {n: file for n in names[i * per_file:(i + 1) * per_file]}
         tensors = {n: torch.empty(shapes[n], dtype=torch.bfloat16).normal_(std=0.02) for n in files if files[n] == file}
         save_file(tensors, Path(folder) / file)
-    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=files)))
-    (Path(folder) / "config.json").write_text(json.dumps(config | dict(model_type="llama", tie_word_embeddings=True)))
+    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=files)), encoding="utf-8")
+    config |= dict(model_type="llama", tie_word_embeddings=True)
+    (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def surrogate_memory(folder, whole=False, ranges=((16, 26),), dtype="bfloat16"):

@@ -168,8 +168,8 @@ def make_good(folder):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
     records = [{"id": i, "image": "a.png", "conversations": turns} for i in range(2)]
     records.append({"id": "t", "conversations": [{"from": "human", "value": "Hi"}, turns[1]]})
-    (folder / "data.json").write_text(json.dumps(records))
-    (folder / "text.txt").write_text("A café.\n\nTwo paragraphs.\n")
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    (folder / "text.txt").write_text("A café.\n\nTwo paragraphs.\n", encoding="utf-8")
 
 
 def save_gguf(path, llm):
@@ -286,7 +286,7 @@ def main(argv=None):
 
 def memory_now():
     """Address space of this process, in bytes (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ def save_tiny_llm(folder):
     (folder / "tokenizer.json").write_text(json.dumps({
         "added_tokens": [{"id": 257 + i, "content": f"<|{name}|>"} for i, name in enumerate(names)],
         "model": {"vocab": BYTE_OF | {nul + nul: 256}, "merges": [[nul, nul]]},
-        "pre_tokenizer": {"pretokenizers": cut}}))  # fmt: skip
+        "pre_tokenizer": {"pretokenizers": cut}}), encoding="utf-8")  # fmt: skip
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=262, hidden_size=32, intermediate_size=48, num_hidden_layers=6,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=16)  # fmt: skip
     save_file(Llama(config).state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(vars(config) | dict(model_type="llama")))
+    (folder / "config.json").write_text(json.dumps(vars(config) | dict(model_type="llama")), encoding="utf-8")
     return str(folder)
 
 
@@ -74,7 +74,7 @@ def check_files(out):
     for file in out.glob("[!.]*.safetensors"):
         read_checkpoint(file)
     state, log = out / "state.safetensors", out / "log.csv"
-    rows = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
+    rows = list(csv.DictReader(log.read_text(encoding="utf-8").splitlines())) if log.exists() else []
     return (read_checkpoint(state)[1]["step"] if state.exists() else 0), rows
 
 

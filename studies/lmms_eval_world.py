@@ -45,13 +45,12 @@ generation_kwargs:
   max_new_tokens: 40
   do_sample: false
 """
-UTILS = """from PIL import Image
-
+UTILS = """from data.images import open_image
 from data.world import is_right
 
 
 def images(doc):
-    return [Image.open(doc["image"]).convert("RGB")]
+    return [open_image(doc["image"])]
 
 
 def said(doc, results):
@@ -90,14 +89,14 @@ def write_task(folder, samples):
             question = s.messages[0]["content"].split("<image>, ")[-1]
             docs.append(dict(image=str(file), question=question, answer=s.answer, options=list(s.options),
                              gold=s.options.index(s.answer), right=[list(g) for g in s.right], rivals=list(s.rivals)))
-        (folder / f"{name}.json").write_text(json.dumps(docs))
-    (folder / "utils.py").write_text(UTILS)
+        (folder / f"{name}.json").write_text(json.dumps(docs), encoding="utf-8")
+    (folder / "utils.py").write_text(UTILS, encoding="utf-8")
     for name, more in TASKS.items():
         ranked = name == "ranked"
         (folder / f"{name}.yaml").write_text(TASK.format(
             name=name, folder=folder, file="open" if ranked else name, more=more,
             kind="multiple_choice" if ranked else "generate_until", target="gold" if ranked else "answer",
-            metric="acc" if ranked else "right"))
+            metric="acc" if ranked else "right"), encoding="utf-8")
 
 
 def ask_lmms_eval(model, folder, llm, encoder, batch):
@@ -108,13 +107,13 @@ def ask_lmms_eval(model, folder, llm, encoder, batch):
                "--tasks", ",".join(names), "--include_path", str(folder), "--batch_size", str(batch),
                "--device", "cpu", "--output_path", str(out)]
     offline = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(Path(folder).resolve() / "cache"))
-    options = dict(cwd=ROOT, env=os.environ | offline, capture_output=True, text=True)
+    options = dict(cwd=ROOT, env=os.environ | offline, capture_output=True, encoding="utf-8")
     done = subprocess.run([sys.executable, *command], **options)
     files = sorted(out.rglob("*results.json"), key=os.path.getmtime)
     if done.returncode or not files:
         raise UserError(f"lmms-eval failed; the end of what it said: {(done.stdout + done.stderr).strip()[-2000:]}")
     print(*(line for line in done.stdout.splitlines() if line.startswith("|")), sep="\n", end="\n\n", flush=True)
-    found = json.loads(files[-1].read_text())["results"]
+    found = json.loads(files[-1].read_text(encoding="utf-8"))["results"]
     score = lambda row: next(v for k, v in row.items() if k.split(",")[0] in ("right", "acc"))
     return {name: score(found[f"world_{name}"]) for name in TASKS}
 

@@ -113,7 +113,7 @@ def peak_of(command):
     code = (f"import runpy, sys\nsys.argv = {command[module:]!r}\n"
             f"try:\n    runpy.{start}, run_name='__main__')\nexcept SystemExit as e:\n    assert not e.code\n"
             "from studies.benchmark import peak_memory\nprint(peak_memory())")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
     if done.returncode:
         why = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()
         raise UserError(f"{' '.join(command)} failed: {why[-1] if why else 'it was killed'}")

@@ -82,7 +82,7 @@ def run_command(command, start, seed, out, more=()):
             main([*argv, "steps=4", "--out", scratch])      # of which one is the teacher's, one fresh
         tera = count.get_total_flops() * about["recipe"]["steps"] / 4 / 1e12
         text = json.dumps(dict(tera=round(tera, 1), seconds=about["seconds"]))
-        checkpoints.write_whole(done, lambda part: part.write_text(text))
+        checkpoints.write_whole(done, lambda part: part.write_text(text, encoding="utf-8"))
     cost = read_json(done)
     return file, cost["tera"], cost["seconds"]
 
@@ -95,7 +95,7 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     out, start, tera, seconds = Path(out), None, [], []
     file = out / f"{name.replace(' ', '-')}-{steps}-seed{seed}.json"
     if file.exists():
-        return read_json(file)
+        return read_result(file)
     *first, last = ARMS[name]
     for command, more in [*((c, []) for c in first), (last, [f"steps={steps}"])]:
         print(f"{name}, {steps} steps, seed {seed}: {command}", flush=True)
@@ -109,7 +109,7 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     rows = evaluate.compare(vlm, surrogate, samples, seed=VALIDATION_SEED, text=False)
     result = dict(arm=name, commands=ARMS[name], steps=steps, seed=seed, samples=samples, tera=tera, seconds=seconds,
                   torch=torch.__version__, brings=brings, rows=rows)
-    checkpoints.write_whole(file, lambda part: part.write_text(json.dumps(result)))
+    checkpoints.write_whole(file, lambda part: part.write_text(json.dumps(result), encoding="utf-8"))
     return result
 
 
@@ -157,6 +157,16 @@ MEASURES = {        # title: function of (result, system)
     "never trained, ranked": lambda r, s: score(r, s, "ranked", False),
     "never trained, said": lambda r, s: score(r, s, "said", False),
 }
+
+
+def read_result(file):
+    """A result that `run_arm` has written; UserError if no table can be made of it."""
+    result = read_json(file)
+    try:
+        table([result])
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{file} is no result of an arm, or damaged ({e!r:.60}): delete it") from None
+    return result
 
 
 def by_arm(results):
@@ -235,14 +245,14 @@ def main(argv=None):
         for steps in args.steps:
             for name in ARMS if "all" in args.run else args.run:
                 run_arm(name, steps, seed, args.samples, args.out)
-    new = [read_json(f) for f in sorted(Path(args.out).glob("*-seed*.json"))]
+    new = [read_result(f) for f in sorted(Path(args.out).glob("*-seed*.json"))]
     known = read_json(file, list) if file.exists() else []
     results = list({(r["arm"], r["steps"], r["seed"]): r for r in known + new}.values())        # the new one counts
     if not results:
         return print("No results yet. The smallest comparison: python -m studies.results --run ours direct --steps 125")
     if args.keep:
         text = "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n"
-        checkpoints.write_whole(file, lambda part: part.write_text(text))
+        checkpoints.write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
     picture = (ASSETS if args.keep else Path(args.out)) / "flops.png"
     checkpoints.write_whole(picture, lambda part: plot(results).savefig(part, format="png"))
     print(f"\n{table(results)}\n\nIn %, pair → graft, ± standard deviation over seeds. steps: of stage 2.\n{picture}")

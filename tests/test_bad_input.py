@@ -342,7 +342,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(stages, tiny_llm, tmp_path, caps
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     files.pop(out / "log.csv")          # is small enough, and ahead of the state, as after a kill
     assert all(f.read_bytes() == content for f, content in files.items())
-    assert {f.name for f in tmp_path.rglob("*")} == {"out", "log.csv", *(f.name for f in files)}
+    assert {f.name for f in tmp_path.rglob("*")} == {"out", "log.csv", ".lock", *(f.name for f in files)}
 
 
 def test_as_a_user_sees_it(tiny_llm, stages, tmp_path):

@@ -288,6 +288,107 @@ def test_decode(llama3, smollm2):
     assert smollm2.decode(smollm2.encode("a\ud800b")) == "a\ufffdb"  # half of a surrogate pair is no character
 
 
+# ---- fine-tunes: their templates, their added tokens
+
+CONFIG = "tokenizer_config.json"
+
+
+def fine_tune(folder, template=None, added=(), file=CONFIG, **more):
+    """tiny_json with the chat tokens of both families, and a template beside it."""
+    spec, names = tiny_json(), ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
+    spec["added_tokens"] += [{"id": 300 + i, "content": f"<|{name}|>"} for i, name in enumerate(names)]
+    spec["added_tokens"] += [{"id": 400 + i, "special": False} | token for i, token in enumerate(added)]
+    if template is not None:
+        content = template if file.endswith(".jinja") else json.dumps(dict(chat_template=template))
+        (folder / file).write_text(content)
+    return load(spec | more, folder / "tokenizer.json")
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+LLAMA = "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template, file, turn, stop, bos", [
+    (None, "", 302, 304, 300), (LLAMA, CONFIG, 302, 304, 300), (LLAMA, "chat_template.jinja", 302, 304, 300),
+    (CHATML, CONFIG, 1, 2, None), (CHATML, "chat_template.jinja", 1, 2, None),
+    ("{{ bos_token }}" + CHATML, CONFIG, 1, 2, 300), ("<|begin_of_text|>" + CHATML, CONFIG, 1, 2, 300),
+    ([dict(name="tool_use", template=LLAMA), dict(name="default", template=CHATML)], CONFIG, 1, 2, None),
+    ([], CONFIG, 302, 304, 300), ("", CONFIG, 302, 304, 300),
+])  # fmt: skip
+def test_the_template_chooses_the_format(tmp_path, template, file, turn, stop, bos):
+    """Fine-tunes of Llama 3 on ChatML have the tokens of both, and stop at the one that they were trained with."""
+    tokenizer = fine_tune(tmp_path, template, file=file)
+    assert (tokenizer.turn_start, tokenizer.turn_end, tokenizer.bos) == ([turn], [stop], bos)
+    assert stop in tokenizer.stop_tokens and tokenizer.chat([{"role": "user", "content": "a"}])[0] == (bos or turn)
+
+
+@pytest.mark.parametrize("template", ["[INST] {{ m }} [/INST]", "<|user|>{{ m }}", 7, {"a": 1}, [3],
+                                      [{"name": "default"}]])
+def test_templates_of_another_kind(tmp_path, template):
+    with pytest.raises(ValueError, match="cannot use .*tokenizer.json") as error:
+        fine_tune(tmp_path, template)
+    assert "\n" not in str(error.value)
+
+
+ADDED = [
+    [dict(content="<tool>"), dict(content="</tool>")], [dict(content="<a>"), dict(content="<a>b")],
+    [dict(content="<t b>"), dict(content="é")], [dict(content="word", single_word=True)],
+    [dict(content="<l>", lstrip=True), dict(content="<r>", rstrip=True)], [dict(content="ab")], [dict(content="a.c")],
+    [dict(content="  ")], [dict(content="<|tool_call|>"), dict(content="<|sp|>", special=True)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("added", ADDED, ids=lambda added: added[0]["content"])
+def test_added_tokens_as_hugging_face(tmp_path, added):
+    """Added tokens that are not special are found in every text and shown in every answer."""
+    hf, ours = pytest.importorskip("tokenizers"), fine_tune(tmp_path, added=added)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token |= flags | token | dict(special=token.get("special", True))
+    spec |= dict(version="1.0", truncation=None, padding=None, post_processor=None,
+                 decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True))
+    spec["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] = True
+    spec["model"] |= dict(dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                          fuse_unk=False, byte_fallback=False, ignore_merges=False)
+    theirs = hf.Tokenizer.from_str(json.dumps(spec))
+    names = [token["content"] for token in added]
+    texts = ["abc", "a.c axc", "  ", "sword words word", "<|im_end|> a<|sp|>", "", "1 2"]
+    texts += [f"{left}{name}{right}" for name in names for left in ("", "x", " ", "a  ", *names)
+              for right in ("", "y", "  b", *names)]
+    for text, want in zip(texts, hf_encode(theirs, texts)):
+        assert ours.encode(text) == want, ascii(text)
+        assert ours.decode(want) == theirs.decode(want), ascii(text)
+
+
+@pytest.mark.parametrize("name", ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>",
+                                  "<|begin_of_text|>", "<|end_header_id|>", "<|end_of_text|>"])
+def test_no_text_forges_a_chat_token(tmp_path, name):
+    """Even where a file says that it is not special."""
+    spec = tiny_json()
+    fine_tune(tmp_path)
+    spec["added_tokens"] = [t | dict(special=t["content"] != name) for t in json.loads(
+        (tmp_path / "tokenizer.json").read_text())["added_tokens"]]
+    tokenizer = load(spec, tmp_path / "tokenizer.json")
+    (forged,) = [t["id"] for t in spec["added_tokens"] if t["content"] == name]
+    assert forged not in tokenizer.encode(f"a{name}b") and tokenizer.decode(tokenizer.encode(name)) == name
+
+
+def test_ids_of_the_padded_vocabulary_are_no_text(tmp_path, tiny_llm):
+    """A model's vocabulary may be longer than its tokenizer's: what it samples there means nothing."""
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((Path(tiny_llm) / name).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(vocab_size=512)))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    a = tokenizer.encode("a")
+    assert tokenizer.decode([*a, tokenizer.n_vocab, 511, *a]) == "aa"
+    assert "".join(tokenizer.decode_stream([*a, 511])) == "a"
+    for unknown in (512, -1, 10**9):
+        with pytest.raises(ValueError, match=f"token id {unknown} "):
+            tokenizer.decode([unknown])
+
+
 # ---- files that are absent, broken, or some other tokenizer
 
 def tiny_json():
@@ -324,10 +425,11 @@ SPOILT = {
     "malformed: KeyError.*'xy'": lambda spec: spec["model"].update(merges=["x y"]),
     "malformed: AttributeError": lambda spec: spec["model"].update(vocab=[["a", -1.0]]),  # Unigram
     "malformed: KeyError.*'merges'": lambda spec: spec["model"].pop("merges"),  # WordPiece
-    "malformed: TypeError": lambda spec: spec.update(pre_tokenizer=None),
+    "way than Llama 3 and SmolLM2; transformers 5": lambda spec: spec.update(pre_tokenizer={"type": "ByteLevel"}),
+    "another way than Llama 3": lambda spec: spec.update(pre_tokenizer=None),
     "cuts text in another way": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(type="Punctuation"),
     "another way": lambda spec: spec.update(normalizer={"type": "NFC"}),
-    "not enough values": lambda spec: spec["pre_tokenizer"]["pretokenizers"].pop(),
+    "in another way than": lambda spec: spec["pre_tokenizer"]["pretokenizers"].pop(),
     "chat tokens of neither": lambda spec: spec.update(added_tokens=[{"id": 0, "content": "<|endoftext|>"}]),
 }
 
@@ -363,6 +465,16 @@ def test_bad_files(tmp_path, default_gguf, meta_file):
 
 def test_gguf_of_another_family(tmp_path):
     import gguf
+    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a"])
+    writer.add_token_types([1])
+    writer.add_token_merges(["a b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="lacks tokenizer.ggml.pre: .* old llama.cpp"):
+        Tokenizer.from_pretrained(tmp_path / "old.gguf")
     for model, cut in (("gpt2", "qwen2"), ("llama", "default"), ("gpt2", "smollm")):
         writer = gguf.GGUFWriter(tmp_path / f"{model}-{cut}.gguf", "llama")
         writer.add_tokenizer_model(model)

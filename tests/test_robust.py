@@ -1,0 +1,672 @@
+"""Kinds of error, each looked for at every place where it could be: a new place of the same kind is found, too."""
+
+import ast
+import copy
+import importlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+import evaluate
+import graft
+from data.batches import Batches, Sample, without_image, wrap
+from data.images import open_image, preprocess
+from data.llava import load_llava
+from formats import convert
+from formats.checkpoints import open_checkpoint, save_checkpoint
+from formats.errors import Parser, UserError, printable, run_cli
+from formats.log import Log, check_resume, lock
+from formats.share import score_table, share
+from formats.tokenizer import Tokenizer
+from model import VLM, Llama, ViT, ViTConfig
+from recipes import Recipe
+from surrogate import build_surrogate, load_surrogate, parse_ranges, prediction_trajectory
+from train import build, trained_parameters
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [f for f in sorted(ROOT.rglob("*.py")) if f.relative_to(ROOT).parts[0] not in ("tests", "runs", ".venv")]
+
+
+def calls(file):
+    """(a call's name, "method" or "function", the call) of every call in a file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
+            method = isinstance(node.func, ast.Attribute)
+            of = node.func.value.id if method and isinstance(node.func.value, ast.Name) else ""
+            yield node.func.attr if method else node.func.id, of if method else None, node
+
+
+# ---- Text is UTF-8, whatever the locale says ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_every_text_file_names_its_encoding(file):
+    """What opens a text, or the output of another program, says UTF-8; `text=True` would be the locale's encoding."""
+    for name, of, call in calls(file):
+        said = {k.arg: k.value for k in call.keywords}
+        reads = name in ("read_text", "write_text") and of not in (None, "files") or name == "open" and of is None
+        reads |= name == "open" and of not in (None, "Image", "os")
+        binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in call.args[:2])
+        assert not reads or binary or "encoding" in said, f"{file}:{call.lineno}"
+        if of == "subprocess":
+            assert "text" not in said and "universal_newlines" not in said, f"{file}:{call.lineno}"
+
+
+def test_a_run_in_another_locale(tmp_path):
+    """Python's UTF-8 mode switched off, the locale C: the world's instructions, its export and a Chinese record."""
+    code = ("from data.world import instructions, caption; from data import check, export; "
+            "assert not any('\\udc80' <= c <= '\\udcff' for _, q, a in instructions() for c in q + a); "
+            f"export.export({str(tmp_path / 'toy')!r}, 3); assert caption(('flag', 'Peru'))")
+    env = os.environ | dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "toy/data.json").exists()
+
+
+# ---- A checkpoint that is not whole ---------------------------------------------------------------------------------
+
+VIT = ViTConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+                num_attention_heads=2)  # fmt: skip
+HELD = {  # what a stage's checkpoint holds, as in train.trained_parameters -> what it says about itself
+    "translator": dict(stage="translator", ranges=[[2, 4]]), "direct": dict(stage="encoder", ranges=[]),
+    "encoder": dict(stage="encoder", ranges=[[2, 4]], start="translator.safetensors", recipe=dict(vit_layers=2)),
+    "taught": dict(stage="encoder", ranges=[[2, 4]], recipe=dict(distill=4)),
+    "decoder": dict(stage="decoder", ranges=[], start="encoder.safetensors"),
+    "distilled": dict(stage="translator", ranges=[[2, 4]], recipe=dict(epochs=4)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llm, tmp_path_factory):
+    """A folder with a checkpoint of every kind, made without training: (folder, {kind: (tensors, about)})."""
+    folder, made = tmp_path_factory.mktemp("whole"), {}
+    llm = Llama.from_pretrained(tiny_llm)
+    vlm = VLM(ViT(VIT), build_surrogate(llm, [(2, 4)]))
+    vit = {n: t for n, t in vlm.named_parameters() if n.startswith("encoder.")}
+    save_checkpoint(folder / "vit.safetensors", vit, dict(stage="vit", vit_config=vars(VIT)))
+    for kind, about in HELD.items():
+        about = dict(llm=tiny_llm, vit="vit.safetensors", start=None, recipe={}, seed=0) | about
+        vlm.decoder = llm if kind == "decoder" else build_surrogate(llm, [(2, 4)])
+        tensors = trained_parameters(vlm, about["stage"], about["recipe"].get("vit_layers", 0), kind == "taught")
+        if kind == "distilled":
+            tensors = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
+        made[kind] = {n: t.detach().clone() for n, t in tensors.items()}, about
+        save_checkpoint(folder / f"{kind}.safetensors", *made[kind])
+    return folder, made
+
+
+def use(kind, path, llm):
+    """Read a checkpoint wherever its stage is read."""
+    about = open_checkpoint(path)[1]
+    if kind not in ("distilled", "translator"):
+        VLM.from_pretrained(llm, path, tokenizer=object())
+    if about["ranges"]:
+        load_surrogate(llm, path)
+    if kind != "taught":
+        stage = {"translator": "encoder", "distilled": "encoder"}.get(kind, "decoder")
+        about = about | dict(stage=stage, start=str(path), vit=str(path.parent / "vit.safetensors"))
+        build(about | dict(recipe=dict(like_words=False)), torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llm):
+    return Llama.from_pretrained(tiny_llm)
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_whole_checkpoints_are_read(whole, tiny, kind):
+    folder, _ = whole
+    use(kind, folder / f"{kind}.safetensors", tiny)
+
+
+@pytest.mark.parametrize("kind, part", [(kind, part) for kind in HELD for part in (
+    "adapter.0.weight", "adapter.2.bias", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm.weight",
+    "encoder.vision_model.encoder.layers.2.mlp.fc1.bias", "encoder.vision_model.encoder.layers.1.",
+    "decoder.model.layers.2.mlp.up_proj.weight", "decoder.model.layers.5.", "decoder.model.norm.weight",
+    "adapter.", "encoder.", "decoder.model.layers.2.")])  # fmt: skip
+def test_a_part_is_missing(whole, tiny, tmp_path, kind, part):
+    """Whatever its stage trained and the file lacks is named: nothing runs on random weights."""
+    folder, made = whole
+    for name in ("vit", "translator", "encoder"):
+        (tmp_path / f"{name}.safetensors").symlink_to(folder / f"{name}.safetensors")
+    tensors, about = made[kind]
+    left = {n: t for n, t in tensors.items() if not n.startswith(part)}
+    if len(left) == len(tensors) or not left:
+        pytest.skip("this stage holds no such part")
+    path = tmp_path / "cut.safetensors"
+    save_checkpoint(path, left, about)
+    with pytest.raises(UserError) as error:
+        use(kind, path, tiny)
+    assert "cut.safetensors" in str(error.value) and ("lacks" in str(error.value) or "holds no" in str(error.value))
+
+
+def test_translators_do_not_touch_the_llm(whole, tiny, tmp_path):
+    """A layer that the surrogate shares with the LLM, in a file of translators, would change the LLM in silence."""
+    _, made = whole
+    tensors, about = made["distilled"]
+    norm = {"decoder.model.layers.1.input_layernorm.weight": torch.zeros(32)}
+    save_checkpoint(tmp_path / "more.safetensors", tensors | norm, about)
+    before = tiny.model.layers[1].input_layernorm.weight.clone()
+    with pytest.raises(UserError, match="none of its translators"):
+        load_surrogate(tiny, tmp_path / "more.safetensors")
+    assert torch.equal(before, tiny.model.layers[1].input_layernorm.weight)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(recipe=dict(vit_layers="3")), "vit_layers"), (dict(recipe=dict(distill=-1)), "distill"),
+    (dict(recipe=dict(like_words=1)), "like_words"), (dict(data=7), "data = 7"), (dict(images=[]), "images"),
+    (dict(text=1.5), "text"), (dict(seed="0"), "seed"), (dict(start="\0"), "start"), (dict(vit="a\0"), "vit"),
+    (dict(llm="\0"), "llm"), (dict(step=True, recipe=[]), "recipe"),
+])  # fmt: skip
+def test_what_a_checkpoint_says_is_checked(whole, tmp_path, change, words):
+    _, made = whole
+    save_checkpoint(tmp_path / "x.safetensors", made["direct"][0], made["direct"][1] | change)
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(tmp_path / "x.safetensors")
+
+
+# ---- Options, one by one --------------------------------------------------------------------------------------------
+
+COMMANDS = ("graft", "train", "surrogate", "data.check", "data.export", "extras.vit", "extras.distillation",
+            "extras.instructions", "extras.parallel", "formats.convert", "studies.results", "studies.cost")  # fmt: skip
+
+
+def options(module):
+    """Every option of a command line that takes a text, found by asking its parser for all that it has."""
+    found, init = [], Parser.add_argument
+    def note(parser, *names, **more):
+        action = init(parser, *names, **more)
+        if names and names[0].startswith("--") and action.nargs != 0 and action.type is None and not action.choices:
+            found.append(names[-1])
+        return action
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Parser, "add_argument", note)
+    try:
+        importlib.import_module(module).main(["--no-such-option"])
+    except (UserError, SystemExit):
+        pass
+    patch.undo()
+    return found
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_an_empty_name_is_an_error(module, capsys):
+    """--data "$DATA" without a DATA: a run on the drawn world would be another experiment, in silence."""
+    for name in options(module):
+        first = {"train": ["encoder"], "extras.parallel": ["encoder"], "data.check": ["x.json"], "data.export": ["x"],
+                 "formats.convert": ["x.pth"], "studies.cost": []}.get(module, [])  # fmt: skip
+        assert run_cli(lambda: importlib.import_module(module).main([*first, name, ""])) == 2
+        err = capsys.readouterr().err
+        assert "an empty name says nothing" in err and name.strip("-") in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", "1-", "-1", "9" * 5000, "1-" + "9" * 5000, "1,,2", "1 - x", "²", "٣-٤",
+                                  "1-2-3", "0x1", "1.5", "auto", "None"])  # fmt: skip
+def test_layer_ranges_that_are_none(text):
+    with pytest.raises(UserError) as error:
+        parse_ranges(text)
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+def test_layer_ranges():
+    assert parse_ranges("none") == [] and parse_ranges("1 6 - 2 1, 22-28") == [(16, 21), (22, 28)]
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\x1b[31mb", r"a\x1b[31mb"), ("\x07\x08\r", r"\x07\x08\r"), ("\x9b1m", r"\x9b1m"), ("\u202eabc", r"\u202eabc"),
+    ("\u2028", r"\u2028"), ("\ud800", r"\ud800"), ("naïve – 日本\n\tx", "naïve – 日本\n\tx"), ("\x7f", r"\x7f"),
+])  # fmt: skip
+def test_what_a_terminal_acts_on_is_spelled_out(text, shown, capsys):
+    assert printable(text) == shown
+    run_cli(lambda: (_ for _ in ()).throw(UserError(f"x{text}".replace("\n", " "))))
+    assert not {c for c in capsys.readouterr().err if c != "\n" and not c.isprintable()} - {"\t"}
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("temperature", v) for v in (-1, float("inf"), float("nan"), 101, None, "hot", [])),
+    *(("top_p", v) for v in (0, -1, 1.5, float("nan"), None)),
+    *(("max_new_tokens", v) for v in (-5, 2.7, 10**9, None, "many")),
+])  # fmt: skip
+def test_sampling_is_checked_as_on_the_command_line(tiny, name, value):
+    for cache in (True, False):
+        with pytest.raises(UserError, match=name):
+            tiny.generate([[1, 2]], use_cache=cache, **{name: value})
+
+
+@pytest.mark.parametrize("ids", [[500], [-1], [10**12], [1, -200]])
+def test_ids_of_another_model(tiny, ids):
+    with pytest.raises(UserError, match=f"token id {ids[-1]} is not in this LLM's"):
+        tiny.generate([[1], ids])
+
+
+@pytest.mark.parametrize("size", [3e38, 1e25])        # to nan, or to a norm of 0
+def test_weights_that_overflow(tiny, size):
+    """Finite, but what they predict is not: no table, no trajectory, no answer is made of that."""
+    llm = copy.deepcopy(tiny)
+    llm.model.layers[3].mlp.down_proj.weight.data.fill_(size)
+    for cache in (True, False):
+        with pytest.raises(UserError, match="predicts nothing"):
+            llm.generate([[1, 2]], use_cache=cache)
+    with pytest.raises(UserError, match="predicts nothing"):
+        prediction_trajectory(llm, torch.arange(8)[None])
+    x, tokens = llm.run(llm.embed(torch.arange(2)[None])), torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(UserError, match="predicts nothing"):
+        evaluate.sum_logp(llm, x, tokens, tokens > 0)
+
+
+def test_a_text_beyond_the_context(tiny, capsys):
+    llm = copy.deepcopy(tiny)
+    for _ in range(2):
+        llm(torch.ones(1, 513, dtype=torch.long))
+    assert capsys.readouterr().err.count("warning: 513 positions") == 1
+
+
+@pytest.mark.parametrize("n, batch", [(1, 0), (0, 1), (-1, 5), (3, -2)])
+def test_a_comparison_of_nothing(n, batch):
+    with pytest.raises(UserError, match="at least 1"):
+        evaluate.compare(None, n=n, batch=batch)
+
+
+def test_samples_are_drawn_as_they_are_needed(monkeypatch):
+    """A million images: only those of the first batch are there when the first answer is asked for."""
+    drawn = []
+    monkeypatch.setattr(evaluate.world, "world", lambda *a: drawn.append(a) or types.SimpleNamespace(
+        options=["a"], caption="", task=a[0]))
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "systems", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.compare(None, n=10**6, batch=20, progress=False)
+    assert len(drawn) == 20
+
+
+# ---- Questions, pictures and records --------------------------------------------------------------------------------
+
+MARKS = ["<image>", "<im<image>age>", "<<image>image>", "<im<im<image>age>age>", "<image><image>", "<ima<image>ge>",
+         "a <image> b", "<image" * 3 + ">" * 3, "<im" * 5000 + "<image>" + "age>" * 5000]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MARKS, ids=range(len(MARKS)))
+def test_no_text_shows_an_image(text):
+    for left, right in (("", ""), ("x ", " y"), ("<im", "age>"), ("", text)):
+        assert "<image>" not in without_image(left + text + right)
+        assert wrap(left + text + right).count("<image>") == 1
+    turns = [{"from": "human", "value": "<image>\nWhat? " + text.replace("<image>", "", text.count("<image>"))},
+             {"from": "gpt", "value": "So."}]
+    assert all("<image>" not in m["content"] for m in records_of([dict(conversations=[
+        turns[0] | dict(value="Hi"), turns[1]])])[0].messages)
+
+
+def records_of(records, folder=None, name="data.json", **options):
+    with tempfile.TemporaryDirectory() as tmp:
+        path = Path(folder or tmp) / name
+        lines = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
+        path.write_text(lines, encoding="utf-8")
+        return load_llava(path, path.parent, **options)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    return tmp_path
+
+
+def record(*values, names=("human", "gpt"), **more):
+    return dict(conversations=[{"from": names[i % 2], "value": v} for i, v in enumerate(values)]) | more
+
+
+@pytest.mark.parametrize("bad, words", [
+    (record("<image>\nWhat?", "So.", image="a.png", opening="word " * 5000 + "<image>"), "opening"),
+    (record("age> it", "So.", image="a.png", opening="<image> <im"), "opening"),
+    (record("<image>What?", "So.", image="https://x.org/a.png"), "download it first"),
+    (record("<image>What?", "So.", image="http://x.org/a.png"), "download it first"),
+    (record("What?", "So.", names=("user", "bot")), "turn 1 needs"),
+    (record("What?", "So.", names=("assistant", "user")), "must alternate"),
+    (record("Be brief.", "So.", names=("system", "gpt")), "must alternate"),
+    (record("a", "b", "c", names=("human", "system")), "must alternate"),
+    (record("Be brief.", names=("system",)), "ends"),
+    (record(["x"], "So."), "turn 0 needs"), (record("x", "So.", names=(["human"], "gpt")), "turn 0 needs"),
+    (record("<image>", "So.", image="a.png"), "has no text"),
+    (record("<im<image>age>", "So.", image="a.png"), "no text"),
+    (record("What? <image>", "So <image>.", image="a.png"), "one \"<image>\" at most"),
+])  # fmt: skip
+def test_bad_records_are_named(pictures, bad, words):
+    good = record("<image>\nWhat?", "A square.", image="a.png", id="good")
+    for name in ("data.json", "data.jsonl"):
+        with pytest.raises(UserError, match=rf"{name}: record 1 .*{words}"):
+            records_of([good, bad], pictures, name)
+        kept = records_of([good, bad], pictures, name, on_bad="skip")
+        assert len(kept) == 1 and len(kept.skipped) == 1
+
+
+@pytest.mark.parametrize("names", [("human", "gpt"), ("user", "assistant"), ("human", "assistant")])
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_names_of_turns_and_a_system_prompt(pictures, names, name):
+    plain = record("<image>\nWhat is <im<image>age> it?", "A square.", image="a.png", names=names)
+    plain["conversations"][0]["value"] = "<image>\nWhat is it?"
+    system = plain | dict(conversations=[{"from": "system", "value": "Be brief."}, *plain["conversations"]])
+    one, two = records_of([plain, system], pictures, name, seed=None)
+    assert [m["role"] for m in two.messages] == ["system", "user", "assistant"] and two.caption == "A square."
+    assert one.messages == two.messages[1:] and one.messages[0]["content"].count("<image>") == 1
+    assert two.messages[0]["content"] == "Be brief." and two.image.size == (40, 30)
+
+
+@pytest.mark.parametrize("content, words", [(b"{", "line 1: not valid JSON"), (b'{"a": 1}\n\n[}', "line 3: not valid"),
+                                            (b"\xff", "not UTF-8"), (b"", "list of 1 to")])
+def test_lines_that_are_none(tmp_path, content, words):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"data.jsonl.*{words}"):
+        load_llava(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("source", [
+    b"bytes", io.BytesIO(b"x"), 7, None, ["a.png"], torch.zeros(3, 4, 4), np.zeros((4, 4, 3)),
+    np.zeros((4, 4, 2), np.uint8),
+    np.zeros(4, np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((4, 4), bool),
+    "https://example.org/a.png", "HTTP://x/a.jpg", "",
+])  # fmt: skip
+def test_pictures_that_are_none(source):
+    with pytest.raises(UserError) as error:
+        preprocess(source)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3), (5, 7, 4)])
+def test_pictures_as_arrays(shape):
+    assert open_image(np.full(shape, 255, np.uint8)).size == (7, 5)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.eps", "a.jpg", "a.pdf", "a.ps"])
+def test_no_picture_starts_another_program(tmp_path, monkeypatch, name):
+    """An EPS, however it is called, would be handed to Ghostscript."""
+    def started(*args, **options):
+        pytest.fail("another program was started")
+    monkeypatch.setattr(subprocess, "Popen", started)
+    eps = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(eps, "EPS")
+    (tmp_path / name).write_bytes(eps.getvalue())
+    with pytest.raises(UserError, match=name):
+        open_image(tmp_path / name)
+    with pytest.raises(UserError, match="EPS"):
+        open_image(Image.open(tmp_path / name))
+
+
+def test_every_picture_is_opened_by_its_format():
+    """Image.open of a file that someone else made names the formats that it reads."""
+    for file in SOURCES:
+        for name, of, call in calls(file):
+            if name == "open" and of == "Image":
+                assert "formats" in {k.arg for k in call.keywords}, f"{file}:{call.lineno}"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_wherever_it_comes_from(tmp_path, orientation):
+    image = Image.new("RGB", (30, 20), "white")
+    image.paste("red", (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    turned = open_image(tmp_path / "a.png")
+    assert open_image(Image.open(tmp_path / "a.png")).tobytes() == turned.tobytes()
+    assert turned.size == ((20, 30) if orientation > 4 else (30, 20)) and open_image(turned).size == turned.size
+    assert (turned.tobytes() == image.tobytes()) == (orientation == 1)
+
+
+@pytest.mark.parametrize("mode, clear", [("RGB", (255, 0, 0)), ("L", 7), ("P", 0), ("1", 1), ("I;16", 300)])
+def test_transparency_lies_over_white(tmp_path, mode, clear):
+    """tRNS: one color of a PNG is transparent; it comes out white, not black."""
+    image = Image.new(mode, (4, 4), clear)
+    image.save(tmp_path / "a.png", transparency=clear)
+    assert open_image(tmp_path / "a.png").getcolors() == [(16, (255, 255, 255))]
+
+
+def test_a_png_with_a_large_text(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("a", "x" * 2 * 10**6, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(UserError, match="a.png: .* text that is too large"):
+        open_image(tmp_path / "a.png")
+
+
+# ---- A run that goes on ---------------------------------------------------------------------------------------------
+
+
+def resume(folder, was, now, step=2):
+    save_checkpoint(folder / "run/state.safetensors", {"master.x": torch.zeros(1)}, dict(step=step, about=was))
+    return check_resume(folder / "run", now)
+
+
+ABOUT = dict(stage="encoder", llm="llm", vit="vit.safetensors", start=None, seed=0, data="data.json", images=".",
+             text=None, ranges=[], recipe=dict(steps=4, lr=1e-3, micro_batch=0, workers=0, checkpointing=False,
+                                               save_every=100))  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    dict(recipe=ABOUT["recipe"] | dict(micro_batch=2)), dict(recipe=ABOUT["recipe"] | dict(workers=4, save_every=1)),
+    dict(recipe=ABOUT["recipe"] | dict(checkpointing=True)), dict(data="sub/data.json"), dict(images="elsewhere"),
+    dict(llm="sub/../llm"), dict(vit="./vit.safetensors"),
+    dict(vit="moved/vit.safetensors", was="gone/vit.safetensors"),
+])  # fmt: skip
+def test_what_changes_nothing_goes_on(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    for name in ("llm", "sub", "moved"):
+        Path(name).mkdir()
+    for name in ("vit.safetensors", "moved/vit.safetensors"):
+        Path(name).touch()
+    was = ABOUT | ({"vit": change.pop("was")} if "was" in change else {})
+    got = resume(tmp_path, was, ABOUT | change)
+    assert all(got[k] == v for k, v in change.items() if k != "recipe")         # the paths of now are read
+
+
+@pytest.mark.parametrize("change, step", [
+    (dict(seed=1), 2), (dict(data=None), 2), (dict(text="x.json"), 2), (dict(llm="other"), 2), (dict(start="s"), 2),
+    (dict(recipe=ABOUT["recipe"] | dict(lr=1.0)), 2), (dict(ranges=[[1, 2]]), 2), (dict(vit="v/vit.safetensors"), 2),
+    ({}, -1), ({}, 5), ({}, 10**9),
+])  # fmt: skip
+def test_what_changes_something_does_not(tmp_path, monkeypatch, change, step):
+    monkeypatch.chdir(tmp_path)
+    for name in ("llm", "other", "v"):
+        Path(name).mkdir()
+    for name in ("vit.safetensors", "v/vit.safetensors"):
+        Path(name).touch()
+    with pytest.raises(UserError, match="state.safetensors"):
+        resume(tmp_path, ABOUT, ABOUT | change, step)
+
+
+@pytest.mark.parametrize("change", ["json", "picture", "another"])
+def test_changed_data_is_noticed(pictures, change):
+    records = [record("<image>\nWhat?", "A square.", image="a.png")]
+    before = records_of(records, pictures).digest
+    assert records_of(records, pictures).digest == before
+    (pictures / "sub").mkdir()
+    for file in ("a.png", "data.json"):
+        shutil.copy(pictures / file, pictures / "sub" / file)
+    assert load_llava(pictures / "sub/data.json", pictures / "sub").digest == before        # moved
+    if change == "picture":
+        Image.effect_noise((40, 30), 50).save(pictures / "a.png")
+    elif change == "json":
+        records[0]["conversations"][1]["value"] = "A circle."
+    else:
+        records *= 2
+    assert records_of(records, pictures).digest != before
+
+
+def test_a_log_of_another_run_is_noticed(tmp_path):
+    recipe = types.SimpleNamespace(steps=4, save_every=9)
+    optimizer = types.SimpleNamespace(recipe=recipe, step=0, load_state=lambda *a: None)
+    about = dict(stage="encoder", read=["new"])
+    said = dict(step=0, about=about | dict(read=["old"]))
+    save_checkpoint(tmp_path / "state.safetensors", {"master.x": torch.zeros(1)}, said)
+    with pytest.raises(UserError, match="have changed since"):
+        Log(tmp_path, about, optimizer, resume=True)
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused while the first lives; its lock ends with it, however it ends."""
+    code = ("import fcntl, sys; f = open(sys.argv[1] + '/.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "print('has it', flush=True); sys.stdin.read()")
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, encoding="utf-8")  # fmt: skip
+    assert first.stdout.readline() == "has it\n"
+    with pytest.raises(UserError, match="another run is writing into"):
+        lock(tmp_path)
+    first.kill()
+    first.wait()
+    lock(tmp_path).close()
+
+
+class Walk:
+    """Samples without images whose question is of a given length, in words."""
+    def __init__(self, *lengths):
+        self.lengths = lengths
+
+    def __getitem__(self, k):
+        question = "word " * self.lengths[k % len(self.lengths)]
+        return Sample(None, [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}])
+
+
+@pytest.mark.parametrize("lengths, batch, steps, warns", [
+    ((3,), 2, 3, None), ((3, 200), 2, 3, "3 of 6"), ((3, 3, 3, 200), 1, 4, "1 of 4"), ((200,), 2, 1, "error"),
+    ((200,), 2, 3, "error"), ((200,), 50, 9, "error"), ((200, 200, 200, 3), 1, 4, "3 of 4"),
+])  # fmt: skip
+def test_samples_that_teach_nothing(tiny_tokenizer, capsys, lengths, batch, steps, warns):
+    batches = Batches(Walk(*lengths), Recipe(batch=batch, max_length=64), tiny_tokenizer, 19, 64)
+    if warns == "error":
+        with pytest.raises(UserError, match="none of the first .* max_length=64"):
+            list(batches.loader(range(steps)))
+        return
+    assert len(list(batches.loader(range(steps)))) == steps
+    err = capsys.readouterr().err
+    assert (err == "") if warns is None else (f"warning: {warns} samples" in err and err.count("\n") == 1)
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer(tiny_llm):
+    return Tokenizer.from_pretrained(tiny_llm)
+
+
+# ---- What is shared -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tensors, about, words", [
+    ({"model.norm.weight": 1}, {}, "no checkpoint of train.py"), ({}, {}, "nothing"),
+    ({"lm_head.weight": 1}, dict(stage="encoder"), "no checkpoint of train.py"),
+    ({"decoder.model.embed_tokens.weight": 1, "adapter.0.weight": 1}, dict(stage="encoder"), "the LLM itself"),
+    ({"decoder.lm_head.weight": 1}, dict(stage="translator", ranges=[[2, 4]]), "the LLM itself"),
+    ({"decoder.model.layers.1.mlp.up_proj.weight": 1}, dict(stage="translator", ranges=[[2, 4]]), "the LLM itself"),
+    ({"decoder.model.layers.21.mlp.up_proj.weight": 1}, dict(stage="translator", ranges=[[16, 20], [21, 24]]), "LLM"),
+    ({"encoder.vision_model.post_layernorm.bias": 1}, dict(stage="encoder"), "no projector"),
+    ({"adapter.0.weight": 1}, dict(stage="encoder"), "which vit"),
+    ({"adapter.0.weight": 1}, dict(stage="encoder", llm=None, vit="org/clip"), "which llm"),
+    ({"adapter.0.weight": 1}, dict(stage="decoder"), "of stage"),
+])  # fmt: skip
+def test_what_is_not_to_be_shared(tmp_path, tensors, about, words):
+    tensors = {n: torch.zeros(x) for n, x in tensors.items()}
+    about = {k: v for k, v in (dict(llm="org/llm") | about).items() if v is not None}
+    with pytest.raises(UserError, match=words):
+        share("x.safetensors", tensors, about, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_llm_is_not_an_encoder(tiny_llm, tmp_path, capsys):
+    argv = [f"{tiny_llm}/model.safetensors"]
+    for more in (["--to", str(tmp_path / "out"), "--llm", "org/name"], [str(tmp_path / "x.safetensors")]):
+        assert run_cli(lambda: convert.main(argv + more)) == 2
+        assert "no checkpoint of train.py" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scores", [[], {}, dict(about={}, rows=3), dict(about={}, rows=[{}]), dict(about={}),
+                                    dict(about={}, rows=[dict(system="a", trained=True)], samples=1, seed=0),
+                                    dict(about={}, rows=[dict(system=[], trained=True, said=1)])])
+def test_scores_that_are_none(scores):
+    with pytest.raises(UserError, match="x.json"):
+        score_table(scores, {}, "x.json")
+
+
+# ---- The terminal ---------------------------------------------------------------------------------------------------
+
+
+def fake_vlm(size, answer="So."):
+    """Of a tiny context: a character is a token."""
+    prompt = lambda messages: [1] * sum(len(m["content"]) + 5 for m in messages)
+    config = types.SimpleNamespace(max_position_embeddings=size)
+    return types.SimpleNamespace(prompt=prompt, decoder=types.SimpleNamespace(config=config))
+
+
+def converse(monkeypatch, capsys, size, *typed):
+    """(what was asked, what was printed) when these lines are typed."""
+    lines, asked = iter(typed), []
+    def ask(vlm, image, messages, show, **options):
+        if len(vlm.prompt(messages)) > size - options["max_new_tokens"]:
+            raise UserError("too many positions")
+        asked.append([m["content"] for m in messages])
+        return "So.", "0 s"
+    def read(prompt):
+        for line in lines:
+            return line
+        raise EOFError
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(graft, "ask", ask)
+    graft.chat(fake_vlm(size), None, dict(max_new_tokens=10))
+    return asked, capsys.readouterr().out
+
+
+def test_a_conversation_longer_than_the_context(monkeypatch, capsys):
+    asked, out = converse(monkeypatch, capsys, 200, *["What is it?"] * 9)
+    assert len(asked) == 9 and all(turns[0].count("<image>") == 1 for turns in asked) and "forgotten" in out
+    assert all("<image>" not in t for turns in asked for t in turns[1:])
+    asked, out = converse(monkeypatch, capsys, 200, "a", "x" * 500, "b", "")
+    assert len(asked) == 2 and "too long" in out and asked[1][-1] == "b" and len(asked[1]) == 3
+
+
+def test_a_closed_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    graft.chat(fake_vlm(99), None, {})
+    assert "empty line" in capsys.readouterr().out
+
+
+def test_typed_marks_are_no_images(monkeypatch, capsys):
+    asked, _ = converse(monkeypatch, capsys, 10**4, *[f"q {m}" for m in MARKS[:6]], "b <image>?")
+    assert all("".join(turns).count("<image>") == 1 for turns in asked) and len(asked) == 7
+
+
+@pytest.mark.parametrize("environment, words", [
+    (dict(RANK="5", WORLD_SIZE="2"), "do not find each other"), (dict(RANK="x", WORLD_SIZE="2"), "do not find"),
+    (dict(RANK="0"), "WORLD_SIZE"), (dict(RANK="0", WORLD_SIZE="2"), "do not find each other"),
+    (dict(RANK="-1", WORLD_SIZE="2"), "do not find each other"),
+])  # fmt: skip
+def test_a_process_alone(monkeypatch, environment, words):
+    """A peer that never comes, or a hand-set RANK: after a while a line, and not half an hour of silence."""
+    from datetime import timedelta
+
+    from extras import parallel
+    monkeypatch.setattr(parallel, "PATIENCE", timedelta(seconds=2))
+    for name, value in (dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29613") | environment).items():
+        monkeypatch.setenv(name, value)
+    if "WORLD_SIZE" not in environment:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match=words) as error:
+        parallel.Team("cpu", False)
+    assert "\n" not in str(error.value)
+
+
+def test_without_their_packages(monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    import run
+    monkeypatch.setattr(run, "nbformat", None)
+    assert run_cli(lambda: run.main([])) == 2 and "pip install" in capsys.readouterr().err
+    lmms = importlib.import_module("extras.lmms_eval_model")
+    monkeypatch.setattr(lmms, "lmms", None)
+    assert run_cli(lmms.main) == 2 and "pip install lmms-eval" in capsys.readouterr().err
