@@ -660,7 +660,7 @@ class VLM(nn.Module):
         if tokenizer is None:
             name = about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm
             tokenizer = Tokenizer.from_pretrained(official.find(name))
-        needs = checkpoints.held(about, tensors, vit.config.num_hidden_layers)
+        needs = ["adapter."] if llava else checkpoints.held(about, tensors, vit.config.num_hidden_layers)
         if about.get("stage") == "decoder" or "decoder.model.embed_tokens.weight" in tensors:
             # stage 3 trained the full LLM itself: a copy takes the new weights
             if isinstance(getattr(decoder, "lm_head", None), int8.Int8Linear):

@@ -3,12 +3,12 @@ import importlib.util
 import sys
 import types
 
+import lmms_eval_world
 import pytest
 import torch
 
 import evaluate
 from formats.errors import UserError
-from studies import lmms_eval_world
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 

@@ -1,9 +1,9 @@
 """
 Damaged files, thousands of them: nothing may end in a traceback, take 10 seconds or 4 GB.
 
-    python -m studies.fuzz                          # a minute
-    python -m studies.fuzz --minutes 60
-    python -m studies.fuzz --only gguf --seed 7     # one kind of file; case 7 and on
+    python -m tests.soak.fuzz                          # a minute
+    python -m tests.soak.fuzz --minutes 60
+    python -m tests.soak.fuzz --only gguf --seed 7     # one kind of file; case 7 and on
 
 Each case takes a good file, damages it (bits flipped, pieces cut out, doubled, or replaced by numbers that are too
 large; in JSON also values of other types) and reads it as the command lines do. A case is a function of its number and
@@ -35,8 +35,8 @@ from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import read_text
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, ViT, ViTConfig, base_vit
-from studies.kill import save_tiny_llm
 from surrogate import load_surrogate
+from tests.soak.kill import save_tiny_llm
 
 SECONDS, GIGABYTES = 10, 4
 ODD = [None, True, -1, 0, 1, 2, 7, 1.5, 1e308, float("nan"), 2**31, 2**63, 10**30, "", "x", "9", "\ud800", "../x", "/",

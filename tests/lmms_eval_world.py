@@ -1,7 +1,7 @@
 """
 lmms-eval's scores beside graft.py's: the same held-out drawn images, asked through the adapter in extras/ and directly.
 
-    python -m studies.lmms_eval_world --n 5             # needs lmms-eval: see extras/lmms_eval_model.py
+    python -m tests.lmms_eval_world --n 5             # needs lmms-eval: see extras/lmms_eval_model.py
 
 Writes an lmms-eval task in FOLDER, which may serve as a pattern for your own: task YAMLs, utils.py, test.json, images.
 """
