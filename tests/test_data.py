@@ -51,7 +51,7 @@ def test_held_out_combinations():
 
 
 def test_what_no_training_names():
-    """The words and flags of UNTAUGHT are in no picture, question or answer of training, and have a test of their own."""
+    """Words and flags of UNTAUGHT are in no picture, question or answer of training, and have a test of their own."""
     samples = [world.World(3)[i] for i in range(1000)]
     said = [" ".join([s.caption, *(m["content"] for m in s.messages)]) for s in samples]
     assert not [w for w in world.UNTAUGHT if any(world.has_word(text, w) for text in said)]
