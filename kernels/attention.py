@@ -3,21 +3,21 @@
     S = q k^T / sqrt(D)        P = softmax(S)        o = P v
 
                  k, v                   A program of the forward owns one row of tiles, BLOCK_M queries of one head. It
-             [ ][ ][ ][ ]               reads its queries once, walks over the keys and values to the left of the
-       q [ ] [x]                        diagonal, and writes o and one number a query. S and P exist as one tile each,
-         [ ] [ ][x]                     in registers. Of the backward's two kernels dq walks in the same way, dk and dv
-         [ ] [ ][ ][x]                  down a column: each number is summed by one program, so there are no atomics,
-         [ ] [ ][ ][ ][x]               and two runs agree to the bit.
+             [ ][ ][ ][ ]               reads its queries once, walks over the keys and values up to the diagonal, and
+       q [ ] [x]                        writes o and one number a query. S and P exist as one tile each, in registers.
+         [ ] [ ][x]                     Of the backward's two kernels dq walks in the same way, dk and dv down a column:
+         [ ] [ ][ ][x]                  each number is summed by one program, so there are no atomics, and two runs
+         [ ] [ ][ ][ ][x]               agree to the bit.
 
 Arithmetic. Forward 4 T^2 D operations a head, half of that if causal; the backward, which computes P anew, 2.5 times as
 many. Read and written, with 16 bits and as many key heads as query heads: 8 T D bytes. T / 2 operations a byte, where
-an H200 does 190 while it moves one: from some 400 positions on arithmetic is the bound, and below it is the launch.
-Written out instead, P alone would be 2 T^2 bytes, there and back again: T / D times as much as q, k, v and o together.
+an H200 does 190 while it moves one: from some 400 positions on arithmetic is the bound. (Written out, P alone would be
+2 T^2 bytes, there and back again: T / D times as much as q, k, v and o together.)
 
-Forward: the online softmax. A softmax needs the row's maximum and sum over *all* keys, of which only some have been
-seen. So keep a running maximum m, a running sum l, and an accumulator acc of exp(s - m) v. When a tile brings a larger
-maximum m', everything so far was scaled by exp(-m) and should have been by exp(-m'): multiply l and acc by exp(m - m').
-After the last tile o = acc / l. One number per row is kept for the backward: the log-sum-exp, lse = m + log(l).
+Forward: the online softmax. It needs the row's maximum and sum over *all* keys, of which only some have been seen. So
+keep a running maximum m, a running sum l, and an accumulator acc of exp(s - m) v. When a tile brings a larger maximum
+m', everything so far was scaled by exp(-m) and should have been by exp(-m'): multiply l and acc by exp(m - m'). After
+the last tile o = acc / l. One number per row is kept for the backward: the log-sum-exp, lse = m + log(l).
 
 Backward: recompute instead of remember. With lse, a tile of P is recovered in one step, p = exp(s - lse). Then
 
@@ -26,12 +26,11 @@ Backward: recompute instead of remember. With lse, a tile of P is recovered in o
 where delta_i = sum_j P_ij dP_ij is the softmax's own coupling along a row; as sum_j P_ij (do_i . v_j) = do_i . o_i,
 it is known before the walk begins. A gradient nobody asked for costs nothing: its kernel is not launched.
 
-- Grouped-query attention: query head h reads key/value head h // G, by address; nothing is repeated. The dk, dv program
-  walks over all G query heads of its group.
+- Grouped-query attention: query head h reads key/value head h // G, by address; nothing is repeated.
 - exp2 instead of exp, since that is the GPU's instruction: the scores carry a factor log2(e), and lse is in base 2.
 - Masks cost only where they cut: the diagonal and the ragged end of a sequence have one loop, the tiles that every
   query sees in full have another without any mask. So length 577 or 579 runs like 576.
-- The length T varies from batch to batch: `do_not_specialize`, or Triton would compile anew for multiples of 16.
+- T varies from batch to batch: `do_not_specialize`, or Triton would compile anew for multiples of 16.
 
 Few queries against a long cache are another problem: decode_attention.py.
 """
@@ -68,7 +67,7 @@ def config(kernel, D, dtype, large=True):
     """Launch options of `kernel` ("forward", "dkdv" or "dq") for head dim D."""
     chip = "float32" if dtype == torch.float32 and not INTERPRET.value else "large" if large else "small"
     BLOCK_M, BLOCK_N, num_warps, num_stages = CONFIGS[chip][kernel][D > 64]
-    assert 128 % BLOCK_M == 0, f"{kernel} reads lse and delta, padded to a multiple of 128, by {BLOCK_M}, without a mask"
+    assert 128 % BLOCK_M == 0, f"{kernel} reads lse and delta, padded to a multiple of 128, by {BLOCK_M}"
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=64 if D <= 64 else 128, num_warps=num_warps,
                 num_stages=num_stages)
 
@@ -90,14 +89,12 @@ def _load(x, stride_t, start, end, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D
     # The start may lie beyond 2^31 elements, which takes 64 bits; the way within a tile does not (`_near` sees to it).
     x += tl.cast(start, tl.int64) * stride_t
     pointers = x + (row[:, None] * stride_t + channel[None, :])
-    if MASKED and D == BLOCK_D:
-        return tl.load(pointers, mask=(start + row < end)[:, None], other=0.0)
-    elif MASKED:
-        return tl.load(pointers, mask=(start + row < end)[:, None] & (channel < D)[None, :], other=0.0)
-    elif D < BLOCK_D:
-        return tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
-    else:
+    if not MASKED and D == BLOCK_D:
         return tl.load(pointers)
+    mask = (channel < D)[None, :]
+    if MASKED:
+        mask = (start + row < end)[:, None] & mask
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -120,8 +117,8 @@ def _dot(a, b, c):
 
 @triton.jit
 def _key_range(start_m, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(full, end): keys 0 .. full - 1, whole tiles, are visible to all BLOCK_M queries from start_m on; from `end` on no
-    key is visible to any.
+    """(full, end): keys 0 .. full - 1, whole tiles, are visible to all BLOCK_M queries from start_m on; from `end` on
+    none is.
 
     What lies between, the tiles with a mask, is never empty, and its loop comes first. That matters on Hopper, whose
     tensor cores work on while the program does: if the first loop could run zero times, the assembler could not rule
@@ -325,10 +322,8 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, 
     return o, lse
 
 
-@_forward_op.register_fake
-def _(q, k, v, causal):
-    B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+_forward_op.register_fake(lambda q, k, v, causal: (
+    q.new_empty(q.shape), q.new_empty((len(q), q.shape[2], q.shape[1]), dtype=torch.float32)))
 
 
 @custom_op("kernels::attention_backward", mutates_args=())
@@ -352,13 +347,13 @@ def _backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Te
             _dq[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](*inputs, lse_padded, delta, dq, *sizes, **options)
         if need_kv:
             options = _config("dkdv", q)
-            _dkdv[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](*inputs, lse_padded, delta, dk, dv, *sizes, **options)
+            _dkdv[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](*inputs, lse_padded, delta, dk, dv, *sizes,
+                                                                   **options)
     return dq, dk, dv
 
 
-@_backward_op.register_fake
-def _(do, q, k, v, o, lse, causal, need_q, need_kv):
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in ((q, need_q), (k, need_kv), (v, need_kv)))
+_backward_op.register_fake(lambda do, q, k, v, o, lse, causal, need_q, need_kv: tuple(
+    x.new_empty(x.shape if need else 0) for x, need in ((q, need_q), (k, need_kv), (v, need_kv))))
 
 
 def _setup(ctx, inputs, output):

@@ -4,10 +4,13 @@ For one row of logits x (V,) with target t,
 
     loss = logsumexp(x) - x_t        d loss / d x = softmax(x) - onehot(t)
 
-The gradient needs nothing but x and the log-sum-exp, so one program reads its row twice: once for the (online)
-log-sum-exp and once, most of it still in the L2 cache, to overwrite it with the gradient. As PyTorch operations that is
-a float32 copy of the logits, a softmax, a scatter and a conversion back, a dozen passes over the largest tensor of the
-training step.
+    logits  [ ................ ]  V numbers     A program owns a row. It reads it twice: for the (online) log-sum-exp,
+               becomes                          and, most of it still in the L2 cache, to overwrite it with the
+    d logits [ ............... ]                gradient, which needs nothing but x and that.
+
+Arithmetic: one exponential a number and pass, so memory is the bound: 4 to 6 bytes a logit with 16 bits. As PyTorch
+operations it is a float32 copy of the logits, a softmax, a scatter and a conversion back, a dozen passes over the
+largest tensor of the training step.
 
 `kernels.linear_cross_entropy` calls this chunk by chunk, between the product that makes the logits and the products
 that turn their gradient into those of hidden and weight.
@@ -64,9 +67,7 @@ def _cross_entropy_op(logits: Tensor, targets: Tensor, need_grad: bool) -> Tenso
     return losses
 
 
-@_cross_entropy_op.register_fake
-def _(logits, targets, need_grad):
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+_cross_entropy_op.register_fake(lambda logits, targets, need_grad: logits.new_empty(len(logits), dtype=torch.float32))
 
 
 def loss_and_gradient(logits, targets, need_grad):

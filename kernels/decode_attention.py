@@ -7,10 +7,10 @@
                                  '------------+-------------'
         o = sum of exp(lse - max) o over the programs, divided by the sum of exp(lse - max)       a second kernel
 
-Arithmetic. A decoding step has one query a row, and each key and value takes part in G products only, G query heads to
-a key head: 4 G D operations for 4 D bytes. So the bound is reading the cache, 4 Tk D bytes a key head. One program a
-head, as in attention.py, would be 8 programs for Llama-3.2-3B, each reading alone, and leave 124 of an H200's 132
-processors idle. All queries of a key head share a tile, padded to the 16 rows that a tensor core wants.
+Arithmetic. A decoding step has one query a row, and a key and its value, 4 D bytes, take part in 4 G D operations only,
+G query heads to a key head: the bound is reading the cache. One program a head, as in attention.py, would be 24 for
+Llama-3.2-3B, and leave 108 of an H200's 132 processors idle; so the keys are split, and all queries of a key head share
+a tile, padded to the 16 rows that a tensor core wants.
 
 Rows of the batch may differ in length: row b has lengths[b] keys, and what lies beyond is never read. There is no
 backward: nobody trains through a cache.
@@ -26,7 +26,7 @@ from .attention import LOG2E, _dot, _load, _near
 
 BLOCK_N = 64  # keys of a tile
 PROGRAMS = 264  # two for each of an H200's processors
-SHORTEST = 128  # keys of a program, unless there are fewer: below that the second kernel costs more than the split saves
+SHORTEST = 128  # keys of a program, unless there are fewer
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "chunk"])
@@ -118,6 +118,4 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Ten
     return o
 
 
-@decode_attention.register_fake
-def _(q, k, v, causal, lengths):
-    return q.new_empty(q.shape)
+decode_attention.register_fake(lambda q, k, v, causal, lengths: q.new_empty(q.shape))

@@ -2,9 +2,12 @@
 
     y = x W^T,    W[n] = scale[n] * integers[n]
 
-A decoding step has one row a sequence and reads every weight once, so the time is that of reading W: 1 byte a number,
-where bfloat16 has 2. A program owns BLOCK_N rows of W, turns its integers to x's dtype in registers, where that costs
-next to nothing, and applies the scales, which are the same along a row, to the finished sums.
+    x [ ........ ]  K numbers        W [ ........ ]    A program owns BLOCK_N rows of W: reads them and x once, turns
+                                       [ ........ ]    integers to x's dtype in registers, and applies the scales,
+                                                       which are the same along a row, to the finished sums.
+
+Arithmetic: a decoding step has M rows, one a sequence, and does 2 M operations with each weight that it reads: the time
+is that of reading W, 1 byte a number, where bfloat16 has 2.
 """
 
 import torch
@@ -57,6 +60,4 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-@int8_matmul.register_fake
-def _(x, weight, scale):
-    return x.new_empty((len(x), len(weight)))
+int8_matmul.register_fake(lambda x, weight, scale: x.new_empty((len(x), len(weight))))

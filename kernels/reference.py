@@ -1,5 +1,5 @@
-"""What the kernels compute, in plain PyTorch: one function each. Read this first; the files beside it say how it is made
-fast on a GPU.
+"""What the kernels compute, in plain PyTorch: one function each. Read this first; the files beside it say how it is
+made fast on a GPU.
 
 It is also what runs on a CPU. There autograd's own backward of RMSNorm and RoPE, pass after pass over tensors larger
 than the cache, was a quarter of a training step; so these two have theirs written out, as their kernels have.
@@ -93,8 +93,8 @@ def quick_gelu(x):
 
 
 def int8_linear(x, weight, scale, dtype):
-    """x (…, K) W^T of W[n] = scale[n] * integers[n], multiplied in `dtype`. Never in float16: before it meets its scale a
-    sum of products by integers up to 127 leaves its range."""
+    """x (…, K) W^T of W[n] = scale[n] * integers[n], multiplied in `dtype`. Never in float16: before it meets its scale
+    a sum of products by integers up to 127 leaves its range."""
     return (F.linear(x.to(dtype), weight.to(dtype)) * scale.to(dtype)).to(x.dtype)
 
 

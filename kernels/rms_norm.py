@@ -78,55 +78,48 @@ def _options(d):
 
 
 def _rows(x):
-    """(..., d) as (rows, d) with neighbouring channels adjacent: a view wherever the strides allow one."""
+    """(..., d) -> (it as rows (n, d) of neighbouring channels, a view wherever the strides allow one; a row's stride)."""
+    if x is None:
+        return None, 0
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, x.stride(0)
 
 
 @custom_op("kernels::rms_norm", mutates_args=())
 def _forward_op(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """-> y, s = x + residual (empty without one), and 1 / rms of each row."""
-    y = x.new_empty(x.shape)
-    s = x.new_empty(x.shape if residual is not None else 0)
-    x, weight = _rows(x), weight.contiguous()
-    rows, d = x.shape
-    r = x.new_empty(rows, dtype=torch.float32)
-    residual = _rows(residual) if residual is not None else None
-    if y.numel() > 0:
+    y, s = x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0)
+    r = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    if len(r) > 0:
         with torch.cuda.device_of(x):
-            _forward[(rows,)](x, x.stride(0), residual, 0 if residual is None else residual.stride(0), weight,
-                              y, s, r, d, eps, **_options(d))
+            _forward[(len(r),)](*_rows(x), *_rows(residual), weight.contiguous(), y, s, r, x.shape[-1], eps,
+                                **_options(x.shape[-1]))
     return y, s, r
 
 
-@_forward_op.register_fake
-def _(x, weight, eps, residual):
-    return (x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0),
-            x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32))
+_forward_op.register_fake(lambda x, weight, eps, residual: (
+    x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0),
+    x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)))
 
 
 @custom_op("kernels::rms_norm_backward", mutates_args=())
 def _backward_op(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor, need_weight: bool
                  ) -> tuple[Tensor, Tensor]:
-    """-> dx (which is dresidual too), dweight (empty if not needed)."""
-    dx = s.new_empty(s.shape)
-    dy, s, weight = _rows(dy), _rows(s), weight.contiguous()
-    ds = _rows(ds) if ds is not None else None
-    rows, d = s.shape
+    """-> dx (which is dresidual too), dweight (0 if not needed)."""
+    dx, rows, d = s.new_empty(s.shape), len(r), s.shape[-1]
     # without dweight a program has nothing to carry from row to row: one row each, and the chip fills itself
     programs = min(rows, MAX_PROGRAMS) if need_weight else rows
-    partial = torch.zeros if rows == 0 else torch.empty
-    dweight = partial((max(programs, 1), d) if need_weight else 0, dtype=torch.float32, device=s.device)
-    if dx.numel() > 0:
+    dweight = s.new_empty((programs, d) if need_weight else 0, dtype=torch.float32)
+    if rows > 0:
         with torch.cuda.device_of(s):
-            _backward[(programs,)](dy, dy.stride(0), ds, 0 if ds is None else ds.stride(0), s, s.stride(0), weight, r,
-                                   dx, dweight if need_weight else None, rows, d, **_options(d))
-    return dx, dweight.sum(0).to(weight.dtype) if need_weight else weight.new_empty(0)
+            _backward[(programs,)](*_rows(dy), *_rows(ds), *_rows(s), weight.contiguous(), r, dx,
+                                   dweight if need_weight else None, rows, d, **_options(d))
+    return dx, dweight.sum(0).to(weight.dtype)
 
 
-@_backward_op.register_fake
-def _(dy, ds, s, weight, r, need_weight):
-    return s.new_empty(s.shape), weight.new_empty(weight.shape if need_weight else 0)
+_backward_op.register_fake(lambda dy, ds, s, weight, r, need_weight: (
+    s.new_empty(s.shape), weight.new_empty(weight.shape if need_weight else ())))
 
 
 def _setup(ctx, inputs, output):

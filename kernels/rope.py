@@ -5,8 +5,8 @@
     x   [  x1  |  x2  ]         A program rotates some rows (token, head): reads both halves and the token's angles,
     y   [  y1  |  y2  ]         writes both halves. The backward is the rotation by the opposite angle: this kernel.
 
-Arithmetic: 3 operations a number that is moved twice, so memory is the bound: 4 bytes a channel with 16 bits. Inside the
-attention kernel it was tried, too: a tile of queries is read once less, but rotating it there took longer than that.
+Arithmetic: 3 operations a number that is moved twice, so memory is the bound: 4 bytes a channel with 16 bits. (Inside
+the attention kernel queries are read once less, but to rotate them there took longer than that: docs/gpu.md.)
 """
 
 import torch
@@ -52,9 +52,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     return y
 
 
-@rope.register_fake
-def _(x, cos, sin, inverse=False):
-    return x.new_empty(x.shape)
+rope.register_fake(lambda x, cos, sin, inverse=False: x.new_empty(x.shape))
 
 
 def _setup(ctx, inputs, output):

@@ -323,8 +323,8 @@ def ceilings():
 def compare_kernels():
     """Print the table. do_bench: GPU events, the median, with a cold L2 cache."""
     if not torch.cuda.is_available() or kernels.triton is None:
-        raise UserError("there is no GPU with Triton here, so there are no kernels to time: pytest tests/test_kernels.py "
-                        "checks them in Triton's interpreter")
+        raise UserError("there is no GPU with Triton here, so there are no kernels to time: `pytest "
+                        "tests/test_kernels.py` checks them in Triton's interpreter")
     from triton.testing import do_bench
     copy, flops = ceilings()
     print(f"{environment('studies.benchmark kernels')}\n\nMeasured ceilings: copy {copy / 1e9:.0f} GB/s, bf16 matrix "
