@@ -17,27 +17,29 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.llava import load_llava
 from formats import checkpoints, official
 from formats.errors import Parser, UserError, number, run_cli
 from formats.files import check_out_file, read_text
 from formats.tokenizer import Tokenizer
 from kernels import int8
 from model import Llama
+from recipes import TARGETS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prediction trajectory
 
 
 @torch.no_grad()
-def prediction_trajectory(llm, tokens, progress=False):
-    """KL divergence of each layer's prediction from the last layer's, mean over texts: (layers,) float32, the last 0.
+def trajectories(llm, texts, progress=False):
+    """KL divergence of each layer's prediction from the last layer's, in every text: (texts, layers), the last 0.
 
-    tokens (B, T). The paper's measure: read every layer's hidden state through the final norm and the LM head, take at
-    each position the probability of the token that really comes next, and normalise these T - 1 numbers over the
-    sequence.
+    texts: (B, T) tokens, or a list of (T,). The paper's measure: read every layer's hidden state through the final norm
+    and the LM head, take at each position the probability of the token that really comes next, and normalise these
+    T - 1 numbers over the sequence. (src/inference/llm_trajectory.py in the authors' code does it over chats.)
     """
-    total = torch.zeros(len(llm.model.layers))
-    for row in tqdm(tokens, desc="trajectory", unit="text", disable=not progress):
+    curves = []
+    for row in tqdm(texts, desc="trajectory", unit="text", disable=not progress):
         x, logp = llm.embed(row[None].to(llm.device)), []                       # (1, T, C)
         for i in range(len(llm.model.layers)):
             x = llm.run(x, i, i + 1)
@@ -45,8 +47,13 @@ def prediction_trajectory(llm, tokens, progress=False):
             next_logp = all_logp.gather(1, row[1:, None].to(llm.device))[:, 0]  # (T - 1,)
             logp.append(next_logp.log_softmax(0).cpu())                         # normalised over the sequence
         logp = torch.stack(logp)                                                # (layers, T - 1)
-        total += (logp.exp() * (logp - logp[-1])).sum(1)
-    return total / len(tokens)
+        curves.append((logp.exp() * (logp - logp[-1])).sum(1))                  # (layers,)
+    return torch.stack(curves)
+
+
+def prediction_trajectory(llm, texts, progress=False):
+    """The mean of `trajectories` over the texts: (layers,) float32."""
+    return trajectories(llm, texts, progress).mean(0)
 
 
 def find_transition(trajectory):
@@ -74,6 +81,12 @@ def text_tokens(tokenizer, text, length=96):
 def read_texts(tokenizer, path="assets/text.txt", length=96):
     """The texts over which the trajectory is measured: (B, length) tokens."""
     return text_tokens(tokenizer, read_text(checkpoints.locate(path)), length)
+
+
+def read_chats(tokenizer, n, path="assets/chats.json"):
+    """The first n chats without image of a JSON in LLaVA's format, in the LLM's chat format: a list of (T,) tokens."""
+    records = load_llava(checkpoints.locate(path))
+    return [torch.tensor(tokenizer.chat(records[i].messages, generate=False)) for i in records.texts[:n]]
 
 
 def choose_ranges(llm, tokenizer):
@@ -231,12 +244,21 @@ def parse_ranges(text):
     return [(int(e[0]), int(e[-1])) for e in ends]
 
 
-def plot_trajectory(trajectory, cut, ranges=(), title=""):
-    """The prediction trajectory, where it turns, and what translators replace: a figure."""
+def plot_trajectory(trajectory, cut, ranges=(), title="", chats=()):
+    """The prediction trajectory, where it turns, and what translators replace: a figure. chats: curves (n, layers),
+    drawn thin, with their mean. The triangles: where, in depth, the paper cuts its LLMs."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 3.6), dpi=120, layout="tight")
     ax = fig.add_subplot(xlabel="layer", ylabel="KL(layer || last layer), nats", title=title)
-    ax.plot(range(len(trajectory)), trajectory, "o-", color="#0072B2", ms=4)
+    if len(chats):
+        chats = torch.as_tensor(chats)
+        ax.plot(chats.T, color="#009E73", lw=0.6, alpha=0.3)
+        ax.plot(chats.mean(0), color="#009E73", lw=2, label=f"mean over {len(chats)} chats")
+    ax.plot(range(len(trajectory)), trajectory, "o-", color="#0072B2", ms=4, label="mean over texts")
+    depths = {name.rpartition("-")[2].upper(): t.ranges[0][0] / t.llm_config.num_hidden_layers
+              for name, t in TARGETS.items() if name.startswith("llama")}
+    ax.plot([depth * len(trajectory) for depth in depths.values()], [0.03] * len(depths), "^", color="black", ms=6,
+            transform=ax.get_xaxis_transform(), label=f"the paper's cuts: {', '.join(reversed(depths))}")
     ax.axvline(cut, color="#D55E00", ls="--", lw=1)
     ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points",
                 color="#D55E00", va="top")
@@ -244,8 +266,7 @@ def plot_trajectory(trajectory, cut, ranges=(), title=""):
         ax.axvspan(first - 0.45, last + 0.45, color="#E69F00", alpha=0.25,
                    label="replaced by a translator" if i == 0 else None)
     ax.grid(alpha=0.3)
-    if ranges:
-        ax.legend(loc="lower left", frameon=False)
+    ax.legend(frameon=False, fontsize=8)
     return fig
 
 
@@ -257,6 +278,8 @@ def main(argv=None):
                         help="text to read, paragraphs apart by empty lines (default: %(default)s)")
     parser.add_argument("--length", type=number(int, 2, 10**5), default=96,
                         help="tokens of each paragraph to read (default: %(default)s)")
+    parser.add_argument("--chats", type=number(int, 0, 10**5), default=16,
+                        help="chats of assets/chats.json to read beside it (default: %(default)s)")
     parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 16-21,22-28 by two "
                         "(default: from the turn to the last but one)")
     parser.add_device()
@@ -266,27 +289,31 @@ def main(argv=None):
     given = parse_ranges(args.replace) if args.replace else None
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     path = official.find(args.llm)
-    tokens = read_texts(Tokenizer.from_pretrained(path), args.text, args.length)
+    tokenizer = Tokenizer.from_pretrained(path)
+    tokens, chats = read_texts(tokenizer, args.text, args.length), read_chats(tokenizer, args.chats)
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
     ranges = None if given is None else check_ranges(given, L)
 
     trajectory = prediction_trajectory(llm, tokens, progress=True)
+    chats = trajectories(llm, chats, progress=True) if chats else torch.zeros(0, L)
     cut = find_transition(trajectory)
     ranges = [(cut, L - 2)] if ranges is None else ranges
     kept = kept_layers(ranges, L)
     firsts = {first for first, _ in ranges}
-    print(f"\n{args.llm}: KL(layer || last layer) over {len(tokens)} texts of {args.length} tokens\n")
-    print("layer      KL   surrogate")
+    print(f"\n{args.llm}: KL(layer || last layer) over {len(tokens)} texts of {args.length} tokens"
+          + (f", and over {len(chats)} chats (turn: {find_transition(chats.mean(0))})" if len(chats) else "") + "\n")
+    print(f"layer      KL{'   chats' if len(chats) else ''}   surrogate")
     for i, kl in enumerate(trajectory.tolist()):
         role = "translator starts here" if i in firsts else "kept" if i in kept else "dropped"
-        print(f"{i:5d} {kl:7.3f}   {role}{'   <- the prediction turns' if i == cut else ''}")
+        chat = f" {chats[:, i].mean():7.3f}" if len(chats) else ""
+        print(f"{i:5d} {kl:7.3f}{chat}   {role}{'   <- the prediction turns' if i == cut else ''}")
     surrogate = build_surrogate(llm, ranges)
     full, small = count_parameters(llm), count_parameters(surrogate)
     # embeddings and head are shared: what is saved is layers, so report these, too
     print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   layers {L} -> {len(kept)}   "
           f"parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
-    figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}")
+    figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}", chats)
     checkpoints.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
     print(f"plot: {args.out}")
 

@@ -10,15 +10,16 @@ from transformers import LlamaForCausalLM
 
 import surrogate
 from formats import checkpoints, official
+from formats.tokenizer import Tokenizer
 from model import KVCache, Llama, LlamaConfig, collect
 from surrogate import (
     build_surrogate,
     find_transition,
-    run_both,
     kept_layers,
     load_surrogate,
     parse_ranges,  # fmt: skip
     prediction_trajectory,
+    run_both,
     text_tokens,
 )
 
@@ -254,6 +255,23 @@ def test_trajectory_against_transformers(tmp_path):
             expected += torch.stack([(q * (q / shares[-1]).log()).sum() for q in shares]) / 3
     assert got.shape == (5,) and got[-1] == 0 and (got[:-1] > 0.01).all()
     assert (got - expected).abs().max() < 1e-4
+
+
+def test_chats_give_a_curve_each(tiny_llm, tmp_path, capsys):
+    """Over whole chats in the LLM's own format, of different lengths; the command prints and draws them."""
+    llm, tokenizer = Llama.from_pretrained(tiny_llm), Tokenizer.from_pretrained(tiny_llm)
+    chats = surrogate.read_chats(tokenizer, 3)
+    assert len({len(c) for c in chats}) > 1 and tokenizer.decode(chats[0], skip_special=False).count("<|im_end|>") == 2
+    curves = surrogate.trajectories(llm, chats)
+    for curve, chat in zip(curves, chats):
+        assert torch.equal(prediction_trajectory(llm, chat[None]), curve)
+    command = ["--llm", tiny_llm, "--length", "40", "--chats", "3", "--out", str(tmp_path / "plot.png")]
+    surrogate.main(command)
+    out = capsys.readouterr().out
+    assert f"over 3 chats (turn: {find_transition(curves.mean(0))})" in out
+    assert f"{curves[:, 2].mean():.3f}" in next(line for line in out.splitlines() if line.startswith("    2 "))
+    fig = surrogate.plot_trajectory(curves.mean(0).tolist(), 2, [(2, 4)], chats=curves)
+    assert len(fig.axes[0].lines) == 3 + 1 + 1 + 1 + 1      # thin, their mean, the texts', the paper's cuts, the turn
 
 
 @pytest.mark.parametrize("layers", [3, 12, 30, 80])
