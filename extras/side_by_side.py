@@ -6,8 +6,8 @@ Pair and graft side by side about one image: their answers, their ranking, and a
     figure = plot_words(vlm, image)                             # the word nearest to each visual token
     figure = plot_lens(vlm, surrogate, prompt, image, answer)   # what each layer would say next: the logit lens
 
-The lens is nostalgebraist's (2020): every layer's hidden state through the final norm and the LM head. Its first column
-is the paper's figure 1, the prediction trajectory, for this one answer.
+The lens is nostalgebraist's (2020): every layer's hidden state through the final norm and the LM head. The paper's
+prediction trajectory (section 3.1) sums the same up in a number for each layer.
 """
 import random
 import time
