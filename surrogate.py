@@ -273,7 +273,7 @@ def knows(decoders, tokenizer, n=20, batch=20):
 def show_kept(decoders, tokenizer, tokens, n):
     """Print the perplexity of texts (B, T) and what `knows` finds, as Markdown."""
     import evaluate
-    cells = [f"{perplexity(llm, tokens):.1f}" for llm in decoders.values()]
+    cells = [f"{perplexity(llm, tokens):.4g}" for llm in decoders.values()]
     print(f"\n{evaluate.markdown(['', *decoders], [['perplexity of the texts', *cells]])}\n")
     print(evaluate.table(knows(decoders, tokenizer, n)))
     print(f"\n{n} captions a task, with 95 % intervals; the paper's 70B: MMLU 82.6 -> 80.8, HellaSwag 86.9 -> 70.4")
@@ -323,6 +323,16 @@ def plot_trajectory(trajectory, cut, ranges=(), title="", chats=()):
     return fig
 
 
+def show_layers(trajectory, cut, ranges, chats):
+    """Print a line for each layer: its KL over the texts and over the chats, and what becomes of it."""
+    kept, firsts = kept_layers(ranges, len(trajectory)), {first for first, _ in ranges}
+    print(f"layer      KL{'   chats' if len(chats) else ''}   surrogate")
+    for i, kl in enumerate(trajectory.tolist()):
+        role = "translator starts here" if i in firsts else "kept" if i in kept else "dropped"
+        chat = f" {chats[:, i].mean():7.3f}" if len(chats) else ""
+        print(f"{i:5d} {kl:7.3f}{chat}   {role}{'   <- the prediction turns' if i == cut else ''}")
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--llm", default=official.DEFAULT_LLM,
@@ -343,40 +353,33 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
     args = parser.parse_args(argv)
     check_out_file(args.out)
-    about = checkpoints.open_checkpoint(args.checkpoint)[1] if args.checkpoint else {}
-    given = parse_ranges(args.replace) if args.replace else about.get("ranges")
+    given = parse_ranges(args.replace) if args.replace else None
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     path = official.find(args.llm)
     tokenizer = Tokenizer.from_pretrained(path)
     tokens, chats = read_texts(tokenizer, args.text, args.length), read_chats(tokenizer, args.chats)
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
-    ranges = None if given is None else check_ranges(given, L)
+    trained = load_surrogate(llm, args.checkpoint) if args.checkpoint else None
+    ranges = check_ranges(given, L) if given is not None else trained.ranges if trained else None
 
     trajectory = prediction_trajectory(llm, tokens, progress=True)
     chats = trajectories(llm, chats, progress=True) if chats else torch.zeros(0, L)
     cut = find_transition(trajectory)
     ranges = [(cut, L - 2)] if ranges is None else ranges
-    kept = kept_layers(ranges, L)
-    firsts = {first for first, _ in ranges}
     print(f"\n{args.llm}: KL(layer || last layer) over {len(tokens)} texts of {args.length} tokens"
           + (f", and over {len(chats)} chats (turn: {find_transition(chats.mean(0))})" if len(chats) else "") + "\n")
-    print(f"layer      KL{'   chats' if len(chats) else ''}   surrogate")
-    for i, kl in enumerate(trajectory.tolist()):
-        role = "translator starts here" if i in firsts else "kept" if i in kept else "dropped"
-        chat = f" {chats[:, i].mean():7.3f}" if len(chats) else ""
-        print(f"{i:5d} {kl:7.3f}{chat}   {role}{'   <- the prediction turns' if i == cut else ''}")
+    show_layers(trajectory, cut, ranges, chats)
     surrogate = build_surrogate(llm, ranges)
     full, small = count_parameters(llm), count_parameters(surrogate)
     # embeddings and head are shared: what is saved is layers, so report these, too
-    print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   layers {L} -> {len(kept)}   "
-          f"parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
+    print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   "
+          f"layers {L} -> {surrogate.config.num_hidden_layers}   parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
     figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}", chats)
     checkpoints.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
     print(f"plot: {args.out}")
-    if args.checkpoint:
-        show_kept({"LLM": llm, "as cut": surrogate, "trained": load_surrogate(llm, args.checkpoint)}, tokenizer, tokens,
-                  args.asked)
+    if trained:
+        show_kept({"LLM": llm, "as cut": surrogate, "trained": trained}, tokenizer, tokens, args.asked)
 
 
 if __name__ == "__main__":

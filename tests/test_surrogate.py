@@ -300,7 +300,7 @@ def test_what_a_surrogate_keeps(tiny_llm, tmp_path, capsys):
                     "--checkpoint", str(tmp_path / "t.safetensors"), "--asked", "2"])
     lines = capsys.readouterr().out.splitlines()
     texts = surrogate.read_texts(tokenizer, length=40)
-    cells = [f"{surrogate.perplexity(x, texts):.1f}" for x in (llm, build_surrogate(llm, [(2, 4)]), cut)]
+    cells = [f"{surrogate.perplexity(x, texts):.4g}" for x in (llm, build_surrogate(llm, [(2, 4)]), cut)]
     assert f"| perplexity of the texts | {' | '.join(cells)} |" in lines and "replaced: 2-4 " in " ".join(lines)
     assert sum(line.startswith("| capital *") for line in lines) == 2        # said freely, ranked
 
