@@ -374,7 +374,8 @@ def main(argv=None):
     full, small = count_parameters(llm), count_parameters(surrogate)
     # embeddings and head are shared: what is saved is layers, so report these, too
     print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   "
-          f"layers {L} -> {surrogate.config.num_hidden_layers}   parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
+          f"layers {L} -> {surrogate.config.num_hidden_layers}   "
+          f"parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
     figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}", chats)
     checkpoints.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
     print(f"plot: {args.out}")
