@@ -313,8 +313,8 @@ def plot_trajectory(trajectory, cut, ranges=(), title="", chats=()):
     ax.plot([depth * len(trajectory) for depth in depths.values()], [0.03] * len(depths), "^", color="black", ms=6,
             transform=ax.get_xaxis_transform(), label=f"the paper's cuts: {', '.join(reversed(depths))}")
     ax.axvline(cut, color="#D55E00", ls="--", lw=1)
-    ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points",
-                color="#D55E00", va="top")
+    ax.annotate(f"turn: layer {cut}", (cut, 1), xycoords=ax.get_xaxis_transform(), xytext=(4, -4),
+                textcoords="offset points", color="#D55E00", va="top")
     for i, (first, last) in enumerate(ranges):
         ax.axvspan(first - 0.45, last + 0.45, color="#E69F00", alpha=0.25,
                    label="replaced by a translator" if i == 0 else None)
