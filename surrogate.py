@@ -3,41 +3,47 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
 
     python surrogate.py                         # the default LLM: table, cut, plot
     python surrogate.py --replace 20-23,24-28   # what a surrogate of your choice keeps (these two: the shipped one)
+    python surrogate.py --checkpoint assets/translator.safetensors      # what it knows, as it is cut and trained
 
 1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then
    falling.
 2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last.
+3. What it keeps as a language model (appendix): perplexity, and answers from the caption alone.
 """
 import copy
 import dataclasses
+import math
 import re
 import sys
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from data.llava import load_llava
 from formats import checkpoints, official
 from formats.errors import Parser, UserError, number, run_cli
 from formats.files import check_out_file, read_text
 from formats.tokenizer import Tokenizer
 from kernels import default_dtype, int8
 from model import Llama, check_logits
+from recipes import TARGETS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prediction trajectory
 
 
 @torch.no_grad()
-def prediction_trajectory(llm, tokens, progress=False):
-    """KL divergence of each layer's prediction from the last layer's, mean over texts: (layers,) float32, the last 0.
+def trajectories(llm, texts, progress=False):
+    """KL divergence of each layer's prediction from the last layer's, in every text: (texts, layers), the last 0.
 
-    tokens (B, T). The paper's measure: read every layer's hidden state through the final norm and the LM head, take at
-    each position the probability of the token that really comes next, and normalise these T - 1 numbers over the
-    sequence.
+    texts: (B, T) tokens, or a list of (T,). The paper's measure: read every layer's hidden state through the final norm
+    and the LM head, take at each position the probability of the token that really comes next, and normalise these
+    T - 1 numbers over the sequence. (src/inference/llm_trajectory.py in the authors' code does it over chats.)
     """
-    total = torch.zeros(len(llm.model.layers))
-    for row in tqdm(tokens, desc="trajectory", unit="text", disable=not progress):
+    curves = []
+    for row in tqdm(texts, desc="trajectory", unit="text", disable=not progress):
         x, logp = llm.embed(row[None].to(llm.device)), []                       # (1, T, C)
         for i in range(len(llm.model.layers)):
             x = llm.run(x, i, i + 1)
@@ -46,8 +52,13 @@ def prediction_trajectory(llm, tokens, progress=False):
             logp.append(next_logp.log_softmax(0).cpu())                         # normalised over the sequence
         check_logits(all_logp)
         logp = torch.stack(logp)                                                # (layers, T - 1)
-        total += (logp.exp() * (logp - logp[-1])).sum(1)
-    return total / len(tokens)
+        curves.append((logp.exp() * (logp - logp[-1])).sum(1))                  # (layers,)
+    return torch.stack(curves)
+
+
+def prediction_trajectory(llm, texts, progress=False):
+    """The mean of `trajectories` over the texts: (layers,) float32."""
+    return trajectories(llm, texts, progress).mean(0)
 
 
 def find_transition(trajectory):
@@ -75,6 +86,12 @@ def text_tokens(tokenizer, text, length=96):
 def read_texts(tokenizer, path="assets/text.txt", length=96):
     """The texts over which the trajectory is measured: (B, length) tokens."""
     return text_tokens(tokenizer, read_text(checkpoints.locate(path)), length)
+
+
+def read_chats(tokenizer, n, path="assets/chats.json"):
+    """The first n chats without image of a JSON in LLaVA's format, in the LLM's chat format: a list of (T,) tokens."""
+    records = load_llava(checkpoints.locate(path))
+    return [torch.tensor(tokenizer.chat(records[i].messages, generate=False)) for i in records.texts[:n]]
 
 
 def choose_ranges(llm, tokenizer):
@@ -218,6 +235,55 @@ def distillation_loss(surrogate, llm, cached):
     return kl, (off / size).masked_fill(~real, 0).sum() / real.sum()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. What a surrogate keeps as a language model
+
+
+@torch.no_grad()
+def perplexity(llm, tokens):
+    """exp of the mean -log p of the tokens (B, T) given those before them, the first of each row left out."""
+    total = 0.0
+    for row in tokens:
+        x = llm.run(llm.embed(row[None].to(llm.device)))                                    # (1, T, C)
+        total += llm.loss(x, F.pad(row[None, 1:], (0, 1), value=-100)).item()
+    return math.exp(total / (tokens.numel() - len(tokens)))
+
+
+def knows(decoders, tokenizer, n=20, batch=20):
+    """What language models know without an image: the knowledge tasks, with the caption in the image's place.
+
+    decoders: {name: Llama}. Returns the rows of `evaluate.compare`, of n images a task, for `evaluate.table`.
+    """
+    import evaluate  # only here: it imports this file
+    from data import world
+    rows, bar = [], tqdm(total=3 * n * len(decoders), desc="asked by caption", unit="answer")
+    for task in world.KNOWLEDGE_TASKS:
+        samples = [world.world(task, i, evaluate.EVAL_SEED, "test") for i in range(n)]
+        prompts = [torch.tensor(tokenizer.chat(evaluate.told(s)[:-1])) for s in samples]
+        for name, llm in decoders.items():
+            got = []
+            for i in range(0, n, batch):
+                lengths = torch.tensor([len(p) for p in prompts[i:i + batch]])
+                embeds = llm.embed(pad_sequence(prompts[i:i + batch], batch_first=True).to(llm.device))     # (B, T, C)
+                got += evaluate.answer(embeds, lengths, samples[i:i + batch], llm, tokenizer=tokenizer)["graft"]
+                bar.update(len(lengths))
+            rows.append(dict(task=task, split="test", trained=False, system=name,
+                             said=[int(world.is_right(text, s)) for s, (_, text) in zip(samples, got)],
+                             ranked=[int(s.options[choice] == s.answer) for s, (choice, _) in zip(samples, got)],
+                             about=[f"{s.caption}: {task}" for s in samples]))
+    bar.close()
+    return rows
+
+
+def show_kept(decoders, tokenizer, tokens, n):
+    """Print the perplexity of texts (B, T) and what `knows` finds, as Markdown."""
+    import evaluate
+    cells = [f"{perplexity(llm, tokens):.4g}" for llm in decoders.values()]
+    print(f"\n{evaluate.markdown(['', *decoders], [['perplexity of the texts', *cells]])}\n")
+    print(evaluate.table(knows(decoders, tokenizer, n)))
+    print(f"\n{n} captions a task, with 95 % intervals; the paper's 70B: MMLU 82.6 -> 80.8, HellaSwag 86.9 -> 70.4")
+
+
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -237,22 +303,40 @@ def parse_ranges(text):
     return [(int(e[0]), int(e[-1])) for e in ends]
 
 
-def plot_trajectory(trajectory, cut, ranges=(), title=""):
-    """The prediction trajectory, where it turns, and what translators replace: a figure."""
+def plot_trajectory(trajectory, cut, ranges=(), title="", chats=()):
+    """The prediction trajectory, where it turns, and what translators replace: a figure. chats: curves (n, layers),
+    drawn thin, with their mean. The triangles: where, in depth, the paper cuts its LLMs."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7, 3.6), dpi=120, layout="tight")
     ax = fig.add_subplot(xlabel="layer", ylabel="KL(layer || last layer), nats", title=title)
-    ax.plot(range(len(trajectory)), trajectory, "o-", color="#0072B2", ms=4)
+    if len(chats):
+        chats = torch.as_tensor(chats)
+        ax.plot(chats.T, color="#009E73", lw=0.6, alpha=0.3)
+        ax.plot(chats.mean(0), color="#009E73", lw=2, label=f"mean over {len(chats)} chats")
+    ax.plot(range(len(trajectory)), trajectory, "o-", color="#0072B2", ms=4, label="mean over texts")
+    depths = {name.rpartition("-")[2].upper(): t.ranges[0][0] / t.llm_config.num_hidden_layers
+              for name, t in TARGETS.items() if name.startswith("llama")}
+    ax.plot([depth * len(trajectory) for depth in depths.values()], [0.03] * len(depths), "^", color="black", ms=6,
+            transform=ax.get_xaxis_transform(), label=f"the paper's cuts: {', '.join(reversed(depths))}")
     ax.axvline(cut, color="#D55E00", ls="--", lw=1)
-    ax.annotate(f"turn: layer {cut}", (cut, max(trajectory)), xytext=(4, -2), textcoords="offset points",
-                color="#D55E00", va="top")
+    ax.annotate(f"turn: layer {cut}", (cut, 1), xycoords=ax.get_xaxis_transform(), xytext=(4, -4),
+                textcoords="offset points", color="#D55E00", va="top")
     for i, (first, last) in enumerate(ranges):
         ax.axvspan(first - 0.45, last + 0.45, color="#E69F00", alpha=0.25,
                    label="replaced by a translator" if i == 0 else None)
     ax.grid(alpha=0.3)
-    if ranges:
-        ax.legend(loc="lower left", frameon=False)
+    ax.legend(frameon=False, fontsize=8)
     return fig
+
+
+def show_layers(trajectory, cut, ranges, chats):
+    """Print a line for each layer: its KL over the texts and over the chats, and what becomes of it."""
+    kept, firsts = kept_layers(ranges, len(trajectory)), {first for first, _ in ranges}
+    print(f"layer      KL{'   chats' if len(chats) else ''}   surrogate")
+    for i, kl in enumerate(trajectory.tolist()):
+        role = "translator starts here" if i in firsts else "kept" if i in kept else "dropped"
+        chat = f" {chats[:, i].mean():7.3f}" if len(chats) else ""
+        print(f"{i:5d} {kl:7.3f}{chat}   {role}{'   <- the prediction turns' if i == cut else ''}")
 
 
 def main(argv=None):
@@ -263,38 +347,46 @@ def main(argv=None):
                         help="text to read, paragraphs apart by empty lines (default: %(default)s)")
     parser.add_argument("--length", type=number(int, 2, 10**5), default=96,
                         help="tokens of each paragraph to read (default: %(default)s)")
+    parser.add_argument("--chats", type=number(int, 0, 10**5), default=16,
+                        help="chats of assets/chats.json to read beside it (default: %(default)s)")
     parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 20-23,24-28 by two "
                         "(default: from the turn to the last but one)")
+    parser.add_argument("--checkpoint", help="a trained surrogate: how good a language model is it, beside the LLM and "
+                        "a surrogate as it is cut? Its layers are the default of --replace")
+    parser.add_argument("--asked", type=number(int, 1, 10**5), default=20,
+                        help="with --checkpoint: captions asked about, for each task (default: %(default)s)")
     parser.add_device()
     parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
     args = parser.parse_args(argv)
     check_out_file(args.out)
     given = parse_ranges(args.replace) if args.replace else None
     path = official.find(args.llm)
-    tokens = read_texts(Tokenizer.from_pretrained(path), args.text, args.length)
+    tokenizer = Tokenizer.from_pretrained(path)
+    tokens, chats = read_texts(tokenizer, args.text, args.length), read_chats(tokenizer, args.chats)
     dtype = default_dtype(args.device) if args.device.startswith("cuda") else torch.float32
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
-    ranges = None if given is None else check_ranges(given, L)
+    trained = load_surrogate(llm, args.checkpoint) if args.checkpoint else None
+    ranges = check_ranges(given, L) if given is not None else trained.ranges if trained else None
 
     trajectory = prediction_trajectory(llm, tokens, progress=True)
+    chats = trajectories(llm, chats, progress=True) if chats else torch.zeros(0, L)
     cut = find_transition(trajectory)
     ranges = [(cut, L - 2)] if ranges is None else ranges
-    kept = kept_layers(ranges, L)
-    firsts = {first for first, _ in ranges}
-    print(f"\n{args.llm}: KL(layer || last layer) over {len(tokens)} texts of {args.length} tokens\n")
-    print("layer      KL   surrogate")
-    for i, kl in enumerate(trajectory.tolist()):
-        role = "translator starts here" if i in firsts else "kept" if i in kept else "dropped"
-        print(f"{i:5d} {kl:7.3f}   {role}{'   <- the prediction turns' if i == cut else ''}")
+    print(f"\n{args.llm}: KL(layer || last layer) over {len(tokens)} texts of {args.length} tokens"
+          + (f", and over {len(chats)} chats (turn: {find_transition(chats.mean(0))})" if len(chats) else "") + "\n")
+    show_layers(trajectory, cut, ranges, chats)
     surrogate = build_surrogate(llm, ranges)
     full, small = count_parameters(llm), count_parameters(surrogate)
     # embeddings and head are shared: what is saved is layers, so report these, too
-    print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   layers {L} -> {len(kept)}   "
+    print(f"\nreplaced: {', '.join(f'{a}-{b}' for a, b in ranges) or 'nothing'}   "
+          f"layers {L} -> {surrogate.config.num_hidden_layers}   "
           f"parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
-    figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}")
+    figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}", chats)
     checkpoints.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
     print(f"plot: {args.out}")
+    if trained:
+        show_kept({"LLM": llm, "as cut": surrogate, "trained": trained}, tokenizer, tokens, args.asked)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ Pair and graft side by side about one image: their answers, their ranking, and a
     rank(vlm, surrogate, prompt, image, options)                # [(option, probability), …]: of the pair
     figure = plot_lens(vlm, surrogate, prompt, image, answer)   # what each layer would say next: the logit lens
 
-The lens is nostalgebraist's (2020): every layer's hidden state through the final norm and the LM head. Its first column
-is the paper's prediction trajectory, for this one answer.
+The lens is nostalgebraist's (2020): every layer's hidden state through the final norm and the LM head. The paper's
+prediction trajectory (section 3.1) sums the same up in a number for each layer.
 """
 import random
 import time
