@@ -236,6 +236,10 @@ CASES = [
     ("surrogate --llm {bad}/fifo.gguf --out {out}", "no tokenizer at", "fifo.gguf"),
     ("graft --encoder {bad}/fifo.safetensors --out {out}", "fifo.safetensors is not a file"),
     ("graft --encoder {bad}/loop.safetensors --out {out}", "no such checkpoint", "loop.safetensors"),
+    (f"{G} --direct {{bad}}/gone.safetensors", "no such checkpoint", "gone.safetensors"),
+    (f"{G} --direct typo", "no such checkpoint", "typo"), (f"{G} --direct {{full}} --llm smollm2-135m", "belong"),
+    (f"{T} --resume --out ", "expected one argument"), (f"{T} --replace " + "9" * 5000, "cannot read the layer ranges"),
+    (f"{G} --image https://example.org/a.png", "download it first"),
     (f"{G} --question Why?", "--question", "--image"), (f"{G} --pair", "--pair", "--image"),
     *((f"{G} --image {{bad}}/{name}", name, words) for name, words in {
         "fifo.png": "not an image", "loop.png": "no such image", "gone.png": "no such image", "images": "not an image",

