@@ -401,7 +401,8 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
         recipe = dataclasses.replace(recipe, steps=max(1, n // recipe.batch))
     if team.rank == 0:
         text = f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
-        print(printable(text + about["llm"]) + (f" with the layers {about['ranges']} replaced" if about["ranges"] else ""))
+        text += about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else "")
+        print(printable(text))
     dtype, llm = dtype_of(recipe, team.device), None
     if stage == "encoder" and recipe.distill and about["ranges"]:
         if team.world > 1:
