@@ -321,6 +321,20 @@ def test_pth_that_blows_up(folder, kind):
     refuses(UserError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin")
 
 
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("unable to mmap 7 bytes from file <x>: Cannot allocate memory (12)"), "too little memory"),
+    (MemoryError(), "too little memory"), (OSError("Cannot allocate memory"), "too little memory"),
+    (RuntimeError("PytorchStreamReader failed\nmore"), "download it again"), (ValueError(), "download it again"),
+])  # fmt: skip
+def test_too_little_memory_is_no_damage(monkeypatch, folder, error, words):
+    torch.save({}, folder / "x.pth")
+    monkeypatch.setattr(torch, "load", lambda *args, **options: fail(error))
+    refuses(UserError, lambda: official.open_torch(folder / "x.pth"), "x.pth", words)
+    monkeypatch.setattr(official, "safe_open", lambda *args, **options: fail(error))
+    if not isinstance(error, ValueError):
+        refuses(UserError, lambda: official.open_safetensors(folder / "model.safetensors"), "model.safetensors", words)
+
+
 @pytest.mark.parametrize("change", [dict(HOME=None, XDG_CACHE_HOME=None), dict(HOME=None, XDG_CACHE_HOME="cache"),
                                     dict(HOME=None, XDG_CACHE_HOME="")])
 def test_no_home(monkeypatch, tmp_path, change):
@@ -431,7 +445,7 @@ def test_gguf_by_another_name(tmp_path):
     for name in (tmp_path / "model", bare):
         assert torch.equal(Llama.from_pretrained(name)(torch.arange(5)[None]), want)
     (tmp_path / "model/second.gguf").write_bytes(b"GGUF")
-    refuses(UserError, lambda: Llama.from_pretrained(tmp_path / "model"), "2 .gguf files", "blob.gguf")
+    refuses(MissingFile, lambda: Llama.from_pretrained(tmp_path / "model"), "no config.json")
 
 
 @pytest.mark.parametrize("kind", [0, 6, 7, 8, 9, 12])
