@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import world
 from data.batches import collate
-from formats.errors import UserError
+from formats.errors import UserError, printable
 from model import KVCache, check_logits, collect
 from surrogate import run_both
 
@@ -302,7 +302,7 @@ def show_demo(examples):
         print(f"\n{sample.caption} | {question_of(sample)}")
         for name, text in said.items():
             right = "right" if world.is_right(text, sample) else "-"
-            print(f"  {name + ':':7s}{right:7s}{textwrap.shorten(text, 100, placeholder=' …')}")
+            print(f"  {name + ':':7s}{right:7s}{printable(textwrap.shorten(text, 100, placeholder=' …'))}")
     print("\n* never trained: no image holds the answer, the full LLM knows it. "
           "Before the bar: what the image shows, which no model is told.")
 

@@ -23,7 +23,7 @@ import surrogate
 from data.batches import Batches, shares
 from data.sources import CHATS, read_data
 from formats.checkpoints import ancestry, beside, checkpoint_file, held, load_checkpoint, open_checkpoint
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
+from formats.errors import MAX_SEED, Parser, UserError, number, printable, run_cli
 from formats.files import check_out
 from formats.log import Log, check_resume, check_start, same_file
 from formats.official import find, llama_config
@@ -396,8 +396,9 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
             raise UserError("steps=0 reads all records once, and drawn images have no end: give a number of steps")
         recipe = dataclasses.replace(recipe, steps=max(1, n // recipe.batch))
     if team.rank == 0:
-        print(f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
-              + about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else ""))
+        text = f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
+        text += about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else "")
+        print(printable(text))
     dtype, llm = dtype_of(recipe, team.device), None
     if stage == "encoder" and recipe.distill and about["ranges"]:
         if team.world > 1:

@@ -40,8 +40,8 @@ class Parser(argparse.ArgumentParser):
         known, rest = super().parse_known_args(args, namespace)
         for action in self._actions:        # --data "$DATA" without a DATA: another experiment, in silence
             value = getattr(known, action.dest, None)
-            if value in ("", [""]) and value != action.default:
-                self.error(f"{'/'.join(action.option_strings) or action.dest}: an empty name says nothing: leave it out")
+            if (value == "" or isinstance(value, list) and "" in value) and value != action.default:
+                self.error(f"{'/'.join(action.option_strings) or action.dest}: an empty name says nothing")
         return known, rest
 
     def error(self, message):

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -74,7 +75,8 @@ class Log:
         self.optimizer, self.team, self.export = optimizer, team, export
         self.first = team is None or team.rank == 0
         self.rows, self.state = [], self.out / "state.safetensors"
-        self.lock = lock(self.out) if self.first else None
+        if self.first:
+            lock(self.out)
         if resume:
             for part in self.out.glob(".*.part") if self.first else ():     # what a killed run was writing
                 part.unlink()
@@ -121,8 +123,7 @@ class Log:
 
     def close(self):
         if self.first:
-            Path(self.lock.name).unlink(missing_ok=True)
-            self.lock.close()
+            unlock()
             figure = plot_loss(self.rows, self.about["stage"])
             write_whole(self.out / "loss.png", lambda part: figure.savefig(part, format="png"))
             print(f"{len(self.rows)} steps, loss {self.rows[0]['loss']} -> {self.rows[-1]['loss']}, "
@@ -130,20 +131,33 @@ class Log:
         return self.rows
 
 
+HELD = {}       # {folder: its open descriptor}: what this process has locked
+
+
 def lock(folder):
-    """
-    An open file in a run's folder, which no other process can open so: two runs would overwrite each other's files. It
-    ends with the process, however that ends.
-    """
+    """Refuse a run in whose folder another process is at work: the two would overwrite each other's files. The lock is
+    the folder's own, and ends with the process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a", encoding="utf-8")
+    if fcntl is None or folder.resolve() in HELD:
+        return
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        HELD[folder.resolve()] = opened
     except OSError as e:
+        os.close(opened)
         if e.errno in (errno.EACCES, errno.EAGAIN):         # any other: a file system that knows no locks
             raise UserError(f"another run is writing into {folder}: wait for it, or give another --out") from None
-    return file
+
+
+def unlock():
+    """Give all locks back; a worker process does so at once, lest it hold one longer than a run that was killed."""
+    while HELD:
+        os.close(HELD.popitem()[1])
+
+
+if fcntl:
+    os.register_at_fork(after_in_child=unlock)
 
 
 def read_log(path, steps):

@@ -320,9 +320,7 @@ def gguf_file(path):
     """The .gguf file that `path` is, whatever its name, or that lies in this folder as its only model; else None."""
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "params.json")):
         files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise UserError(f"{path} holds {len(files)} .gguf files: name one of them, {files[0]} for instance")
-        path = files[0] if files else path
+        path = files[0] if len(files) == 1 else path
     if path.is_file() and path.suffix != ".gguf":
         with open(check_file(path), "rb") as file:
             return path if file.read(4) == b"GGUF" else None

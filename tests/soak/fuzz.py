@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data.images import preprocess
 from data.llava import load_llava
 from formats import official
-from formats.checkpoints import save_checkpoint
+from formats.checkpoints import read_checkpoint, save_checkpoint
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import read_text
 from formats.tokenizer import Tokenizer
@@ -105,8 +105,8 @@ def read_tokenizer(folder):
     tokenizer.decode(tokenizer.chat([{"role": "user", "content": "Good <image> morning,\n 12345 times"}]))
 
 
-def read_records(folder):
-    records = load_llava(folder / "data.json", folder, on_bad="skip")
+def read_records(folder, name="data.json"):
+    records = load_llava(folder / name, folder, on_bad="skip")
     for i in range(len(records)):
         records[i].messages
 
@@ -141,6 +141,8 @@ KINDS = {
     "encoder": ("encoder.safetensors", damage_header, read_encoder),
     "gguf": ("llm.gguf", lambda data, rng: damage(data, rng, 8000), read_gguf),
     "records": ("data.json", lambda data, rng: damage_text(data.decode(), rng), read_records),
+    "lines": ("data.jsonl", damage, lambda folder: read_records(folder, "data.jsonl")),
+    "pth": ("encoder.pth", damage, lambda folder: read_checkpoint(folder / "encoder.pth")),
     "text": ("text.txt", damage, lambda folder: read_text(folder / "text.txt")),
     **{kind: (f"a.{kind}", damage, lambda folder, kind=kind: preprocess(folder / f"a.{kind}"))
        for kind in ("png", "jpg", "gif", "webp", "bmp", "tiff")},
@@ -169,6 +171,8 @@ def make_good(folder):
     records = [{"id": i, "image": "a.png", "conversations": turns} for i in range(2)]
     records.append({"id": "t", "conversations": [{"from": "human", "value": "Hi"}, turns[1]]})
     (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    torch.save(dict(epoch=1, global_step=1, model=rest), folder / "encoder.pth")
     (folder / "text.txt").write_text("A café.\n\nTwo paragraphs.\n", encoding="utf-8")
 
 
