@@ -296,8 +296,10 @@ CONFIG = "tokenizer_config.json"
 def fine_tune(folder, template=None, added=(), file=CONFIG, **more):
     """tiny_json with the chat tokens of both families, and a template beside it."""
     spec, names = tiny_json(), ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
-    spec["added_tokens"] += [{"id": 300 + i, "content": f"<|{name}|>"} for i, name in enumerate(names)]
-    spec["added_tokens"] += [{"id": 400 + i, "special": False} | token for i, token in enumerate(added)]
+    vocab = spec["model"]["vocab"]
+    vocab |= {token["content"]: token["id"] for token in spec["added_tokens"]}
+    for token in [*({"content": f"<|{name}|>"} for name in names), *({"special": False} | token for token in added)]:
+        spec["added_tokens"].append({"id": vocab.get(token["content"], 258 + len(spec["added_tokens"]))} | token)
     if template is not None:
         content = template if file.endswith(".jinja") else json.dumps(dict(chat_template=template))
         (folder / file).write_text(content)
@@ -309,11 +311,11 @@ LLAMA = "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }
 
 
 @pytest.mark.parametrize("template, file, turn, stop, bos", [
-    (None, "", 302, 304, 300), (LLAMA, CONFIG, 302, 304, 300), (LLAMA, "chat_template.jinja", 302, 304, 300),
+    (None, "", 263, 265, 261), (LLAMA, CONFIG, 263, 265, 261), (LLAMA, "chat_template.jinja", 263, 265, 261),
     (CHATML, CONFIG, 1, 2, None), (CHATML, "chat_template.jinja", 1, 2, None),
-    ("{{ bos_token }}" + CHATML, CONFIG, 1, 2, 300), ("<|begin_of_text|>" + CHATML, CONFIG, 1, 2, 300),
+    ("{{ bos_token }}" + CHATML, CONFIG, 1, 2, 261), ("<|begin_of_text|>" + CHATML, CONFIG, 1, 2, 261),
     ([dict(name="tool_use", template=LLAMA), dict(name="default", template=CHATML)], CONFIG, 1, 2, None),
-    ([], CONFIG, 302, 304, 300), ("", CONFIG, 302, 304, 300),
+    ([], CONFIG, 263, 265, 261), ("", CONFIG, 263, 265, 261),
 ])  # fmt: skip
 def test_the_template_chooses_the_format(tmp_path, template, file, turn, stop, bos):
     """Fine-tunes of Llama 3 on ChatML have the tokens of both, and stop at the one that they were trained with."""
@@ -332,7 +334,7 @@ def test_templates_of_another_kind(tmp_path, template):
 
 ADDED = [
     [dict(content="<tool>"), dict(content="</tool>")], [dict(content="<a>"), dict(content="<a>b")],
-    [dict(content="<t b>"), dict(content="é")], [dict(content="word", single_word=True)],
+    [dict(content="<t b>"), dict(content="日本")], [dict(content="word", single_word=True)],
     [dict(content="<l>", lstrip=True), dict(content="<r>", rstrip=True)], [dict(content="ab")], [dict(content="a.c")],
     [dict(content="  ")], [dict(content="<|tool_call|>"), dict(content="<|sp|>", special=True)],
 ]  # fmt: skip
