@@ -1,7 +1,7 @@
 """
 kill -9 in the middle of training, again and again: does a resumed run end where an undisturbed one does?
 
-    python -m tests.soak.kill                  # 20 kills at random moments of a run that saves every step; a minute or two
+    python -m tests.soak.kill               # 20 kills at random moments of a run that saves every step; a minute or two
     python -m tests.soak.kill --kills 100
 
 Stage 1 of a tiny LLM. A kill comes before the process has saved anything, or within a few steps after, or while
