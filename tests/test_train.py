@@ -605,4 +605,4 @@ def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys, mon
 
     (tmp_path / "other").mkdir()
     other = save_tiny_llm(tmp_path / "other", width=48)
-    no("translator", "translator", same, "was trained for", tiny_llm, other, llm=other)
+    no("translator", "translator", same, "llm was", tiny_llm, other, llm=other)
