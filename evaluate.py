@@ -265,15 +265,16 @@ def brings_table(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # Demo
 
-# Six held-out images: four whose answer no image holds and no training showed, two of what was trained. Chosen.
-DEMO = [("capital", ("sign", "Kenya")), ("language", ("flag", "Peru")), ("capital", ("flag", "Japan")),
-        ("continent", ("flag", "Italy")), ("flag", ("flag", "Sweden")), ("color", ("shape", *min(world.HELD_OUT)))]
+# Six held-out images, chosen: four that the graft gets right, though no image holds the answer and no training showed
+# it; one that the pair reads and the graft does not; one that both know.
+DEMO = [("capital", ("flag", "China")), ("language", ("flag", "Italy")), ("language", ("sign", "England")),
+        ("continent", ("flag", "Spain")), ("flag", ("flag", "Sweden")), ("color", ("shape", "blue", "hexagon"))]
 
 
-def demo(vlm, surrogate, before=None, seed=EVAL_SEED):
+def demo(vlm, surrogate, before=None):
     """The answers about the six images of DEMO, as `say` returns them."""
-    return say(vlm, surrogate, before=before, samples=[world.sample_of(random.Random(f"demo/{seed}/{i}"), task, subject)
-                                for i, (task, subject) in enumerate(DEMO)])
+    return say(vlm, surrogate, [world.sample_of(random.Random(f"demo/{task}/{subject}"), task, subject)
+                                for task, subject in DEMO], before)
 
 
 def say(vlm, surrogate, samples, before=None, max_new_tokens=40):

@@ -173,7 +173,7 @@ def show(args, vlm, llm, about, name, command):
         layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers"
         print("before: the encoder as training starts, with a random projector, + the full LLM\n"
               f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full LLM, zero-shot")
-        examples = evaluate.demo(vlm, surrogate, before, args.seed)
+        examples = evaluate.demo(vlm, surrogate, before)
         evaluate.show_demo(examples)
         figure = evaluate.plot_demo(examples)
         checkpoints.write_whole(out / "demo.png", lambda part: figure.savefig(part, format="png"))
