@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -227,4 +228,4 @@ def test_the_graft_knows_what_the_pair_does_not(smollm, smollm_tokenizer):
                for s in world.TRAINED_SUBJECTS if s[0] == "flag"]
     said = evaluate.say(vlm, load_surrogate(smollm, file), samples, max_new_tokens=24)
     right = {name: sum(world.is_right(texts[name], s) for s, texts in said) for name in ("pair", "graft")}
-    assert right["graft"] >= right["pair"] + 3, right           # 8 and 0 of 49 where it was trained
+    assert right["graft"] >= right["pair"] + 3, right           # 7 and 0 of 49 where it was trained
