@@ -2,7 +2,7 @@
 extras/web.py and extras/side_by_side.py: what the page shows, and the page itself in a real browser.
 
 The browser's part needs `pip install gradio playwright` and a Chromium (`apt-get install chromium`); it is skipped
-where one of them is missing. `SCREENSHOT=docs/web.png pytest tests/test_web.py` also takes the picture in the docs.
+where one of them is missing. `SCREENSHOT=page.png pytest tests/test_web.py` also takes a picture of it.
 """
 import io
 import json
