@@ -117,8 +117,8 @@ def _capability(device):
 
 @functools.cache
 def default_dtype(device):
-    """bfloat16 where the chip multiplies it faster: NVIDIA's GPUs from Ampere on (a V100 or T4 emulates it), AMD's; CPUs
-    with AMX, and AMD's with AVX512-BF16 (Intel's without AMX has half of float32's speed). Else float32."""
+    """bfloat16 where the chip multiplies it faster: NVIDIA's GPUs from Ampere on (a V100 or T4 emulates it), AMD's;
+    CPUs with AMX, and AMD's with AVX512-BF16 (Intel's without AMX has half of float32's speed). Else float32."""
     if torch.device(device).type == "cuda":
         fast = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     else:

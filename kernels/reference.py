@@ -1,8 +1,8 @@
 """What the kernels compute, in plain PyTorch: one function each. Read this first; the files beside it say how it is
 made fast on a GPU.
 
-It is also what runs on a CPU. There autograd's own backward of RMSNorm and RoPE, pass after pass over tensors larger
-than the cache, was a quarter of a training step; so these two have theirs written out, as their kernels have.
+It is also what runs on a CPU. There autograd's own backward of RMSNorm and RoPE, pass after pass over large tensors, was
+a quarter of a training step; so these two have theirs written out, as their kernels have.
 
 Layout is (B, T, H, D) everywhere, batch, time, head, channel: what a projection's `.view` gives.
 """
@@ -69,19 +69,67 @@ def _drop_invalid_keys(k, v, lengths):
 
 def apply_rope(x, cos, sin):
     """Each pair (x1, x2) = channels (i, i + D/2) turns by its token's angle. x (B, T, H, D); cos, sin (…, T, D/2)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return Rotation.apply(x, cos, sin)
     cos, sin = cos[..., None, :], sin[..., None, :]  # (T, 1, D/2) or (B, T, 1, D/2)
     x1, x2 = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
+class Rotation(torch.autograd.Function):
+    """The same, by tables as long as a token's row: PyTorch then runs over 576 numbers at a time and not over 32."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        H, half = x.shape[2], x.shape[3] // 2
+        wide = lambda a, b: torch.cat((a, b), -1)[..., None, :].expand(*a.shape[:-1], H, -1).contiguous()  # (…, T, H, D)
+        turned = x.float().roll(half, -1).mul_(wide(-sin, sin))
+        return (x.float() * wide(cos, cos)).add_(turned).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # the transpose of a rotation is that by the opposite angle
+        with torch.no_grad():
+            cos, sin = ctx.saved_tensors
+            return Rotation.apply(dy, cos, -sin), None, None
+
+
 def rms_norm(x, weight, eps, residual=None):
     """x / sqrt(mean(x^2) + eps) * weight, after x + residual if there is one, which is then returned, too."""
     s = x if residual is None else x + residual
-    if s.dtype == torch.float32:  # nothing is rounded in between: PyTorch's own is the same, in fewer steps
+    if torch.is_grad_enabled() and (s.requires_grad or weight.requires_grad):
+        y = RMSNorm.apply(s, weight, eps)
+    elif s.dtype == torch.float32:  # nothing is rounded in between: PyTorch's own is the same, in fewer steps
         y = F.rms_norm(s, weight.shape, weight, eps)
     else:
         y = (s.float() * torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + eps)).to(s.dtype) * weight
     return y if residual is None else (y, s)
+
+
+class RMSNorm(torch.autograd.Function):
+    """r = 1 / sqrt(mean(s^2) + eps), n = s r, y = n weight; with g = dy weight: ds = r (g - n mean(g n)), dweight =
+    sum over rows of dy n. In float32 but for y; of its own tensors each step overwrites the one before."""
+
+    @staticmethod
+    def forward(ctx, s, weight, eps):
+        wide = s if s.dtype == torch.float64 else s.float()
+        r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(s.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(s, weight, r)
+        return (wide * r).to(s.dtype) * weight if s.dtype in (torch.bfloat16, torch.float16) else (wide * r).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        s, weight, r = ctx.saved_tensors
+        wide, dy_wide = s.to(r.dtype), dy.to(r.dtype)
+        g = dy_wide * weight
+        mean = torch.linalg.vecdot(g, wide)[..., None] * r.pow(3) / s.shape[-1]  # (…, 1): r^2 mean(g n), as n is s r
+        ds = g.mul_(r).addcmul_(wide, mean, value=-1).to(s.dtype)
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (dy_wide * (wide * r).to(s.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+        return ds, dweight, None
 
 
 def swiglu(gate, up):

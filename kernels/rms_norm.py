@@ -78,7 +78,7 @@ def _options(d):
 
 
 def _rows(x):
-    """(..., d) -> (it as rows (n, d) of neighbouring channels, a view wherever the strides allow one; a row's stride)."""
+    """(..., d) -> (rows (n, d) of neighbouring channels, a view wherever the strides allow one; a row's stride)."""
     if x is None:
         return None, 0
     x = x.reshape(-1, x.shape[-1])
