@@ -137,7 +137,8 @@ def test_from_pretrained_reads_only_the_layers_that_it_keeps(tmp_path, monkeypat
         n: (lambda n=n, f=f: read.append(n) or f()) for n, f in open_hf(folder).items()})
     ours, theirs = surrogate.from_pretrained(tmp_path, ranges), build_surrogate(llm, ranges)
     kept = kept_layers(ranges, L)
-    assert {int(n.split(".")[2]) for n in read if "layers" in n} == set(kept) and len(read) == len(set(read))
+    layers = [n for n in read if "layers" in n]             # a head beside tied words is read twice, to compare it
+    assert {int(n.split(".")[2]) for n in layers} == set(kept) and len(layers) == len(set(layers))
     assert (ours.ranges, ours.translators, ours.trunk) == (theirs.ranges, theirs.translators, theirs.trunk)
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
