@@ -317,8 +317,8 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, 
         options = _config("forward", q)
         with torch.cuda.device_of(q):
             _forward[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](
-                q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, lse, T, H, H // Hkv, D**-0.5 * LOG2E,
-                causal, D, **options)
+                q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, lse,
+                T, H, H // Hkv, D**-0.5 * LOG2E, causal, D, **options)
     return o, lse
 
 

@@ -83,7 +83,7 @@ class Rotation(torch.autograd.Function):
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
         H, half = x.shape[2], x.shape[3] // 2
-        wide = lambda a, b: torch.cat((a, b), -1)[..., None, :].expand(*a.shape[:-1], H, -1).contiguous()   # (…, H, D)
+        wide = lambda a, b: torch.cat((a, b), -1)[..., None, :].expand(*a.shape[:-1], H, -1).contiguous()
         turned = x.float().roll(half, -1).mul_(wide(-sin, sin))
         return (x.float() * wide(cos, cos)).add_(turned).to(x.dtype)
 
@@ -116,9 +116,7 @@ class RMSNorm(torch.autograd.Function):
         wide = s if s.dtype == torch.float64 else s.float()
         r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(s.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(s, weight, r)
-        if s.dtype in (torch.bfloat16, torch.float16):
-            return (wide * r).to(s.dtype) * weight
-        return (wide * r).mul_(weight)
+        return (wide * r).mul_(weight) if wide is s else (wide * r).to(s.dtype) * weight
 
     @staticmethod
     @once_differentiable
