@@ -7,7 +7,7 @@ Zero-shot grafting: plug an encoder that was trained against the surrogate into 
     python graft.py --web                                   # pair and graft side by side in the browser
 
 pair:  encoder + surrogate, what was trained.
-graft: the same encoder + the full LLM, which never saw a visual token before.
+graft: the same encoder + the full LLM, through which no gradient ever reached the encoder.
 """
 import argparse
 import json
