@@ -337,13 +337,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(stages, tiny_llm, tmp_path, caps
     out = tmp_path / "out"
     shutil.copytree(Path(stages["translator"]).parent, out)
     files = {f: f.read_bytes() for f in out.iterdir()}
-    pth = ["formats.convert", stages["encoder"], str(tmp_path / "encoder.pth")]
+    pth = ["formats.convert", stages["vit"], str(tmp_path / "vit.pth")]
     argv = ["train", "translator", "--llm", tiny_llm, "--init", stages["vit"], "--replace", "2-4", "steps=1", "batch=2"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
         assert_refused(capsys, [*argv, "--out", str(out)], "translator.safetensors", "cannot write")
-        assert_refused(capsys, pth, "encoder.pth", "cannot write")
+        assert_refused(capsys, pth, "vit.pth", "cannot write")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     files.pop(out / "log.csv")          # is small enough, and ahead of the state, as after a kill
