@@ -36,7 +36,7 @@ def log(folder):
 def assert_same_run(a, b, stage):
     """Losses and trained weights of two runs agree."""
     for x, y in zip(log(a), log(b), strict=True):
-        assert x["targets"] == y["targets"] and float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-5)
+        assert x["targets"] == y["targets"] and float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-4)
     one, other = (checkpoints.read_checkpoint(folder / f"{stage}.safetensors")[0] for folder in (a, b))
     assert one.keys() == other.keys()
     for n, t in one.items():

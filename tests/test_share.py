@@ -51,8 +51,7 @@ def test_shared_folder_reads_back(folder, stages, tiny_llm, monkeypatch):
 
 
 def test_shared_folder_holds_nothing_of_this_machine_or_the_llm(folder, stages, tiny_llm):
-    assert {f.name for f in folder.iterdir()} == {
-        "README.md", "config.json", "encoder.safetensors", "translator.safetensors", "vit.safetensors"}
+    assert {f.name for f in folder.iterdir()} == {"README.md", "config.json", "encoder.safetensors", "vit.safetensors"}
     home = str(Path(stages["encoder"]).parent.parent)
     for f in folder.iterdir():
         assert home.encode() not in f.read_bytes() and tiny_llm.encode() not in f.read_bytes(), f
@@ -60,7 +59,7 @@ def test_shared_folder_holds_nothing_of_this_machine_or_the_llm(folder, stages, 
     decoder = {n for n in names if n.startswith("decoder.")}
     assert decoder and all(n.startswith("decoder.model.layers.2.") for n in decoder)        # the translator of 2-4
     about = json.loads((folder / "config.json").read_text())
-    assert about["llm"] == NAME and about["ranges"] == [[2, 4]] and about["start"] == "translator.safetensors"
+    assert about["llm"] == NAME and about["ranges"] == [[2, 4]] and about["start"] is None   # its own translators
 
 
 def test_model_card(folder, stages, tmp_path):
@@ -69,7 +68,8 @@ def test_model_card(folder, stages, tmp_path):
     assert "2–4" in card.text and "lr=0.001" in card.text and "which was not known here" in card.text
     about = open_checkpoint(stages["encoder"])[1]
     rows = [dict(task=t, trained=t == "color", system=s, said=x, ranked=x) for t, s, x in (
-        ("color", "graft", .5), ("capital", "graft", .25), ("language", "graft", .75), ("capital", "pair", 0))]
+        ("color", "graft", [1, 0]), ("capital", "graft", [0, 0]), ("language", "graft", [1, 1]),
+        ("capital", "pair", [0]))]
     scores = tmp_path / "results.json"
     scores.write_text(json.dumps(dict(about=about, samples=3, seed=7, rows=rows)))
     text = (shared(stages["encoder"], tmp_path / "a", "--scores", str(scores)) / "README.md").read_text()

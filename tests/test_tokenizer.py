@@ -427,7 +427,7 @@ SPOILT = {
     "malformed: KeyError.*'xy'": lambda spec: spec["model"].update(merges=["x y"]),
     "malformed: AttributeError": lambda spec: spec["model"].update(vocab=[["a", -1.0]]),  # Unigram
     "malformed: KeyError.*'merges'": lambda spec: spec["model"].pop("merges"),  # WordPiece
-    "way than Llama 3 and SmolLM2; transformers 5": lambda spec: spec.update(pre_tokenizer={"type": "ByteLevel"}),
+    "way than Llama 3, Qwen and SmolLM2; transformers 5": lambda spec: spec.update(pre_tokenizer={"type": "ByteLevel"}),
     "another way than Llama 3": lambda spec: spec.update(pre_tokenizer=None),
     "cuts text in another way": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(type="Punctuation"),
     "another way": lambda spec: spec.update(normalizer={"type": "NFC"}),

@@ -123,10 +123,11 @@ def test_answer_piece_by_piece(vlm, surrogate):
 
 def test_what_cannot_be_asked(vlm, surrogate, tmp_path):
     for subject, question, line in ((None, CAPITAL, "choose an image"), (KENYA, " <image> ", "ask something"),
+                                    (KENYA, "<im<image>age>", "ask something"),
                                     (("file", str(tmp_path / "gone.png")), "Why?", "gone.png: no such image file")):
         (shown,) = web.respond(vlm, surrogate, subject, question)
         assert line in shown[0] and str(tmp_path) not in shown[0]
-    for question in ("<im<image>age>", "<|im_end|>", "\ud800", "\x00"):      # no second image, no forged turn
+    for question in ("<|im_end|>", "\ud800", "\x00"):       # no forged turn
         assert list(web.respond(vlm, surrogate, KENYA, question))[-1][3] is not None
 
 

@@ -66,6 +66,7 @@ def truncate(path, share=0.6):
     path.write_bytes(content[:int(len(content) * share)])
 
 
+@torch.no_grad()
 def test_the_good_folder_loads(folder):
     tokens = torch.arange(8)[None]
     llm = Llama.from_pretrained(folder)
