@@ -117,26 +117,25 @@ def systems(vlm, surrogate, samples, before=None, direct=None, text=True):
         yield from ((name, said[part]) for name, part in (("text", "graft"), ("text, pair", "pair")) if part in said)
 
 
-def compare(vlm, surrogate=None, n=40, batch=20, tasks=None, seed=EVAL_SEED, before=None, direct=None, text=True,
-            split="test", progress=True):
+def grade(ask, tasks, n=40, batch=20, seed=EVAL_SEED, split="test", progress=True):
     """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system.
 
-    said: the greedy answer, up to 40 tokens, holds the right word and no rival: 0 or 1 for every image. ranked: of the
-    options, the right one is the likeliest. about: subject and question of every image, which may come again.
+    ask: samples -> (name of a system, its [(choice, said), …]) of every system, as `systems` yields them. said: the
+    greedy answer, up to 40 tokens, holds the right word and no rival: 0 or 1 for every image. ranked: of the options,
+    the right one is the likeliest. about: subject and question of every image, which may come again.
     """
     if min(n, batch) < 1:
         raise UserError(f"n={n}, batch={batch}: both must be at least 1")
-    tasks, got, chance, about = tasks or SPLITS[split][0], {}, [], []
-    total = n * len(tasks) * ((1 + text) * (1 + (surrogate is not None)) + (before is not None) + (direct is not None))
-    with tqdm(total=total, desc=f"images, {split}", unit="answer", disable=not progress) as bar:
-        for i in range(0, n * len(tasks), batch):           # drawn as they are needed: n may be a million
-            samples = [world.world(tasks[k // n], k % n, seed, split) for k in range(i, min(i + batch, n * len(tasks)))]
+    total, got, chance, about = n * len(tasks), {}, [], []
+    with tqdm(total=total, desc=f"images, {split}", unit="image", disable=not progress) as bar:
+        for i in range(0, total, batch):                    # drawn as they are needed: n may be a million
+            samples = [world.world(tasks[k // n], k % n, seed, split) for k in range(i, min(i + batch, total))]
             chance += [1 / len(s.options) for s in samples]
             about += [f"{s.caption}: {s.task}" for s in samples]
-            for name, r in systems(vlm, surrogate, samples, before, direct, text):
+            for name, r in ask(samples):
                 got.setdefault(name, []).extend((int(world.is_right(said, s)), int(s.options[choice] == s.answer))
                                                 for s, (choice, said) in zip(samples, r))
-                bar.update(len(r))
+            bar.update(len(samples))
     rows = []
     for k, task in enumerate(tasks):
         mine = slice(k * n, (k + 1) * n)
@@ -145,6 +144,13 @@ def compare(vlm, surrogate=None, n=40, batch=20, tasks=None, seed=EVAL_SEED, bef
                              said=[said for said, _ in r[mine]], ranked=[ranked for _, ranked in r[mine]],
                              chance=sum(chance[mine]) / n, about=about[mine]))
     return rows
+
+
+def compare(vlm, surrogate=None, n=40, batch=20, tasks=None, seed=EVAL_SEED, before=None, direct=None, text=True,
+            split="test", progress=True):
+    """The rows of `grade` for all `systems` that are there. tasks: default those of the split."""
+    ask = lambda samples: systems(vlm, surrogate, samples, before, direct, text)
+    return grade(ask, tasks or SPLITS[split][0], n, batch, seed, split, progress)
 
 
 def bootstrap(values, clusters, weights=None, draws=1000):

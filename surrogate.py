@@ -3,7 +3,6 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
 
     python surrogate.py                         # the default LLM: table, cut, plot
     python surrogate.py --replace 20-23,24-28   # what a surrogate of your choice keeps (these two: the shipped one)
-    python surrogate.py --checkpoint assets/translator.safetensors      # what it knows, as it is cut and trained
 
 1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then
    falling.
@@ -12,13 +11,11 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
 """
 import copy
 import dataclasses
-import math
 import re
 import sys
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.llava import load_llava
@@ -239,51 +236,6 @@ def distillation_loss(surrogate, llm, cached):
 # 3. What a surrogate keeps as a language model
 
 
-@torch.no_grad()
-def perplexity(llm, tokens):
-    """exp of the mean -log p of the tokens (B, T) given those before them, the first of each row left out."""
-    total = 0.0
-    for row in tokens:
-        x = llm.run(llm.embed(row[None].to(llm.device)))                                    # (1, T, C)
-        total += llm.loss(x, F.pad(row[None, 1:], (0, 1), value=-100)).item()
-    return math.exp(total / (tokens.numel() - len(tokens)))
-
-
-def knows(decoders, tokenizer, n=20, batch=20):
-    """What language models know without an image: the knowledge tasks, with the caption in the image's place.
-
-    decoders: {name: Llama}. Returns the rows of `evaluate.compare`, of n images a task, for `evaluate.table`.
-    """
-    import evaluate  # only here: it imports this file
-    from data import world
-    rows, bar = [], tqdm(total=3 * n * len(decoders), desc="asked by caption", unit="answer")
-    for task in world.KNOWLEDGE_TASKS:
-        samples = [world.world(task, i, evaluate.EVAL_SEED, "test") for i in range(n)]
-        prompts = [torch.tensor(tokenizer.chat(evaluate.told(s)[:-1])) for s in samples]
-        for name, llm in decoders.items():
-            got = []
-            for i in range(0, n, batch):
-                lengths = torch.tensor([len(p) for p in prompts[i:i + batch]])
-                embeds = llm.embed(pad_sequence(prompts[i:i + batch], batch_first=True).to(llm.device))     # (B, T, C)
-                got += evaluate.answer(embeds, lengths, samples[i:i + batch], llm, tokenizer=tokenizer)["graft"]
-                bar.update(len(lengths))
-            rows.append(dict(task=task, split="test", trained=False, system=name,
-                             said=[int(world.is_right(text, s)) for s, (_, text) in zip(samples, got)],
-                             ranked=[int(s.options[choice] == s.answer) for s, (choice, _) in zip(samples, got)],
-                             about=[f"{s.caption}: {task}" for s in samples]))
-    bar.close()
-    return rows
-
-
-def show_kept(decoders, tokenizer, tokens, n):
-    """Print the perplexity of texts (B, T) and what `knows` finds, as Markdown."""
-    import evaluate
-    cells = [f"{perplexity(llm, tokens):.4g}" for llm in decoders.values()]
-    print(f"\n{evaluate.markdown(['', *decoders], [['perplexity of the texts', *cells]])}\n")
-    print(evaluate.table(knows(decoders, tokenizer, n)))
-    print(f"\n{n} captions a task, with 95 % intervals; the paper's 70B: MMLU 82.6 -> 80.8, HellaSwag 86.9 -> 70.4")
-
-
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
@@ -351,10 +303,6 @@ def main(argv=None):
                         help="chats of assets/chats.json to read beside it (default: %(default)s)")
     parser.add_argument("--replace", help="layers to replace, e.g. 20-28, or 20-23,24-28 by two "
                         "(default: from the turn to the last but one)")
-    parser.add_argument("--checkpoint", help="a trained surrogate: how good a language model is it, beside the LLM and "
-                        "a surrogate as it is cut? Its layers are the default of --replace")
-    parser.add_argument("--asked", type=number(int, 1, 10**5), default=20,
-                        help="with --checkpoint: captions asked about, for each task (default: %(default)s)")
     parser.add_device()
     parser.add_argument("--out", default="runs/trajectory.png", help="where the plot goes (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -366,8 +314,7 @@ def main(argv=None):
     dtype = default_dtype(args.device) if args.device.startswith("cuda") else torch.float32
     llm = Llama.from_pretrained(path, dtype, args.device)
     L = llm.config.num_hidden_layers
-    trained = load_surrogate(llm, args.checkpoint) if args.checkpoint else None
-    ranges = check_ranges(given, L) if given is not None else trained.ranges if trained else None
+    ranges = None if given is None else check_ranges(given, L)
 
     trajectory = prediction_trajectory(llm, tokens, progress=True)
     chats = trajectories(llm, chats, progress=True) if chats else torch.zeros(0, L)
@@ -385,8 +332,6 @@ def main(argv=None):
     figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}", chats)
     checkpoints.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
     print(f"plot: {args.out}")
-    if trained:
-        show_kept({"LLM": llm, "as cut": surrogate, "trained": trained}, tokenizer, tokens, args.asked)
 
 
 if __name__ == "__main__":

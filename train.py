@@ -197,11 +197,12 @@ def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
         n = team.sum(torch.full((), count_targets(micro_batches), device=device))  # targets in the whole global batch
         total, lesson = torch.zeros((), device=device), torch.zeros((), device=device)
+        noise = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
         for batch in micro_batches:
             if distill and step % distill == 0:
-                trunk, off = teach(vlm, llm, batch, translators, recipe.noise, about["seed"] * 10**6 + step)
+                trunk, off = teach(vlm, llm, batch, translators, recipe.noise, noise, len(micro_batches))
                 loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"])
-                lesson += off / len(micro_batches)
+                lesson += off
             else:
                 loss = vlm.loss(batch)
             (loss / n).backward()
@@ -211,15 +212,16 @@ def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict
     return log.close()
 
 
-def teach(vlm, llm, batch, translators, noise, seed):
+def teach(vlm, llm, batch, translators, noise, generator, parts=1):
     """Let the LLM teach the surrogate on the images as the encoder shows them: a gradient for the translators alone.
 
     Returns the output of the common trunk (B, T, C), from which the encoder's own loss goes on, and how far translators
-    and LLM are apart (see surrogate.distillation_loss). There is noise on the visual tokens, so that the translators
-    do what the LLM does in the neighborhood, too: the gradient that the encoder gets is then the LLM's.
+    and LLM are apart (see surrogate.distillation_loss), divided by `parts`, the micro-batches of the step. There is
+    noise on the visual tokens, so that the translators follow the LLM in the neighborhood, too: a gradient depends on
+    more than one point.
     """
     s, tokens = vlm.decoder, batch["tokens"]
-    x, generator = vlm.embed(tokens, batch["pixels"]), torch.Generator().manual_seed(seed)              # (B, T, C)
+    x = vlm.embed(tokens, batch["pixels"])                                              # (B, T, C)
     size = noise * torch.rand(len(tokens), 1, 1, generator=generator) * (tokens == IMAGE)[..., None]    # (B, T, 1)
     off = size * F.normalize(torch.randn(x.shape, generator=generator), dim=-1)         # (B, T, C)
     words = s.as_words(torch.zeros_like(x[:1, :1]))                                     # (1, 1, C): the words' mean
@@ -227,7 +229,7 @@ def teach(vlm, llm, batch, translators, noise, seed):
     trunk = s.run(x + off.to(x) * length, 0, s.trunk)
     for p in translators:
         p.requires_grad_(True)
-    lesson = sum(surrogate.distillation_loss(s, llm, surrogate.teacher_states(s, llm, trunk.detach(), batch)))
+    lesson = sum(surrogate.distillation_loss(s, llm, surrogate.teacher_states(s, llm, trunk.detach(), batch))) / parts
     lesson.backward()
     for p in translators:                                   # frozen again, for the encoder's loss
         p.requires_grad_(False)

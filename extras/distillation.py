@@ -6,7 +6,8 @@ Stage 1 for every encoder at once: the full LLM teaches the translators, before 
 The paper's translator learns from answers alone, beside one encoder. Behind so small an LLM that is not enough: the
 encoder of stage 2 soon finds inputs to which the surrogate answers as wished, and the LLM does not. Here the
 translators learn to do what the LLM does, whatever stands in the image's place: the caption's words, other words, no
-words, the output of random encoders, and mixtures of these. No trained encoder takes part: the surrogate serves any.
+words, the output of random encoders, and mixtures of these. No trained encoder takes part: the surrogate belongs to
+none.
 
 The LLM's states for a batch stay the same: they are computed once, cached and read `epochs` times.
 """

@@ -5,11 +5,13 @@ What teaches the encoder? Arms that differ in one thing each: trained, grafted, 
     python -m studies.results --run ours direct --steps 250 500 # train, ask, show; --keep puts it into assets/
     python -m studies.results                                   # the tables and figures of what is there
     python -m studies.results --probe assets/vit.safetensors    # how much does the ViT of stage 0 see?
+    python -m studies.results --kept assets/translator.safetensors      # how good a language model is the surrogate?
 
 Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen. What an
 arm has finished is not done again, and what was interrupted goes on.
 """
 import json
+import math
 import re
 import sys
 import tempfile
@@ -17,18 +19,22 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import train
-from data.world import KNOWN_SUBJECTS, SUBJECTS
+from data.world import KNOWLEDGE_TASKS, KNOWN_SUBJECTS, SUBJECTS
 from extras import distillation, vit
 from formats import checkpoints
 from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import check_out, read_json
+from formats.official import DEFAULT_LLM, find
+from formats.tokenizer import Tokenizer
 from model import VLM, Llama, base_vit
-from surrogate import load_surrogate
+from surrogate import build_surrogate, load_surrogate, read_texts
 
 ASSETS = checkpoints.ROOT / "assets"
 VALIDATION_SEED = 1000                      # of split "test"; evaluate.EVAL_SEED is another stream
@@ -137,6 +143,43 @@ def probe(file, steps=500, batch=128, seed=1, device="cpu"):
                 for kind, (pixels, texts) in tests.items()}
 
 
+@torch.no_grad()
+def perplexity(llm, tokens):
+    """exp of the mean -log p of the tokens (B, T) given those before them, the first of each row left out."""
+    total = 0.0
+    for row in tokens:
+        x = llm.run(llm.embed(row[None].to(llm.device)))                                    # (1, T, C)
+        total += llm.loss(x, F.pad(row[None, 1:], (0, 1), value=-100)).item()
+    return math.exp(total / (tokens.numel() - len(tokens)))
+
+
+def knows(decoders, tokenizer, n=20, batch=20):
+    """What language models know without an image: the knowledge tasks, with the caption in the image's place.
+
+    decoders: {name: Llama}. Returns the rows of `evaluate.grade`, of n captions a task."""
+    def ask(samples):
+        prompts = [torch.tensor(tokenizer.chat(evaluate.told(s)[:-1])) for s in samples]
+        lengths, tokens = torch.tensor([len(p) for p in prompts]), pad_sequence(prompts, batch_first=True)     # (B, T)
+        for name, llm in decoders.items():
+            embeds = llm.embed(tokens.to(llm.device))                                       # (B, T, C)
+            yield name, evaluate.answer(embeds, lengths, samples, llm, tokenizer=tokenizer)["graft"]
+
+    return evaluate.grade(ask, KNOWLEDGE_TASKS, n, batch)
+
+
+def show_kept(checkpoint, n=20):
+    """Print what a surrogate keeps as a language model: the LLM, the surrogate as it is cut, and as it was trained."""
+    about = checkpoints.open_checkpoint(checkpoint)[1]
+    path = find(about.get("llm", DEFAULT_LLM))
+    llm, tokenizer = Llama.from_pretrained(path), Tokenizer.from_pretrained(path)
+    trained = load_surrogate(llm, checkpoint)
+    decoders = {"LLM": llm, "as cut": build_surrogate(llm, trained.ranges), "trained": trained}
+    cells = [f"{perplexity(decoder, read_texts(tokenizer)):.4g}" for decoder in decoders.values()]
+    print(f"\n{evaluate.markdown(['', *decoders], [['perplexity of assets/text.txt', *cells]])}\n")
+    print(evaluate.table(knows(decoders, tokenizer, n)))
+    print(f"\n{n} captions a task, with 95 % intervals; the paper's 70B: MMLU 82.6 -> 80.8, HellaSwag 86.9 -> 70.4")
+
+
 # ---- Tables and figures ---------------------------------------------------------------------------------------------
 
 
@@ -234,6 +277,7 @@ def main(argv=None):
         help="validation images a task (default: %(default)s)")
     add("--out", default="runs/results", help="folder for checkpoints, results and figures (default: %(default)s)")
     add("--probe", metavar="FILE", help="a checkpoint of stage 0: how many captions can be read from it?")
+    add("--kept", metavar="FILE", help="a checkpoint of stage translator or encoder: what does its surrogate know?")
     add("--keep", action="store_true", help="add the results of --out to assets/arms.json")
     args, file = parser.parse_args(argv), ASSETS / "arms.json"
     check_out(args.out)
@@ -241,6 +285,8 @@ def main(argv=None):
         return print("\n".join(f"{name:26}{' | '.join(commands)}" for name, commands in ARMS.items()))
     if args.probe:
         return print("\n".join(f"{kind:20} {right:.1%}" for kind, right in probe(args.probe).items()))
+    if args.kept:
+        return show_kept(args.kept)
     for seed in args.seed:
         for steps in args.steps:
             for name in ARMS if "all" in args.run else args.run:

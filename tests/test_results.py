@@ -2,11 +2,16 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
+from data import world
 from formats.checkpoints import open_checkpoint, read_checkpoint
+from formats.tokenizer import Tokenizer
+from model import Llama
 from studies import results
+from surrogate import build_surrogate, load_surrogate
 
 TASKS = ("color", "capital")
 COMMON = "batch=4 dtype=float32"
@@ -78,3 +83,31 @@ def test_probe(stages):
     right = results.probe(stages["vit"], steps=2, batch=4)
     assert list(right) == ["sign", "flag", "shape", "new color and shape"]
     assert all(0 <= share <= 1 for share in right.values())
+
+
+def test_what_a_surrogate_keeps(tiny_llm, stages, monkeypatch, capsys):
+    """Perplexity by hand; answers by caption are those that the model gives alone; the command's columns."""
+    llm, tokenizer = Llama.from_pretrained(tiny_llm), Tokenizer.from_pretrained(tiny_llm)
+    tokens = torch.randint(500, (3, 9))
+    with torch.no_grad():
+        logp = llm(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])
+    assert results.perplexity(llm, tokens) == pytest.approx((-logp.mean()).exp().item(), rel=1e-4)
+
+    cut = build_surrogate(llm, [(2, 4)])
+    rows = results.knows({"LLM": llm, "cut": cut}, tokenizer, n=3, batch=2)
+    assert [(r["task"], r["system"]) for r in rows] == [(t, s) for t in world.KNOWLEDGE_TASKS for s in ("LLM", "cut")]
+    for row, asked in zip(rows, (llm, cut) * 3):
+        for i in range(3):
+            sample = world.world(row["task"], i, evaluate.EVAL_SEED, "test")
+            prompt = tokenizer.chat(evaluate.told(sample)[:-1])
+            assert tokenizer.decode(prompt).count(sample.caption) == 1
+            said = asked.generate([prompt], max_new_tokens=40, stop=tokenizer.stop_tokens)[0]
+            assert row["said"][i] == world.is_right(tokenizer.decode(said), sample)
+
+    monkeypatch.setattr(results, "read_texts", lambda tokenizer: tokens)
+    results.show_kept(stages["translator"], n=2)
+    lines = capsys.readouterr().out.splitlines()
+    of = (llm, cut, load_surrogate(llm, stages["translator"]))
+    cells = " | ".join(f"{results.perplexity(x, tokens):.4g}" for x in of)
+    assert f"| perplexity of assets/text.txt | {cells} |" in lines
+    assert sum(line.startswith("| capital *") for line in lines) == 2           # said freely, ranked

@@ -8,9 +8,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM
 
-import evaluate
 import surrogate
-from data import world
 from formats import checkpoints, official
 from formats.tokenizer import Tokenizer
 from model import KVCache, Llama, LlamaConfig, collect
@@ -275,35 +273,6 @@ def test_chats_give_a_curve_each(tiny_llm, tmp_path, capsys):
     assert f"{curves[:, 2].mean():.3f}" in next(line for line in out.splitlines() if line.startswith("    2 "))
     fig = surrogate.plot_trajectory(curves.mean(0).tolist(), 2, [(2, 4)], chats=curves)
     assert len(fig.axes[0].lines) == 3 + 1 + 1 + 1 + 1      # thin, their mean, the texts', the paper's cuts, the turn
-
-
-def test_what_a_surrogate_keeps(tiny_llm, tmp_path, capsys):
-    """Perplexity by hand; answers by caption are those that the model gives alone; the command's columns."""
-    llm, tokenizer = Llama.from_pretrained(tiny_llm), Tokenizer.from_pretrained(tiny_llm)
-    tokens = torch.randint(500, (3, 9))
-    logp = llm(tokens)[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])
-    assert surrogate.perplexity(llm, tokens) == pytest.approx((-logp.mean()).exp().item(), rel=1e-4)
-
-    cut = shake(build_surrogate(llm, [(2, 4)]))
-    rows = surrogate.knows({"LLM": llm, "cut": cut}, tokenizer, n=3, batch=2)
-    assert [(r["task"], r["system"]) for r in rows] == [(t, s) for t in world.KNOWLEDGE_TASKS for s in ("LLM", "cut")]
-    for row, llm_asked in zip(rows, (llm, cut) * 3):
-        for i in range(3):
-            sample = world.world(row["task"], i, evaluate.EVAL_SEED, "test")
-            prompt = tokenizer.chat(evaluate.told(sample)[:-1])
-            assert tokenizer.decode(prompt).count(sample.caption) == 1
-            said = llm_asked.generate([prompt], max_new_tokens=40, stop=tokenizer.stop_tokens)[0]
-            assert row["said"][i] == world.is_right(tokenizer.decode(said), sample)
-
-    translator = {f"decoder.{n}": p for n, p in cut.named_parameters() if n.startswith("model.layers.2.")}
-    checkpoints.save_checkpoint(tmp_path / "t.safetensors", translator, dict(stage="translator", ranges=[[2, 4]]))
-    surrogate.main(["--llm", tiny_llm, "--length", "40", "--chats", "0", "--out", str(tmp_path / "plot.png"),
-                    "--checkpoint", str(tmp_path / "t.safetensors"), "--asked", "2"])
-    lines = capsys.readouterr().out.splitlines()
-    texts = surrogate.read_texts(tokenizer, length=40)
-    cells = [f"{surrogate.perplexity(x, texts):.4g}" for x in (llm, build_surrogate(llm, [(2, 4)]), cut)]
-    assert f"| perplexity of the texts | {' | '.join(cells)} |" in lines and "replaced: 2-4 " in " ".join(lines)
-    assert sum(line.startswith("| capital *") for line in lines) == 2        # said freely, ranked
 
 
 @pytest.mark.parametrize("layers", [3, 12, 30, 80])

@@ -559,12 +559,14 @@ def test_the_lesson_trains_translators_alone_and_the_loss_the_encoder(tiny_llm):
     learns = train.trained_parameters(vlm, "encoder", distill=4)
     translators = [p for n, p in learns.items() if n.startswith("decoder.")]
 
-    def lesson(noise, seed):
-        trunk, off = train.teach(vlm, llm, batch, translators, noise, seed)
+    def lesson(noise, seed, parts=1):
+        trunk, off = train.teach(vlm, llm, batch, translators, noise, torch.Generator().manual_seed(seed), parts)
         return s.loss(s.run(trunk, s.trunk), batch["targets"]), off, grads(learns)
 
     loss, off, got = lesson(0.0, 1)
     assert got.keys() == {n for n in learns if n.startswith("decoder.")} and off > 0
+    half = lesson(0.0, 1, parts=2)[2]           # two micro-batches share a step: each has half a say
+    assert_close(half, {n: g / 2 for n, g in got.items()})
     loss.backward()
     got = grads(learns)
     expected = vlm.loss(batch)
