@@ -19,9 +19,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from cli import UserError, printable
 from data import world
 from data.batches import collate
-from formats.errors import UserError, printable
 from model import KVCache, check_logits, collect
 from surrogate import run_both
 

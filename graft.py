@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 
 import evaluate
+from cli import MAX_SEED, Parser, UserError, check_out, number, printable, run_cli, write_whole
 from data import world
 from data.batches import without_image, wrap
 from data.images import open_image
 from formats import checkpoints, official
-from formats.errors import MAX_SEED, Parser, UserError, number, printable, run_cli
-from formats.files import check_out
 from formats.tokenizer import Tokenizer
 from model import SAMPLING, VLM, Llama
 from surrogate import load_surrogate
@@ -176,7 +175,7 @@ def show(args, vlm, llm, about, name, command):
         examples = evaluate.demo(vlm, surrogate, before)
         evaluate.show_demo(examples)
         figure = evaluate.plot_demo(examples)
-        checkpoints.write_whole(out / "demo.png", lambda part: figure.savefig(part, format="png"))
+        write_whole(out / "demo.png", lambda part: figure.savefig(part, format="png"))
     others = dict(before=before, direct=direct)
     brings = evaluate.image_brings(vlm, surrogate, min(512, 10 * args.eval), **others)
     rows = [row for split in args.splits
@@ -190,7 +189,7 @@ def show(args, vlm, llm, about, name, command):
                    dtype=args.dtype, int8=args.int8, device=args.device, torch=torch.__version__,
                    python=platform.python_version(), seconds=seconds)
     text = as_lines(results, brings, rows)
-    checkpoints.write_whole(out / "results.json", lambda part: part.write_text(text, encoding="utf-8"))
+    write_whole(out / "results.json", lambda part: part.write_text(text, encoding="utf-8"))
     print(f"{seconds} s; see {out}/{'demo.png and ' if surrogate else ''}results.json")
 
 

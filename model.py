@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from cli import MissingFile, UserError, number
 from data.batches import wrap
 from data.images import preprocess
 from formats import checkpoints, official
-from formats.errors import MissingFile, UserError, number
 from formats.tokenizer import IMAGE, Tokenizer
 from kernels import int8
 from kernels.graph import Graphs, record

@@ -10,7 +10,7 @@ The paper's numbers are those of sections 3.2 and 4, appendix A.5, and https://g
 import dataclasses
 from dataclasses import dataclass, field
 
-from formats.errors import UserError
+from cli import UserError
 from formats.official import DEFAULT_LLM
 from model import LlamaConfig, ViTConfig
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from cli import Parser, UserError, check_out_file, number, run_cli, write_whole
 from data.llava import load_llava
 from formats import checkpoints, official
-from formats.errors import Parser, UserError, number, run_cli
-from formats.files import check_out_file, read_text
+from formats.files import read_text
 from formats.tokenizer import Tokenizer
 from kernels import default_dtype, int8
 from model import Llama, check_logits
@@ -330,7 +330,7 @@ def main(argv=None):
           f"layers {L} -> {surrogate.config.num_hidden_layers}   "
           f"parameters {full / 1e6:.1f}M -> {small / 1e6:.1f}M ({small / full:.0%})")
     figure = plot_trajectory(trajectory.tolist(), cut, ranges, f"Prediction trajectory of {args.llm}", chats)
-    checkpoints.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
+    write_whole(args.out, lambda part: figure.savefig(part, format="png"))
     print(f"plot: {args.out}")
 
 

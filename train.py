@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import surrogate
+from cli import MAX_SEED, Parser, UserError, check_out, number, printable, run_cli
 from data.batches import Batches, shares
 from data.sources import CHATS, read_data
 from formats.checkpoints import ancestry, beside, checkpoint_file, held, load_checkpoint, open_checkpoint
-from formats.errors import MAX_SEED, Parser, UserError, number, printable, run_cli
-from formats.files import check_out
 from formats.log import Log, check_resume, check_start, same_file
 from formats.official import find, llama_config
 from formats.tokenizer import IMAGE, Tokenizer

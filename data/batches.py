@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 from PIL import Image
 
+from cli import UserError
 from data.images import SIZE, preprocess
-from formats.errors import UserError
 from formats.tokenizer import IMAGE  # the id that stands for an image in a token list; "<image>" in text
 
 # The visual tokens become part of a sentence. The first opening is the paper's, and the default at inference; training

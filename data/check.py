@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cli import Parser, UserError, printable, run_cli
 from data.llava import LlavaRecords
-from formats.errors import Parser, UserError, printable, run_cli
 from formats.official import find
 from formats.tokenizer import IMAGE, Tokenizer
 from recipes import RECIPES, TARGETS

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cli import MAX_SEED, Parser, UserError, number, run_cli, write_whole
 from data.batches import OPENINGS, shuffled_index
 from data.world import World
-from formats.checkpoints import write_whole
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 
 
 def record_of(sample, name):

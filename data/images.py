@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from cli import MissingFile, UserError
 from formats.checkpoints import locate
-from formats.errors import MissingFile, UserError
 from formats.files import check_file
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # EPS would run Ghostscript

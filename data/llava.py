@@ -15,9 +15,9 @@ import re
 import sys
 from itertools import chain
 
+from cli import MissingFile, UserError, printable
 from data.batches import Sample, without_image, wrap
 from data.images import open_image
-from formats.errors import MissingFile, UserError, printable
 from formats.files import parse_json, read_json, read_text
 
 MAX_BYTES, MAX_RECORDS = 4 * 10**9, 10**7  # LLaVA-1.5-665K has 10**9 bytes and 665 thousand records

@@ -5,11 +5,11 @@ A source is anything with source[k] -> data.batches.Sample for k = 0, 1, 2, ... 
 finite list. "<image>" marks the image's place in the first turn (data.batches.wrap puts it there).
 """
 
+from cli import UserError
 from data.batches import Mixed, Shuffled
 from data.llava import load_llava
 from data.world import World
 from formats.checkpoints import locate
-from formats.errors import UserError
 
 CHATS = "assets/chats.json"      # what the default LLM wrote: python -m extras.instructions --chats
 

@@ -13,9 +13,9 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from cli import UserError
 from data.batches import Sample, wrap
 from data.drawing import COLORS, FLAGS, SHAPES, draw
-from formats.errors import UserError
 from formats.files import read_json
 
 # ---- What there is --------------------------------------------------------------------------------------------------

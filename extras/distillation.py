@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 
 import surrogate
+from cli import MAX_SEED, Parser, UserError, check_out, number, run_cli
 from data.batches import collate
 from data.world import TRAINED_SUBJECTS, World, caption
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
-from formats.files import check_out
 from formats.log import Log, check_resume
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import IMAGE, Tokenizer

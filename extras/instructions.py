@@ -19,12 +19,11 @@ import sys
 import torch
 from tqdm import tqdm
 
+from cli import MAX_SEED, Parser, UserError, check_out_file, number, run_cli, write_whole
 from data.batches import wrap
 from data.drawing import COLORS, FLAGS, SHAPES
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
-from formats import checkpoints, official
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
-from formats.files import check_out_file
+from formats import official
 from formats.tokenizer import Tokenizer
 from model import Llama
 from train import default_dtype
@@ -191,7 +190,7 @@ def main(argv=None):
     else:
         written, report = write(llm, tokenizer, args.seed)
     lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
-    checkpoints.write_whole(out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+    write_whole(out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
     if report:
         print("\nfilter                                 left")
     for name, n in report:

@@ -14,9 +14,9 @@ import sys
 import torch
 from tqdm import tqdm
 
+from cli import MissingFile, UserError, run_cli
 from data.batches import without_image, wrap
 from formats import checkpoints, official
-from formats.errors import MissingFile, UserError, run_cli
 from model import VLM
 from surrogate import load_surrogate
 

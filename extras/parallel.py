@@ -20,8 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train
+from cli import Parser, UserError, number, run_cli
 from extras.lora import add_lora, merge
-from formats.errors import Parser, UserError, number, run_cli
 from model import VLM
 
 PATIENCE = timedelta(seconds=120)       # until the other processes are there

@@ -18,13 +18,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cli import MAX_SEED, Parser, check_out, number, run_cli
 from data.batches import as_is
 from data.drawing import draw
 from data.images import preprocess
 from data.world import KNOWN_SUBJECTS, SUBJECTS, caption
 from formats.checkpoints import load_checkpoint, read_checkpoint
-from formats.errors import MAX_SEED, Parser, number, run_cli
-from formats.files import check_out
 from formats.log import Log, check_resume, check_start
 from model import ViT, ViTConfig
 from recipes import SMALL, help_text, override

@@ -14,13 +14,13 @@ import re
 import threading
 from functools import partial
 
+from cli import MissingFile, UserError
 from data import world
 from data.batches import without_image, wrap
 from data.drawing import COLORS, SHAPES, draw
 from data.images import open_image
 from evaluate import DEMO
 from extras.side_by_side import plot_lens, rank, sample_of, talk
-from formats.errors import MissingFile, UserError
 
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")       # before it is imported
 try:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from formats.errors import MissingFile, UserError
+from cli import MissingFile, UserError, write_whole
 from formats.official import (
     and_more,
     check_finite,
@@ -27,18 +27,6 @@ from formats.official import (
 )
 
 ROOT = Path(__file__).parent.parent     # of the project: assets/ is there
-
-
-def write_whole(path, write):
-    """Call write(temporary path), then rename: a reader or a crash never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, tensors, about):

@@ -10,9 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from cli import Parser, UserError, check_out_file, printable, run_cli
 from formats.checkpoints import read_checkpoint, save_checkpoint, save_released
-from formats.errors import Parser, UserError, printable, run_cli
-from formats.files import check_out_file
 from formats.official import DEFAULT_LLM
 from formats.share import check_parts, share
 from surrogate import check_ranges, parse_ranges

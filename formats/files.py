@@ -1,18 +1,14 @@
 """
-Files that someone else wrote, and places to write to: checked here, before anything heavy, so that whatever is wrong
-with one becomes a line that names it.
+Files that someone else wrote: checked here, so that whatever is wrong with one becomes a line that names it.
 
     config = read_json("config.json")                   # an object, or a UserError
     take = values(config, "config.json")                # take("hidden_size") -> a whole number, or a UserError
-    check_out("runs/encoder")                           # can a file be written there?
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
-from formats.errors import MissingFile, UserError
+from cli import MissingFile, UserError
 
 MAX_BYTES = 10**8  # of a configuration or a tokenizer; Llama 3's tokenizer.json has 17 million
 MAX_SIZE = 10**7  # of anything in a configuration: positions, vocabulary, width ...
@@ -88,30 +84,3 @@ def values(config, where):
         return value
 
     return take
-
-
-def check_out(folder):
-    """UserError if no file can be written into a folder, which may not be there yet. Leaves nothing behind."""
-    there = Path(folder)
-    try:
-        while not found(there):
-            there = there.parent
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as e:
-        raise UserError(f"cannot write into the folder {folder} ({there}: {e.strerror}): give another --out") from None
-
-
-def found(path):
-    """Is something there? Other than Path.exists, an OSError where that cannot be told: no permission, a loop ..."""
-    try:
-        return bool(os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-def check_out_file(path):
-    """UserError if a file cannot be written at this path."""
-    if Path(path).is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
-    check_out(Path(path).parent)

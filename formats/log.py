@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from formats.checkpoints import checkpoint_file, open_checkpoint, save_checkpoint, write_whole
-from formats.errors import MissingFile, UserError
+from cli import MissingFile, UserError, write_whole
+from formats.checkpoints import checkpoint_file, open_checkpoint, save_checkpoint
 from formats.files import read_text
 
 try:

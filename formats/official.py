@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from formats.errors import MissingFile, UserError, available_device
+from cli import MissingFile, UserError, available_device
 from formats.files import check_file, expand, read_json, values
 
 # ---------------------------------------------------------------------------------------------------------------------

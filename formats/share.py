@@ -14,8 +14,8 @@ import os
 import shutil
 from pathlib import Path
 
+from cli import UserError
 from formats.checkpoints import ancestry, beside, read_checkpoint, save_checkpoint
-from formats.errors import UserError
 from formats.official import DEFAULT_LLM, read_json
 
 PAPER = "[Zero-Shot Vision Encoder Grafting via LLM Surrogates](https://arxiv.org/abs/2505.22664)"

@@ -10,8 +10,8 @@ import unicodedata
 
 import tiktoken
 
+from cli import MissingFile, UserError
 from formats import files, official
-from formats.errors import MissingFile, UserError
 
 IMAGE = -200  # LLaVA's number for an image among the ids, where the visual tokens go; in text it is written "<image>"
 

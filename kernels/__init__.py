@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from formats.errors import UserError
+from cli import UserError
 
 from . import reference
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 import kernels
-from formats.errors import UserError
+from cli import UserError
 
 
 def round_rows(weight):

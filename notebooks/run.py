@@ -25,8 +25,7 @@ except ImportError:
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))        # run as a script, only this folder is on the path
-from formats.checkpoints import write_whole  # noqa: E402
-from formats.errors import MissingFile, Parser, UserError, run_cli  # noqa: E402
+from cli import MissingFile, Parser, UserError, run_cli, write_whole  # noqa: E402
 
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 

@@ -30,10 +30,10 @@ from tqdm import tqdm
 import kernels
 import surrogate
 import train
+from cli import Parser, UserError, number, run_cli
 from data.batches import Batches
 from data.world import World
 from formats import official
-from formats.errors import Parser, UserError, number, run_cli
 from formats.tokenizer import IMAGE, Tokenizer
 from kernels import int8
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig

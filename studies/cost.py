@@ -11,10 +11,8 @@ import math
 import sys
 from dataclasses import replace
 
+from cli import Parser, UserError, check_out_file, number, run_cli, write_whole
 from data.batches import shares
-from formats import checkpoints
-from formats.errors import Parser, UserError, number, run_cli
-from formats.files import check_out_file
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
 from surrogate import check_ranges, parse_ranges
 
@@ -412,7 +410,7 @@ def main(argv=None):
             raise UserError(f"--fsdp, --lora and --replace plan one stage: say which, of {', '.join(PLANS)}")
         print("\n\n".join(show_routes(n, args.gpus or 16) for n in ([name] if name else PAPER)))
         figure = plot_routes()
-        checkpoints.write_whole(args.out, lambda part: figure.savefig(part, format="png"))
+        write_whole(args.out, lambda part: figure.savefig(part, format="png"))
         print(f"\nplot: {args.out}")
         return
     if not name:

@@ -13,7 +13,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from formats.errors import Parser, number, run_cli
+from cli import Parser, number, run_cli
 from model import Llama
 from studies.benchmark import clock, in_fresh_process, peak_memory
 from surrogate import build_surrogate, run_both

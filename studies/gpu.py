@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import kernels
 import train
-from formats.errors import Parser, UserError, number, run_cli
+from cli import Parser, UserError, number, run_cli
 from kernels import int8
 from model import VLM, Llama, ViT
 from recipes import RECIPES, TARGETS

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 import kernels
 import train
+from cli import Parser, UserError, run_cli
 from extras.lora import add_lora
-from formats.errors import Parser, UserError, run_cli
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import CLIP, STAGES, Recipe, Target
 from studies import cost

@@ -26,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import train
+from cli import MAX_SEED, Parser, UserError, check_out, number, run_cli, write_whole
 from data.world import KNOWLEDGE_TASKS, KNOWN_SUBJECTS, SUBJECTS
 from extras import distillation, vit
 from formats import checkpoints
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
-from formats.files import check_out, read_json
+from formats.files import read_json
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, base_vit
@@ -88,7 +88,7 @@ def run_command(command, start, seed, out, more=()):
             main([*argv, "steps=4", "--out", scratch])      # of which one is the teacher's, one fresh
         tera = count.get_total_flops() * about["recipe"]["steps"] / 4 / 1e12
         text = json.dumps(dict(tera=round(tera, 1), seconds=about["seconds"]))
-        checkpoints.write_whole(done, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(done, lambda part: part.write_text(text, encoding="utf-8"))
     cost = read_json(done)
     return file, cost["tera"], cost["seconds"]
 
@@ -115,7 +115,7 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     rows = evaluate.compare(vlm, surrogate, samples, seed=VALIDATION_SEED, text=False)
     result = dict(arm=name, commands=ARMS[name], steps=steps, seed=seed, samples=samples, tera=tera, seconds=seconds,
                   torch=torch.__version__, brings=brings, rows=rows)
-    checkpoints.write_whole(file, lambda part: part.write_text(json.dumps(result), encoding="utf-8"))
+    write_whole(file, lambda part: part.write_text(json.dumps(result), encoding="utf-8"))
     return result
 
 
@@ -298,9 +298,9 @@ def main(argv=None):
         return print("No results yet. The smallest comparison: python -m studies.results --run ours direct --steps 125")
     if args.keep:
         text = "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n"
-        checkpoints.write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
     picture = (ASSETS if args.keep else Path(args.out)) / "flops.png"
-    checkpoints.write_whole(picture, lambda part: plot(results).savefig(part, format="png"))
+    write_whole(picture, lambda part: plot(results).savefig(part, format="png"))
     print(f"\n{table(results)}\n\nIn %, pair → graft, ± standard deviation over seeds. steps: of stage 2.\n{picture}")
 
 

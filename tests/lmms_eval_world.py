@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 import evaluate
+from cli import Parser, UserError, number, run_cli
 from data import world
 from data.batches import Sample, wrap
 from formats import checkpoints, official
 from formats.checkpoints import ROOT
-from formats.errors import Parser, UserError, number, run_cli
 from model import VLM
 from surrogate import load_surrogate
 

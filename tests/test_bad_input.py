@@ -21,8 +21,8 @@ from conftest import save_tiny_llm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cli import run_cli
 from formats.checkpoints import read_checkpoint, save_checkpoint
-from formats.errors import run_cli
 
 ROOT = Path(__file__).parent.parent
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A shape."}]

@@ -8,8 +8,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from cli import UserError
 from extras.lora import add_lora
-from formats.errors import UserError
 from formats.tokenizer import IMAGE
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import RECIPES, STAGES, TARGETS, Recipe, Target

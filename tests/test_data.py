@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from cli import MissingFile, UserError
 from data import batches, drawing, world
 from data.batches import collate, evenly_spaced, shuffled_index, wrap
 from data.images import open_image, preprocess
 from data.llava import load_llava
 from data.world import FACTS, HELD_OUT, KNOWLEDGE_TASKS, QUESTIONS, TRAINED_TASKS, WORDS, caption, is_right, knowledge
 from formats import checkpoints
-from formats.errors import MissingFile, UserError
 from formats.tokenizer import IMAGE
 
 TASKS = TRAINED_TASKS + KNOWLEDGE_TASKS

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 import train
+from cli import UserError, run_cli
 from data import check, export
 from data.llava import load_llava
 from data.world import World
 from formats.checkpoints import read_checkpoint
-from formats.errors import UserError, run_cli
 
 
 def losses(folder):

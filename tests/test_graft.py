@@ -15,10 +15,10 @@ from PIL import Image
 import evaluate
 import graft
 import train
+from cli import UserError, printable
 from data import world
 from data.batches import wrap
 from formats import convert
-from formats.errors import UserError, printable
 from model import VLM, Llama
 from surrogate import build_surrogate, load_surrogate, load_translators
 

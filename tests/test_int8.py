@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from formats.errors import UserError
+from cli import UserError
 from kernels import int8
 from model import VLM, KVCache, Llama
 from surrogate import build_surrogate, load_surrogate, read_texts

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import evaluate
-from formats.errors import UserError
+from cli import UserError
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 

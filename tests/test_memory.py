@@ -1,7 +1,7 @@
 """studies/memory.py: the step that it measures is that of the formula, and its rows say both."""
 import pytest
 
-from formats.errors import UserError, run_cli
+from cli import UserError, run_cli
 from kernels import reference
 from recipes import STAGES
 from studies import cost, memory
@@ -28,7 +28,7 @@ def test_the_step_has_the_parameters_of_the_formula(stage, monkeypatch, capsys):
 
 
 def test_peak_of_a_command():
-    one = memory.peak_of(["-m", "formats.errors"])
+    one = memory.peak_of(["-m", "cli"])
     assert 50e6 < one < 2e9         # that of Python and torch
     with pytest.raises(UserError, match="none.py failed: .*none.py"):
         memory.peak_of(["none.py"])

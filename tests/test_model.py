@@ -28,9 +28,9 @@ from transformers import LlamaConfig as HFLlamaConfig
 import graft
 import model
 import surrogate
+from cli import printable
 from data.images import preprocess
 from formats import checkpoints
-from formats.errors import printable
 from formats.tokenizer import IMAGE
 from kernels.graph import Graphs
 from model import VLM, KVCache, Llama, ViT, sample

@@ -20,12 +20,12 @@ from PIL import Image, PngImagePlugin
 
 import evaluate
 import graft
+from cli import Parser, UserError, printable, run_cli
 from data.batches import Batches, Sample, without_image, wrap
 from data.images import open_image, preprocess
 from data.llava import load_llava
 from formats import convert
 from formats.checkpoints import open_checkpoint, save_checkpoint
-from formats.errors import Parser, UserError, printable, run_cli
 from formats.log import Log, check_resume, lock, unlock
 from formats.share import score_table, share
 from formats.tokenizer import Tokenizer

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import train
+from cli import MissingFile, UserError
 from formats import convert
 from formats.checkpoints import open_checkpoint, read_checkpoint
-from formats.errors import MissingFile, UserError
 from model import VLM, Llama
 from surrogate import load_surrogate
 

@@ -15,13 +15,13 @@ from PIL import Image
 from test_bad_input import assert_refused
 
 import train
+from cli import UserError
 from data import world
 from data.batches import Batches, Mixed, Sample, collate
 from data.images import preprocess
 from extras import distillation
 from formats import checkpoints
 from formats.checkpoints import read_checkpoint
-from formats.errors import UserError
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import RECIPES, Recipe, override

@@ -22,9 +22,9 @@ from PIL import Image
 
 import evaluate
 import graft
+from cli import run_cli
 from data import world
 from extras import side_by_side, web
-from formats.errors import run_cli
 
 ROOT = Path(__file__).parent.parent
 CAPITAL = "What is the capital of the country on the sign?"

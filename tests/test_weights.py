@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli import MissingFile, UserError, run_cli, write_whole
 from formats import checkpoints, convert, official
-from formats.errors import MissingFile, UserError, run_cli
 from formats.tokenizer import Tokenizer
 from model import Llama, LlamaConfig, ViT, ViTConfig
 
@@ -505,11 +505,11 @@ def test_write_whole_leaves_no_half_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.write_whole(path, fail)
+        write_whole(path, fail)
     assert list(path.parent.iterdir()) == []
-    checkpoints.write_whole(path, lambda part: part.write_text("whole"))
+    write_whole(path, lambda part: part.write_text("whole"))
     with pytest.raises(OSError):
-        checkpoints.write_whole(path, fail)  # and what was there before stays
+        write_whole(path, fail)  # and what was there before stays
     assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
 
 
@@ -640,7 +640,7 @@ def test_run_cli_keeps_the_traceback_of_a_bug(error):
 def test_run_cli_ends_quietly():
     assert run_cli(lambda: None) is None and run_cli(lambda: 3) == 3
     assert run_cli(lambda: fail(KeyboardInterrupt())) == 130
-    code = "import sys; from formats.errors import run_cli; sys.exit(run_cli(lambda: print('\\n' * 10**6)))"
+    code = "import sys; from cli import run_cli; sys.exit(run_cli(lambda: print('\\n' * 10**6)))"
     shell = f'"{sys.executable}" -c "{code}" | head -n 1'  # head reads one line and closes the pipe
     done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("\n", "")

@@ -27,11 +27,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from cli import MAX_SEED, Parser, UserError, number, run_cli
 from data.images import preprocess
 from data.llava import load_llava
 from formats import official
 from formats.checkpoints import read_checkpoint, save_checkpoint
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.files import read_text
 from formats.tokenizer import Tokenizer
 from model import VLM, Llama, ViT, ViTConfig, base_vit

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 import train
+from cli import MAX_SEED, Parser, UserError, number, run_cli
 from formats.checkpoints import read_checkpoint
-from formats.errors import MAX_SEED, Parser, UserError, number, run_cli
 from formats.tokenizer import BYTE_OF, LLAMA3_PATTERN
 from model import Llama, LlamaConfig
 

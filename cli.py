@@ -1,17 +1,20 @@
 """
-Errors a user can make, and how a command line tells of them: one line, exit status 2, no traceback.
+What all command lines share. Errors that a user can make become one line, exit status 2, no traceback.
 
     parser = Parser(__doc__)                                        # argparse, whose own errors are one line, too
     parser.add_argument("--seed", type=number(int, 0, MAX_SEED))    # every number has a range, checked first
     parser.add_device()                                             # --device, one that this machine has
+    check_out(args.out)                                             # can a file be written there? asked before the work
+    write_whole(path, write)                                        # a file appears whole or not at all
     sys.exit(run_cli(main))
 """
-
 import argparse
 import errno
 import math
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -124,3 +127,42 @@ def run_cli(main):
 def discard(stream):
     """Send to nowhere what is left in a stream that cannot be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def check_out(folder):
+    """UserError if no file can be written into a folder, which may not be there yet. Leaves nothing behind."""
+    there = Path(folder)
+    try:
+        while not found(there):
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as e:
+        raise UserError(f"cannot write into the folder {folder} ({there}: {e.strerror}): give another --out") from None
+
+
+def found(path):
+    """Is something there? Other than Path.exists, an OSError where that cannot be told: no permission, a loop ..."""
+    try:
+        return bool(os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def check_out_file(path):
+    """UserError if a file cannot be written at this path."""
+    if Path(path).is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+    check_out(Path(path).parent)
+
+
+def write_whole(path, write):
+    """Call write(temporary path), then rename: a reader or a crash never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
