@@ -79,6 +79,20 @@ def rope_frequencies(config):
     return (1 - smooth) * freqs / s["factor"] + smooth * freqs
 
 
+# A weight that learns is float32, so that small updates add up; the stream may be bfloat16, which is faster. So these
+# modules cast their weights to the stream's dtype. Where the two are the same, `to` does nothing.
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
@@ -87,7 +101,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, residual=None):
         # with a residual: returns (norm(x + residual), x + residual), one pass over memory instead of two
-        return kernels.rms_norm(x, self.weight, self.eps, residual)
+        return kernels.rms_norm(x, self.weight.to(x.dtype), self.eps, residual)
 
 
 class Attention(nn.Module):
@@ -97,12 +111,12 @@ class Attention(nn.Module):
         super().__init__()
         C, D, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.head_dim = D
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
+        self.q_proj = Linear(C, config.num_attention_heads * D, bias=bias)
+        self.k_proj = Linear(C, config.num_key_value_heads * D, bias=bias)
+        self.v_proj = Linear(C, config.num_key_value_heads * D, bias=bias)
         self.q_norm, self.k_norm = (RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
                                     for _ in range(2))
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * D, C, bias=False)
 
     def forward(self, x, cos, sin, cache=None, layer=0):
         B, T, _ = x.shape
@@ -120,9 +134,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -152,13 +166,13 @@ class Llama(nn.Module):
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         ))
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
         self.told = False           # that a text is too long: said once
         self.words = None           # mean and length of the word embeddings, see `as_words`
-        self.place = None           # sharded (extras/parallel.py): what cuts this process's slice out of a tensor
         self.graphs = Graphs()      # decoding steps on a GPU
-        self.checkpointed = ()      # training: layers that keep only their input, and compute the rest again backward
+        self.stream_dtype = None    # in training: the dtype of hidden states, where some weights are float32
+        self.checkpointed = ()      # in training: layers that keep only their input, and compute the rest anew backward
 
     @classmethod
     def from_pretrained(cls, path=official.DEFAULT_LLM, dtype=torch.float32, device="cpu", layers=None, shard=None,
@@ -185,8 +199,8 @@ class Llama(nn.Module):
             int8.quantize(model)
             tensors = int8.rounded(tensors, config.tie_word_embeddings)
         if shard:
-            shard(model)
-        official.load(model, tensors, dtype, device, path, model.place)
+            shard(model, dtype)
+        official.load(model, tensors, dtype, device, path)
         return model.requires_grad_(False).eval()
 
     @property
@@ -196,7 +210,8 @@ class Llama(nn.Module):
 
     @property
     def dtype(self):
-        return self.model.norm.weight.dtype
+        """In which it computes: that of the hidden states."""
+        return self.stream_dtype or self.model.norm.weight.dtype
 
     @property
     def device(self):
@@ -210,7 +225,7 @@ class Llama(nn.Module):
         return self.rope_cache[0][:n], self.rope_cache[1][:n]
 
     def embed(self, tokens):
-        return self.model.embed_tokens(tokens)                              # (B, T) -> (B, T, C)
+        return self.model.embed_tokens(tokens).to(self.dtype)               # (B, T) -> (B, T, C)
 
     def as_words(self, x):
         """Directions (…, C) -> points as far from the mean of all word embeddings as words are on average. Where an
@@ -247,7 +262,7 @@ class Llama(nn.Module):
     def logits(self, x):
         """Hidden states (…, C) -> logits (…, vocab): the final norm and the LM head."""
         x = self.model.norm(x)
-        return self.lm_head(x) if hasattr(self, "lm_head") else F.linear(x, self.lm_head_weight)
+        return self.lm_head(x) if hasattr(self, "lm_head") else F.linear(x, self.lm_head_weight.to(x.dtype))
 
     def forward(self, tokens=None, embeds=None, cache=None):
         """Token ids (B, T), or embeddings (B, T, C) in their place -> logits (B, T, vocab)."""
@@ -265,7 +280,7 @@ class Llama(nn.Module):
         index = (targets.flatten() >= 0).nonzero().squeeze(1)               # (N,) positions with a target
         wanted = targets.flatten()[index].to(x.device, non_blocking=True)   # (N,)
         h = x.flatten(0, 1)[index.to(x.device, non_blocking=True)]          # (B*T, C) -> (N, C)
-        return kernels.linear_cross_entropy(self.model.norm(h), self.lm_head_weight, wanted)
+        return kernels.linear_cross_entropy(self.model.norm(h), self.lm_head_weight.to(h.dtype), wanted)
 
     @torch.no_grad()
     def stream(self, embeds, lengths=None, max_new_tokens=64, temperature=0.0, top_p=1.0, generator=None,
@@ -496,9 +511,10 @@ class ViTEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, pixels):
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)         # (N, 3, S, S) -> (N, C, P) -> (N, P, C)
-        cls = self.class_embedding.expand(len(x), 1, -1)                    # (N, 1, C)
-        return torch.cat([cls, x], dim=1) + self.position_embedding.weight  # (N, 1 + P, C)
+        weight, stride = self.patch_embedding.weight.to(pixels.dtype), self.patch_embedding.stride
+        x = F.conv2d(pixels, weight, stride=stride).flatten(2).transpose(1, 2)      # (N, 3, S, S) -> (N, P, C)
+        cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)                # (N, 1, C)
+        return torch.cat([cls, x], dim=1) + self.position_embedding.weight.to(x.dtype)      # (N, 1 + P, C)
 
 
 class ViTAttention(nn.Module):
@@ -506,7 +522,7 @@ class ViTAttention(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (Linear(C, C) for _ in range(4))
 
     def forward(self, x):
         N, T, C = x.shape
@@ -520,9 +536,9 @@ class ViTLayer(nn.Module):
         super().__init__()
         C, I = config.hidden_size, config.intermediate_size
         self.self_attn = ViTAttention(config)
-        self.layer_norm1 = nn.LayerNorm(C, eps=config.layer_norm_eps)
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(C, I), fc2=nn.Linear(I, C)))
-        self.layer_norm2 = nn.LayerNorm(C, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(C, eps=config.layer_norm_eps)
+        self.mlp = nn.ModuleDict(dict(fc1=Linear(C, I), fc2=Linear(I, C)))
+        self.layer_norm2 = LayerNorm(C, eps=config.layer_norm_eps)
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -539,10 +555,10 @@ class ViT(nn.Module):
         C, eps = config.hidden_size, config.layer_norm_eps
         self.vision_model = nn.ModuleDict(dict(
             embeddings=ViTEmbeddings(config),
-            pre_layrnorm=nn.LayerNorm(C, eps=eps),
+            pre_layrnorm=LayerNorm(C, eps=eps),
             encoder=nn.ModuleDict(dict(layers=nn.ModuleList(
                 ViTLayer(config) for _ in range(config.num_hidden_layers)))),
-            post_layernorm=nn.LayerNorm(C, eps=eps),
+            post_layernorm=LayerNorm(C, eps=eps),
         ))
 
     @classmethod
@@ -589,7 +605,7 @@ class VLM(nn.Module):
         if llava:
             del encoder.layers[len(encoder.layers) + 1 + llava["layer"]:]       # -1 is the last
             encoder.vision_model["post_layernorm"] = nn.Identity()
-        self.adapter = nn.Sequential(nn.Linear(C, d), nn.GELU(), nn.Linear(d, d))
+        self.adapter = nn.Sequential(Linear(C, d), nn.GELU(), Linear(d, d))
         self.embd_soi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)      # start of image
         self.embd_eoi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)      # end of image
         self.decoder = decoder
@@ -611,10 +627,10 @@ class VLM(nn.Module):
 
     def visual_tokens(self, pixels):
         """pixels (N, 3, S, S) -> (N, n_visual, d), where d is the width of the LLM (paper, section 3)."""
-        pixels = pixels.to(self.embd_soi, non_blocking=True)                # device and dtype of the weights
+        pixels = pixels.to(self.decoder.device, self.decoder.dtype, non_blocking=True)
         x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
         x = self.adapter(x if self.cls else x[:, 1:])                       # (N, 1 + P, d)
-        soi, eoi = (e.expand(len(x), *e.shape) for e in (self.embd_soi, self.embd_eoi))
+        soi, eoi = (e.to(x.dtype).expand(len(x), *e.shape) for e in (self.embd_soi, self.embd_eoi))
         x = torch.cat([soi, x, eoi], dim=1)                   # (N, 1 + (1 + P) + 1, d)
         return self.decoder.as_words(x) if self.like_words else x
 

@@ -113,11 +113,11 @@ class Distillation(Recipe):
 class Words(Recipe):
     """Of extras/vit.py."""
     steps: int = option(600, "optimizer steps", 1, 10**9)
-    UNUSED = (*Distillation.UNUSED[:-1], "loss_on", "max_length")
+    UNUSED = (*Distillation.UNUSED[:-1], "loss_on", "max_length", "dtype")
 
 
 SMALL = dict(
-    vit=Words(steps=600, batch=128, lr=1e-3, workers=1, dtype="float32"),   # stage 0, extras/vit.py; shipped: 3500
+    vit=Words(steps=600, batch=128, lr=1e-3, workers=1),                    # stage 0, extras/vit.py; shipped: 3500
     distillation=Distillation(steps=2000, batch=8, lr=5e-4),            # stage 1, extras/distillation.py
     translator=Recipe(steps=400, lr=1e-3, like_words=True),             # stage 1, the paper's
     encoder=Recipe(steps=1000, batch=8, lr=1e-3, like_words=True, vit_layers=3, vit_lr=0.1, distill=4),     # stage 2
@@ -135,7 +135,7 @@ def paper(steps=4393):
     return dict(
         translator=Recipe(steps=steps, batch=256, micro_batch=8, lr=1e-4, **common),
         encoder=encoder,
-        direct=dataclasses.replace(encoder, lr=2e-4),       # stage 2 on the full LLM: --replace none
+        direct=dataclasses.replace(encoder, lr=2e-4),       # stage 2 on the full LLM: --direct
         decoder=Recipe(steps=1040, batch=128, micro_batch=4, lr=5e-5, loss_on="answers", **common),
     )
 

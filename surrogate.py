@@ -185,7 +185,7 @@ def load_translators(surrogate, checkpoint):
     places = tuple(f"decoder.model.layers.{i}." for i in surrogate.translators)
     if odd := [n for n in translators if not n.startswith(places)]:     # a layer that the LLM shares, or all of it
         raise UserError(f"{file} does not belong to this surrogate: {odd[0]} is of none of its translators")
-    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, file, surrogate.place, places)
+    checkpoints.load_checkpoint(torch.nn.ModuleDict({"decoder": surrogate}), translators, file, places)
     return surrogate
 
 

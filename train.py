@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 import surrogate
 from cli import MAX_SEED, Parser, UserError, check_out, number, printable, run_cli
 from data.batches import Batches, shares
 from data.sources import CHATS, read_data
 from formats.checkpoints import ancestry, beside, checkpoint_file, held, load_checkpoint, open_checkpoint
-from formats.log import Log, check_resume, check_start, same_file
-from formats.official import find, llama_config
+from formats.official import find
 from formats.tokenizer import IMAGE, Tokenizer
 from kernels import default_dtype
+from log import Log, check_resume, check_start, over_processes, process, same_file
 from model import VLM, Llama
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
 
@@ -64,7 +64,7 @@ def trained_parameters(vlm, stage, vit_layers=0, distill=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. The optimizer
+# 2. The optimizer's step
 
 
 def lr_at(step, recipe):
@@ -75,139 +75,94 @@ def lr_at(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
 
 
-class Optimizer:
-    """AdamW on float32 copies of the trained parameters, whatever the dtype in which the model computes.
+def adamw(learns, recipe, shares={}):
+    """AdamW over named parameters. shares: {start of a name: its learning rate in units of the recipe's}, if not 1."""
+    groups = {}
+    for n, p in learns.items():
+        groups.setdefault(next((x for start, x in shares.items() if n.startswith(start)), 1.0), []).append(p)
+    return torch.optim.AdamW([dict(params=ps, share=x) for x, ps in groups.items()], lr=recipe.lr, betas=(0.9, 0.999),
+                             weight_decay=0.0)
 
-    bfloat16 keeps 8 significant bits: most updates would be rounded away. Make this first, then cast the model.
-    """
 
-    def __init__(self, parameters, recipe, shares={}):
-        """shares: {start of a name: learning rate in units of the recipe's}, where that is not 1."""
-        self.parameters, self.recipe, self.step = parameters, recipe, 0
-        self.master = {n: self.local(p).detach().float().clone() for n, p in parameters.items()}
-        groups = {}
-        for n, m in self.master.items():
-            groups.setdefault(next((x for start, x in shares.items() if n.startswith(start)), 1.0), []).append(m)
-        self.adam = torch.optim.AdamW([dict(params=ms, share=x) for x, ms in groups.items()], lr=recipe.lr,
-                                      betas=(0.9, 0.999), weight_decay=0.0)
+def clip(parameters, limit, step):
+    """Add the gradients of all processes up, and scale them so that the norm of them all is at most `limit`.
 
-    @staticmethod
-    def local(p):
-        return p                                            # of a sharded parameter, extras/parallel.py takes its slice
+    A sharded gradient (FSDP) is the mean over the processes already: here it becomes the sum."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    whole = [over_processes(g) for g in gradients if not hasattr(g, "full_tensor")]
+    sharded = [g.mul_(process()[1]) for g in gradients if hasattr(g, "full_tensor")]
+    norm = get_total_norm(whole)
+    if sharded:
+        norm = torch.stack([norm, get_total_norm(sharded).full_tensor()]).norm()
+    if not norm.isfinite():                                 # no weight has been touched yet
+        raise UserError(f"the gradient became {norm.item()} at step {step}: try a smaller lr (checkpoints are intact)")
+    scale = (limit / (norm + 1e-6)).clamp(max=1).item()
+    for g in gradients:
+        g *= scale
 
-    def gather(self):
-        """Move the gradients from the parameters to the float32 copies: after every micro-batch."""
-        for n, p in self.parameters.items():
-            if p.grad is not None:
-                grad, m = self.local(p.grad).float(), self.master[n]
-                m.grad = grad if m.grad is None else m.grad + grad
-                p.grad = None
 
-    def norm(self):
-        return get_total_norm([m.grad for m in self.master.values() if m.grad is not None])
-
-    def update(self):
-        """One step with the gradients gathered since the last. Returns the learning rate used."""
-        norm, lr = self.norm(), lr_at(self.step, self.recipe)
-        if not norm.isfinite():                             # nothing has been touched yet
-            raise UserError(f"the gradient became {norm.item()} at step {self.step}: try a smaller lr "
-                            "(checkpoints are intact)")
-        clip_grads_with_norm_(self.master.values(), self.recipe.clip, norm)
-        for group in self.adam.param_groups:
-            group["lr"] = lr * group["share"]
-        self.adam.step()
-        self.adam.zero_grad()
-        self.write_back()
-        self.step += 1
-        return lr
-
-    @torch.no_grad()
-    def write_back(self):
-        for n, p in self.parameters.items():
-            self.local(p).copy_(self.master[n])
-
-    def weights(self):
-        """{name: trained weight} in float32."""
-        return dict(self.master)
-
-    def state(self):
-        """Everything that a resumed run needs, as flat named tensors."""
-        adam = {f"adam.{n}.{k}": v for n, m in self.master.items() for k, v in self.adam.state.get(m, {}).items()}
-        return {f"master.{n}": m for n, m in self.master.items()} | adam
-
-    def read(self, name, tensor):
-        """A tensor of the state of parameter `name`, as this process keeps it."""
-        return tensor.to(self.master[name].device) if tensor.dim() else tensor
-
-    def load_state(self, tensors, step):
-        """tensors: {name: function that reads it}, as `state` named them."""
-        saved = {n.removeprefix("master.") for n in tensors if n.startswith("master.")}
-        if odd := sorted(saved ^ set(self.master)):
-            raise UserError(f"the state to resume is of another run: {odd[0]} is trained in only one of the two")
-        self.step = step
-        for n, m in self.master.items():
-            m.copy_(self.read(n, tensors[f"master.{n}"]()))
-            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{n}.{k}" in tensors]
-            if len(keys) in (1, 2):
-                raise KeyError(f"it lacks parts of adam.{n}")
-            if keys:
-                self.adam.state[m] = {k: self.read(n, tensors[f"adam.{n}.{k}"]()) for k in keys}
-        self.write_back()
+def update(optimizer, recipe, step):
+    """One step with the gradients that are there. Returns the learning rate used."""
+    lr = lr_at(step, recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["share"]
+    clip([p for group in optimizer.param_groups for p in group["params"]], recipe.clip, step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return lr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The loop
 
 
-class Solo:
-    """The one process of an ordinary run. extras/parallel.py has the same for many."""
-    Optimizer = Optimizer
+def set_dtypes(model, decoder, learns):
+    """What learns becomes float32; the frozen rest, and the stream, get the dtype of the decoder as it was loaded.
 
-    def __init__(self, device="cpu"):
-        self.device, self.rank, self.world = device, 0, 1   # this process, its number, how many there are
-        self.shard, self.mixed = None, False                # shards a decoder over them; mixes images and text
-
-    def sum(self, x):
-        """Sum a tensor over all processes."""
-        return x
-
-    def gathered(self, tensors):
-        """Named tensors; sharded ones made whole, in the first process alone."""
-        return dict(tensors)
+    bfloat16 has 8 significant bits: most updates of a weight would be rounded away. (model.py casts the weights.)"""
+    dtype, learned = decoder.dtype, {id(p) for p in learns.values()}
+    decoder.stream_dtype = dtype
+    for layer in decoder.model.layers:                      # as a module: one that is sharded has to take notice
+        layer.to(torch.float32 if all(id(p) in learned for p in layer.parameters()) else dtype)
+    for p in model.parameters():
+        if not hasattr(p, "full_tensor"):
+            p.data = p.data.to(torch.float32 if id(p) in learned else dtype)
 
 
-def train(vlm, recipe, batches, out, about, resume=False, team=None, export=dict.items, llm=None):
+def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.items):
     """Train what `about["stage"]` trains, through whatever decoder the VLM has. Returns the log: a dict a step.
 
-    batches: see data.batches.Batches. about: what the run is, kept in every checkpoint. Into the folder `out` go
-    STAGE.safetensors (what was trained), state.safetensors (for resume=True), log.csv and loss.png. export: trained
-    weights -> the (name, tensor) pairs that are saved. llm: with recipe.distill, who teaches the translators.
+    batches: see data.batches.Batches. about: what the run is, noted in every checkpoint. Into the folder `out` go
+    STAGE.safetensors (what was trained), state.safetensors (for resume=True), log.csv and loss.png. llm: with
+    recipe.distill, who teaches the translators. saved: trained weights -> the (name, tensor) pairs that are saved.
     """
-    stage, device, team = about["stage"], vlm.decoder.device, team or Solo(vlm.decoder.device)
     distill = recipe.distill if llm else 0
-    learns = trained_parameters(vlm, stage, recipe.vit_layers, distill)
-    translators = [p for n, p in learns.items() if n.startswith("decoder.")] if distill else []
-    for p in translators:                                   # frozen, but for the lesson
+    learns = trained_parameters(vlm, about["stage"], recipe.vit_layers, distill)
+    set_dtypes(vlm, vlm.decoder, learns)
+    taught = [p for n, p in learns.items() if n.startswith("decoder.")] if distill else []
+    for p in taught:                                        # frozen, but for the lesson
         p.requires_grad_(False)
-    rates = {"encoder.": recipe.vit_lr, "decoder.": recipe.distill_lr if distill else 1.0}      # in units of lr
-    optimizer = team.Optimizer(learns, recipe, rates)
-    vlm.to(vlm.decoder.dtype)
-    log = Log(out, about, optimizer, team, resume, export)
+    shares = {"encoder.": recipe.vit_lr, "decoder.": recipe.distill_lr if distill else 1.0}
+    optimizer = adamw(learns, recipe, shares)
+    log = Log(out, about, learns, optimizer, recipe, resume, saved)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
-        n = team.sum(torch.full((), count_targets(micro_batches), device=device))  # targets in the whole global batch
-        total, lesson = torch.zeros((), device=device), torch.zeros((), device=device)
+        for p in learns.values():                           # what no sample of this process meets, another's may
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        targets = torch.full((), count_targets(micro_batches), device=vlm.decoder.device)
+        targets = over_processes(targets)                   # in the whole global batch
+        total, lesson = torch.zeros(2, device=vlm.decoder.device)
         noise = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
         for batch in micro_batches:
             if distill and step % distill == 0:
-                trunk, off = teach(vlm, llm, batch, translators, recipe.noise, noise, len(micro_batches))
-                loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"])
+                trunk, off = teach(vlm, llm, batch, taught, recipe.noise, noise, len(micro_batches))
+                loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"]) / targets
                 lesson += off
             else:
-                loss = vlm.loss(batch)
-            (loss / n).backward()
-            optimizer.gather()
-            total += loss.detach() / n
-        log.add(step, loss=team.sum(total), lr=optimizer.update(), targets=n, **({"lesson": lesson} if distill else {}))
+                loss = vlm.loss(batch) / targets
+            loss.backward()
+            total += loss.detach()
+        lr = update(optimizer, recipe, step)
+        log.add(step, loss=over_processes(total), lr=lr, targets=targets, **({"lesson": lesson} if distill else {}))
     return log.close()
 
 
@@ -247,95 +202,104 @@ def dtype_of(recipe, device):
     return default_dtype(device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
-def starting_point(stage, target, init=None):
-    """What a stage goes on from: what is named, else runs/ of the stage before, else the shipped; None: CLIP alone."""
-    if init:
-        return None if init == "none" else init
+def before(stage, name):
+    """The checkpoint that a stage goes on from where none is named: the stage before's, in runs/, else the shipped.
+    None: stage 1 starts, as in the paper, with CLIP."""
     if stage == "translator":
-        return None                                         # the paper starts with CLIP
-    before = {"encoder": "translator", "decoder": "encoder"}[stage]
-    mine, shipped = Path(f"runs/{before}/{before}.safetensors"), f"assets/{before}.safetensors"
-    return str(mine) if mine.exists() or target is not TARGETS["small"] else shipped
+        return None
+    last = STAGES[STAGES.index(stage) - 1]
+    own, shipped = Path(f"runs/{last}/{last}.safetensors"), f"assets/{last}.safetensors"
+    return str(own) if own.exists() or name != "small" else shipped
 
 
-def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=None, seed=0, data=None, images=None,
-         text=None):
-    """What a run is, before anything heavy is read: `about`, its checkpoints' metadata. UserError if it cannot be."""
+def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=None, direct=False, seed=0, data=None,
+         images=None, text=None):
+    """What a run is, before anything heavy is read: `about`, its checkpoints' metadata. UserError if it cannot be.
+
+    Stage 1 settles the surrogate: its `ranges` are given, or the recipe's for its own LLM; for another LLM they are
+    None until `build` has measured its trajectory. Later stages find them in the checkpoint that they go on from.
+    """
     target = TARGETS[name]
-    start = starting_point(stage, target, init)
-    was = open_checkpoint(start)[1] if start else {}
-    llm = llm or was.get("llm", target.llm)
-    if not same_file(was.get("llm", llm), llm):
-        raise UserError(f"{start} was trained for {was['llm']}, not for {llm}: "
+    start = None if init == "none" or direct and not init else init or before(stage, name)
+    parent = open_checkpoint(start)[1] if start else {}
+    llm = llm or parent.get("llm", target.llm)
+    if not same_file(parent.get("llm", llm), llm):
+        raise UserError(f"{start} was trained for {parent['llm']}, not for {llm}: "
                         "give another checkpoint, or none, as --init")
-    if was.get("stage") == "llava":
+    if parent.get("stage") == "llava":
         raise UserError(f"{start} is a whole LLaVA, which is here to be asked, not to be trained further")
-    if was.get("stage") == "decoder" and stage != "decoder":
+    if parent.get("stage") == "decoder" and stage != "decoder":
         raise UserError(f"{start} is of stage decoder, which trained the full LLM: no surrogate belongs to it")
-    given = "auto" if replace == "auto" else surrogate.parse_ranges(replace) if replace is not None else None
-    if stage == "decoder" and replace is not None:
-        raise UserError("--replace: stage decoder trains the full LLM, of which nothing is replaced")
-    if stage == "translator" and given == []:
-        raise UserError("--replace none: without a surrogate there is no translator to train; "
-                        "stage encoder can do without")
-    if stage == "decoder" or given == []:
-        ranges = []
-    elif was.get("ranges") and (given is None or given == [tuple(r) for r in was["ranges"]]):
-        ranges = was["ranges"]                              # go on with the translators of the start
-    elif stage == "encoder":
-        raise UserError(f"{start or 'a new projector'} holds no translator for these layers: "
-                        "run `python train.py translator` first and give its checkpoint as --init, "
-                        "or train on the full LLM with --replace none")
-    else:       # the recipe's cut is for its own LLM, wherever that lies; another one gets that of its own trajectory
-        theirs = llama_config(Path(llm))["num_hidden_layers"] if Path(llm).exists() else None
-        same = llm == target.llm or theirs == target.llm_config.num_hidden_layers
-        ranges = given or (target.ranges if same else "auto")
-        if ranges != "auto" and (same or theirs):
-            ranges = surrogate.check_ranges(ranges, target.llm_config.num_hidden_layers if same else theirs)
-    own = was.get("vit", "")                                # the ViT that the start goes on with, if it has one
-    if was.get("stage") == "vit":
+    if replace is not None and stage != "translator":
+        raise UserError("--replace: stage translator settles the surrogate; stage encoder reads it in its --init "
+                        "(or trains through the full LLM: --direct), stage decoder trains the full LLM")
+    ranges = [] if replace is None else surrogate.parse_ranges(replace)
+    if replace is not None and not ranges:
+        raise UserError("--replace none: without a surrogate there is no translator to train")
+    if stage == "translator":
+        own = llm == target.llm or name != "small"          # the recipe's cut is for its own LLM, wherever that lies
+        ranges = ranges or parent.get("ranges") or (target.ranges if own else None)
+        if own:
+            ranges = surrogate.check_ranges(ranges, target.llm_config.num_hidden_layers)
+    elif stage == "encoder" and not direct:
+        ranges = parent.get("ranges")
+        if not ranges:
+            raise UserError(f"{start or 'a new projector'} holds no translator: run `python train.py translator` first "
+                            "and give its checkpoint as --init, or train on the full LLM with --direct")
+    about = dict(stage=stage, llm=llm, vit=vit_of(start, parent, vit, target), ranges=ranges, start=start, seed=seed,
+                 recipe=dataclasses.asdict(recipe), data=data, images=images, text=text)
+    return json.loads(json.dumps(about))
+
+
+def vit_of(start, parent, vit, target):
+    """The ViT that a run goes on with: that of its start, whose metadata is `parent`, if it has one."""
+    own = parent.get("vit", "")
+    if parent.get("stage") == "vit":
         own = str(checkpoint_file(start))
     elif Path(own).suffix == ".safetensors":
         own = str(beside(own, start))       # where it lies now: a shipped or shared file may name that of another run
     if vit and Path(own).suffix == ".safetensors" and Path(vit).resolve() != Path(own).resolve():
         raise UserError(f"--vit {vit}: {start} goes on with another ViT, {own}: for a new projector give --init none")
-    mine = target is TARGETS["small"] and Path("runs/vit/vit.safetensors").exists()
-    vit = vit or own or ("runs/vit/vit.safetensors" if mine else target.vit)
-    about = dict(stage=stage, llm=llm, vit=str(vit), ranges=ranges, start=start, seed=seed,
-                 recipe=dataclasses.asdict(recipe), data=data, images=images, text=text)
-    return json.loads(json.dumps(about))
+    trained = target is TARGETS["small"] and Path("runs/vit/vit.safetensors").exists()
+    return str(vit or own or ("runs/vit/vit.safetensors" if trained else target.vit))
+
+
+def teacher(about, dtype, device):
+    """The full LLM, if this run wants it beside the surrogate; else None."""
+    if about["stage"] != "encoder" or not about["recipe"]["distill"] or not about["ranges"]:
+        return None
+    if process()[1] > 1:
+        raise UserError("distill: the LLM teaches in one process alone; in several, give distill=0")
+    return Llama.from_pretrained(find(about["llm"]), dtype, device)     # the surrogate shares its layers
 
 
 def build(about, dtype, device, shard=None, llm=None):
     """The VLM of a run, with the weights that it starts from; its decoder: the surrogate, without ranges the full LLM.
-    A new translator is a copy of the first layer that it stands for. Of the LLM only the layers that are kept are read,
-    unless it is there already (llm): then the surrogate shares them."""
-    path, start, ranges = find(about["llm"]), about["start"], about["ranges"]
-    was = open_checkpoint(start)[1] if start else {}
-    if ranges == "auto" or not ranges:
+    A new translator is a copy of the first layer that it stands for. Of the LLM only the layers that stay are read,
+    unless it is there already (llm): then the surrogate shares them. shard: see model.py."""
+    path, start = find(about["llm"]), about["start"]
+    tokenizer = Tokenizer.from_pretrained(path)
+    if about["ranges"] is None:
         llm = llm or Llama.from_pretrained(path, dtype, device, shard=shard)
-    if ranges == "auto":
-        about["ranges"] = ranges = surrogate.choose_ranges(llm, Tokenizer.from_pretrained(path))
-    if not ranges:
-        decoder = llm
-    elif llm:
-        decoder = surrogate.build_surrogate(llm, ranges)
+        about["ranges"] = surrogate.choose_ranges(llm, tokenizer)
+    ranges = about["ranges"]
+    if llm:
+        decoder = surrogate.build_surrogate(llm, ranges) if ranges else llm
     else:
         decoder = surrogate.from_pretrained(path, ranges, dtype, device, shard)
-    if ranges and ranges == was.get("ranges"):
+    vlm = VLM.untrained(about["vit"], decoder, tokenizer, about["recipe"]["like_words"], about["seed"]).to(device)
+    if not start:
+        return vlm
+    if ranges and ranges == open_checkpoint(start)[1].get("ranges"):
         surrogate.load_translators(decoder, start)
-    vlm = VLM.untrained(about["vit"], decoder, Tokenizer.from_pretrained(path), about["recipe"]["like_words"],
-                        about["seed"])
-    vlm.to(device)                                          # before the decoder: float32 till the optimizer has copies
-    if start:
-        for _, tensors, was in ancestry(start):         # of translators trained alone, the rest is the stage before's
-            if not all(n.startswith("decoder.") for n in tensors):
-                break
-        needs = held(was, tensors, vlm.encoder.config.num_hidden_layers)
-        # stage 3 goes on with a whole decoder; the translators of other files have been loaded above
-        keep = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors
-        tensors = {n: t for n, t in tensors.items() if keep or not n.startswith("decoder.")}
-        load_checkpoint(vlm, tensors, start, decoder.place, needs)
+    for _, tensors, parent in ancestry(start):              # behind translators alone, the rest is the stage before's
+        if not all(n.startswith("decoder.") for n in tensors):
+            break
+    needs = held(parent, tensors, vlm.encoder.config.num_hidden_layers)
+    # stage 3 goes on with a whole decoder; the translators of other files have been loaded above
+    whole = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors
+    tensors = {n: t for n, t in tensors.items() if whole or not n.startswith("decoder.")}
+    load_checkpoint(vlm, tensors, start, needs)
     return vlm
 
 
@@ -352,9 +316,9 @@ def parse(argv):
     add("--llm", help="target LLM: folder, .gguf file or hub name (default: the recipe's)")
     add("--vit", help="ViT: a checkpoint of extras/vit.py, or a CLIP folder or hub name (default: that of --init)")
     add("--init", help="checkpoint to go on from; none: new projector (default: the stage before, in runs/ or assets/)")
-    add("--replace", help="layers that translators replace, e.g. 16-26, or 20-23,24-28 by two translators; auto: from "
-        "the prediction's turn on; none: train on the full LLM (default: those of --init, else the recipe's for its "
-        "own LLM, auto for any other)")
+    add("--replace", help="stage translator: layers to replace, e.g. 16-26, or 20-23,24-28 by two translators "
+        "(default: those of --init, else the recipe's for its own LLM, for any other from the prediction's turn on)")
+    add("--direct", action="store_true", help="stage encoder: train through the full LLM in place of a surrogate")
     add("--data", help="LLaVA-format JSON in place of the drawn world")
     add("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
     add("--text", help="stage translator: JSON of text instructions (default: assets/chats.json, which the LLM wrote)")
@@ -369,14 +333,14 @@ def parse(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda weights, vlm: weights.items()):
-    """For extras/parallel.py: the team of processes; what changes the model before training; weights before saving."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    stage, small, team = args.stage, args.recipe == "small", team or Solo(args.device)
+def prepare(args):
+    """What the options ask for, checked: (about, recipe, samples)."""
+    stage, small = args.stage, args.recipe == "small"
     once = ["steps=0"] if args.data and small else []       # without a number of steps, all records once
     recipes = RECIPES[args.recipe]
-    direct = stage == "encoder" and args.replace == "none" and "direct" in recipes
-    recipe = override(recipes["direct" if direct else stage], once + args.settings)
+    if args.direct and stage != "encoder":
+        raise UserError("--direct is for stage encoder: stage decoder trains the full LLM anyway")
+    recipe = override(recipes["direct" if args.direct and "direct" in recipes else stage], once + args.settings)
     if args.text and stage != "translator":
         reads = "images alone" if stage == "encoder" else "what --data holds"
         raise UserError(f"--text is for stage translator: stage {stage} reads {reads}")
@@ -384,34 +348,42 @@ def main(argv=None, team=None, prepare=lambda vlm, about: None, export=lambda we
         raise UserError(f"the recipe {args.recipe} learns from photographs: give LLaVA's JSON as --data, its folder as "
                         "--images" + (", and a JSON of text instructions as --text" if stage == "translator" else ""))
     text = args.text or (CHATS if stage == "translator" else None)
-    about = plan(stage, recipe, args.recipe, args.llm, args.vit, args.init, args.replace, args.seed,
+    about = plan(stage, recipe, args.recipe, args.llm, args.vit, args.init, args.replace, args.direct, args.seed,
                  data=args.data, images=args.images if args.data else None, text=text)
-    out = args.out or f"runs/{stage}"
-    check_out(out)
-    check_start(about, out)
-    about = check_resume(out, about) if args.resume else about
-    shares(recipe, team.world)
+    args.out = args.out or f"runs/{'direct' if args.direct else stage}"
+    check_out(args.out)
+    check_start(about, args.out)
+    about = check_resume(args.out, about) if args.resume else about
+    shares(recipe, process()[1])
     samples, n = read_data(stage, about, args.on_bad_record)
     if recipe.steps == 0:
         if n is None:
             raise UserError("steps=0 reads all records once, and drawn images have no end: give a number of steps")
         recipe = dataclasses.replace(recipe, steps=max(1, n // recipe.batch))
-    if team.rank == 0:
-        text = f"stage {stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
-        text += about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else "")
+    return about, recipe, samples
+
+
+def run(args, shard=None, change=lambda vlm, about: {}):
+    """Do what the options ask for. shard, change: for extras/parallel.py, which shards the decoder's layers, or changes
+    the VLM before training, and then returns options of `train`."""
+    about, recipe, samples = prepare(args)
+    text = f"stage {args.stage}: goes on from {about['start'] or 'a new projector over ' + about['vit']}, trains for "
+    text += about["llm"] + (f" with the layers {about['ranges']} replaced" if about["ranges"] else "")
+    if process()[0] == 0:
         print(printable(text))
-    dtype, llm = dtype_of(recipe, team.device), None
-    if stage == "encoder" and recipe.distill and about["ranges"]:
-        if team.world > 1:
-            raise UserError("distill: the LLM teaches in one process alone; in several, give distill=0")
-        llm = Llama.from_pretrained(find(about["llm"]), dtype, team.device)     # beside the surrogate, which shares it
-    vlm = build(about, dtype, team.device, team.shard, llm)
-    prepare(vlm, about)
+    dtype = dtype_of(recipe, args.device)
+    llm = teacher(about, dtype, args.device)
+    vlm = build(about, dtype, args.device, shard, llm)
+    options = change(vlm, about)
     if recipe.checkpointing:
         vlm.decoder.checkpointed = range(len(vlm.decoder.model.layers))
-    batches = Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size,
-                      team.rank, team.world, team.mixed)
-    train(vlm, recipe, batches, out, about, args.resume, team, lambda weights: export(weights, vlm), llm)
+    batches = Batches(samples, recipe, vlm.tokenizer, vlm.n_visual, vlm.encoder.config.image_size, *process(),
+                      mixed=bool(shard))
+    return train(vlm, recipe, batches, args.out, about, args.resume, llm, **options)
+
+
+def main(argv=None):
+    run(parse(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ import surrogate
 from cli import MAX_SEED, Parser, UserError, check_out, number, run_cli
 from data.batches import collate
 from data.world import TRAINED_SUBJECTS, World, caption
-from formats.log import Log, check_resume
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import IMAGE, Tokenizer
+from log import Log, check_resume
 from model import VLM, Llama, ViT, ViTConfig
 from recipes import SMALL, TARGETS, help_text, override
 from surrogate import distillation_loss, teacher_states
-from train import Optimizer, dtype_of, translator_parameters
+from train import adamw, dtype_of, set_dtypes, translator_parameters, update
 
 RECIPE = SMALL["distillation"]
 
@@ -90,8 +90,10 @@ def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resu
     if resume:
         check_resume(out, about)
     slots, source, B = Slots(llm, tokenizer, vit), World(seed), recipe.batch
-    optimizer = Optimizer(translator_parameters(decoder), recipe)
-    log, fresh, cache = Log(out, about, optimizer, resume=resume), math.ceil(recipe.steps / recipe.epochs), {}
+    learns = translator_parameters(decoder)
+    set_dtypes(decoder, decoder, learns)
+    optimizer, fresh, cache = adamw(learns, recipe), math.ceil(recipe.steps / recipe.epochs), {}
+    log = Log(out, about, learns, optimizer, recipe, resume)
     for step in log.bar:
         k = step % fresh
         if k not in cache:
@@ -104,8 +106,7 @@ def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resu
             cache[k] = teacher_states(decoder, llm, trunk, batch)
         kl, distance = distillation_loss(decoder, llm, cache[k])
         (kl + distance).backward()
-        optimizer.gather()
-        log.add(step, loss=kl + distance, kl=kl, distance=distance, lr=optimizer.update())
+        log.add(step, loss=kl + distance, kl=kl, distance=distance, lr=update(optimizer, recipe, step))
     return log.close()
 
 

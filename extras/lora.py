@@ -11,16 +11,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model import Linear
+
 # As in the paper's code (src/build_decoder.py), of rank 8 there. Its dropout of 0.05 is left out: a run is to be the
 # same in any number of processes, and when it was stopped and goes on.
 ALPHA, MATRICES = 32, ("q_proj", "v_proj")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """W x + scale B A x: a frozen W, and a trained update of low rank."""
 
     def forward(self, x):
-        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
 
 
 def add_lora(llm, rank):
@@ -34,15 +36,15 @@ def add_lora(llm, rank):
 
 
 @torch.no_grad()
-def merge(trained, decoder, rank, whole=lambda t: t):
+def merge(trained, decoder, rank):
     """Yield the (name, tensor) pairs that are saved: what was trained before the decoder, and all of the decoder, the
-    updates added to its matrices. whole: gathers a sharded tensor."""
+    updates added to its matrices."""
     yield from ((n, t) for n, t in trained.items() if ".lora_" not in n)
     for name, W in decoder.named_parameters():
+        stem = "decoder." + name.removesuffix("weight")
         if ".lora_" in name:
             continue
-        W, stem = whole(W).float(), "decoder." + name.removesuffix("weight")
+        W = (W.full_tensor() if hasattr(W, "full_tensor") else W).float()              # whole, where it is sharded
         if stem + "lora_A" in trained:
-            A, B = trained[stem + "lora_A"].float(), trained[stem + "lora_B"].float()
-            W = W + (B @ A).to(W.device) * (ALPHA / rank)
+            W = W + trained[stem + "lora_B"] @ trained[stem + "lora_A"] * (ALPHA / rank)
         yield "decoder." + name, W

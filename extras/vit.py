@@ -24,10 +24,10 @@ from data.drawing import draw
 from data.images import preprocess
 from data.world import KNOWN_SUBJECTS, SUBJECTS, caption
 from formats.checkpoints import load_checkpoint, read_checkpoint
-from formats.log import Log, check_resume, check_start
+from log import Log, check_resume, check_start
 from model import ViT, ViTConfig
 from recipes import SMALL, help_text, override
-from train import Optimizer, dtype_of
+from train import adamw, update
 
 RECIPE = SMALL["vit"]
 END, BEGIN = 0, 1       # ids of no word: the end of a caption (and padding), and where the captioner begins
@@ -135,8 +135,9 @@ class Pictures(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
 
 
-def train_vit(recipe, out, start=None, seed=0, device="cpu", dtype=torch.float32, resume=False):
-    """Train, and leave a run's files in the folder `out`. start: a checkpoint to go on from. Returns the log."""
+def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False):
+    """Train in float32, and leave a run's files in the folder `out`. start: a checkpoint to go on from. Returns the
+    log."""
     about = dict(stage="vit", start=start, vit_config=vars(ViTConfig()), seed=seed, recipe=dataclasses.asdict(recipe))
     check_start(about, out)
     if resume:
@@ -146,17 +147,15 @@ def train_vit(recipe, out, start=None, seed=0, device="cpu", dtype=torch.float32
     model = Pretraining(captions, ViTConfig())
     if start:
         load_checkpoint(model, read_checkpoint(start)[0], start, needs=["encoder."])
-    model.to(device)
-    optimizer = Optimizer(dict(model.named_parameters()), recipe)
-    model.to(dtype)
+    learns = dict(model.to(device).named_parameters())
+    optimizer = adamw(learns, recipe)
     saved = lambda weights: [(n, t) for n, t in weights.items() if n.startswith("encoder.")]
-    log = Log(out, about, optimizer, resume=resume, export=saved)
+    log = Log(out, about, learns, optimizer, recipe, resume, saved)
     for step, (pixels, texts) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
-        contrast, nearest, words, whole = model(pixels.to(device, dtype), captions(texts).to(device))
+        contrast, nearest, words, whole = model(pixels.to(device), captions(texts).to(device))
         loss = contrast + 2 * words
         loss.backward()
-        optimizer.gather()
-        log.add(step, loss=loss, nearest=nearest, whole=whole, lr=optimizer.update())
+        log.add(step, loss=loss, nearest=nearest, whole=whole, lr=update(optimizer, recipe, step))
     return log.close()
 
 
@@ -172,7 +171,7 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)
-    train_vit(recipe, args.out, args.init, args.seed, args.device, dtype_of(recipe, args.device), args.resume)
+    train_vit(recipe, args.out, args.init, args.seed, args.device, args.resume)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from formats.official import (
     open_llava,
     open_safetensors,
     open_torch,
+    placed,
 )
 
 ROOT = Path(__file__).parent.parent     # of the project: assets/ is there
@@ -176,11 +177,10 @@ def held(about, tensors, layers):
     return names + [f"{upper}{i}." for i in range(layers - learn, layers) if stage != "translator"]
 
 
-def load_checkpoint(module, tensors, path, place=None, needs=()):
+def load_checkpoint(module, tensors, path, needs=()):
     """
     Copy named tensors into `module`; every name and shape must fit, else one line names all that do not. needs: how the
     names begin of which none may be missing.
-    place(parameter, tensor): what is copied in the tensor's place, as in official.load; a sharded model takes a slice.
     """
     wanted, wrong = dict(module.named_parameters()), []
     for name, tensor in tensors.items():
@@ -196,7 +196,7 @@ def load_checkpoint(module, tensors, path, place=None, needs=()):
         raise UserError(f"{path} lacks {and_more(missing)}: it is not whole; copy or train it again")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            wanted[name].copy_(place(wanted[name], tensor) if place else tensor)
+            wanted[name].copy_(placed(tensor.to(wanted[name].device), wanted[name]))
 
 
 def save_released(path, tensors, step):

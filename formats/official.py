@@ -577,10 +577,18 @@ def and_more(names):
     return names[0] + (f" and {len(names) - 1} more weights" if names[1:] else "")
 
 
-def load(model, tensors, dtype, device, path, place=None):
+def placed(tensor, parameter):
+    """A whole tensor as `parameter` is held: as it is, or, if that is sharded (FSDP), this process's slice of it."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def load(model, tensors, dtype, device, path):
     """
     Give every parameter of `model` its tensor. Reads one at a time, so that the host holds one tensor more than the
-    model. place(empty, tensor): what the parameter becomes when `tensor` was read for it; sharded, it takes a slice.
+    model.
     """
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in FLOATS:
@@ -613,7 +621,7 @@ def load(model, tensors, dtype, device, path, place=None):
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the config says {tuple(empty.shape)}")
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)      # int8 stays int8
         check_finite(tensor, name, path)
-        state[name] = place(empty, tensor) if place else tensor
+        state[name] = placed(tensor, empty)
     model.load_state_dict(state, assign=True)
 
 

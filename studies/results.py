@@ -52,9 +52,9 @@ ARMS = {    # each: the commands of stage 1 and stage 2; a stage goes on from th
     "random": ["random", "train encoder distill=0"],
     "paper": [f"train translator --replace 20-28 {PAPER}", f"train encoder distill=0 {PAPER} lr=2e-4"],
     "paper, tokens like words": ["train translator --replace 20-28", "train encoder distill=0"],
-    "direct": ["train encoder --replace none --init none"],
-    "direct, plain tokens": ["train encoder --replace none --init none like_words=false lr=5e-4"],
-    "direct, half the rate": ["train encoder --replace none --init none lr=5e-4"],
+    "direct": ["train encoder --direct"],
+    "direct, plain tokens": ["train encoder --direct like_words=false lr=5e-4"],
+    "direct, half the rate": ["train encoder --direct lr=5e-4"],
     "ours, half the rate": ["distillation", "train encoder lr=5e-4"],
 }
 

@@ -85,11 +85,11 @@ def stages(tiny_llm, tmp_path_factory):
     files["full"] = str(folder / "full" / "encoder.safetensors")
     numbers = ["steps=3", "batch=6", "lr=1e-3", "dtype=float32"]
     common = ["--llm", tiny_llm, *numbers]
-    vit.main([*numbers, "workers=0", "--out", str(folder / "vit")])
+    vit.main([*numbers[:3], "workers=0", "--out", str(folder / "vit")])
     train.main(["translator", *common, "--init", files["vit"], "--replace", "2-4", "--out", str(folder / "translator")])
     train.main(["encoder", *common, "--init", files["translator"], "--out", str(folder / "encoder")])
     train.main(["decoder", *common, "--init", files["encoder"], "--out", str(folder / "decoder")])
-    train.main(["encoder", *common, "--init", files["vit"], "--replace", "none", "--out", str(folder / "full")])
+    train.main(["encoder", *common, "--init", files["vit"], "--direct", "--out", str(folder / "full")])
     return files
 
 

@@ -37,7 +37,7 @@ def test_stage_0_resumes(tmp_path, monkeypatch):
     def killed(step, recipe, schedule=train.lr_at):
         return schedule(step, recipe) if step < 2 else exec("raise KeyboardInterrupt")
 
-    argv = ["steps=3", "batch=6", "save_every=1", "workers=0", "dtype=float32", "--out"]
+    argv = ["steps=3", "batch=6", "save_every=1", "workers=0", "--out"]
     vit.main([*argv, str(tmp_path / "whole")])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "lr_at", killed)

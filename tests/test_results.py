@@ -24,7 +24,7 @@ def arms(tiny_llm, stages):
     second = f"train encoder --llm {tiny_llm} --vit {stages['vit']} {COMMON}"
     return {"ours": [first, second], "frozen": [first, f"{second} distill=0"],
             "random": [f"random --llm {tiny_llm} --replace 2-4 {COMMON}", f"{second} distill=0"],
-            "direct": [f"{second} --replace none --init none"]}
+            "direct": [f"{second} --direct"]}
 
 
 @pytest.fixture(scope="module")

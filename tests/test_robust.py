@@ -25,14 +25,14 @@ from data.batches import Batches, Sample, without_image, wrap
 from data.images import open_image, preprocess
 from data.llava import load_llava
 from formats import convert
-from formats.checkpoints import open_checkpoint, save_checkpoint
-from formats.log import Log, check_resume, lock, unlock
+from formats.checkpoints import open_checkpoint, read_checkpoint, save_checkpoint
 from formats.share import score_table, share
 from formats.tokenizer import Tokenizer
+from log import Log, check_resume, lock, unlock
 from model import VLM, Llama, ViT, ViTConfig
 from recipes import Recipe
 from surrogate import build_surrogate, load_surrogate, parse_ranges, prediction_trajectory
-from train import Optimizer, build, trained_parameters
+from train import adamw, build, trained_parameters, update
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [f for f in sorted(ROOT.rglob("*.py")) if f.relative_to(ROOT).parts[0] not in ("tests", "runs", ".venv")]
@@ -503,31 +503,30 @@ def test_changed_data_is_noticed(pictures, change):
 
 
 def test_a_log_of_another_run_is_noticed(tmp_path):
-    recipe = types.SimpleNamespace(steps=4, save_every=9)
-    optimizer = types.SimpleNamespace(recipe=recipe, step=0, load_state=lambda *a: None)
     about = dict(stage="encoder", read=["new"])
     said = dict(step=0, about=about | dict(read=["old"]))
     save_checkpoint(tmp_path / "state.safetensors", {"master.x": torch.zeros(1)}, said)
     with pytest.raises(UserError, match="have changed since"):
-        Log(tmp_path, about, optimizer, resume=True)
+        Log(tmp_path, about, {}, None, Recipe(steps=4), resume=True)
 
 
 @pytest.mark.parametrize("part", ["adam.x.exp_avg", "adam.x.exp_avg_sq", "adam.x.step", "master.x"])
 def test_a_state_that_is_not_whole(tmp_path, part):
     p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = Optimizer({"x": p}, Recipe(steps=4))
+    recipe = Recipe(steps=1)
+    optimizer = adamw({"x": p}, recipe)
     p.grad = torch.ones(2)
-    optimizer.gather()
-    optimizer.update()
-    state = {n: t for n, t in optimizer.state().items() if n != part}
-    save_checkpoint(tmp_path / "state.safetensors", state, dict(step=1, about=dict(stage="encoder")))
+    log = Log(tmp_path, dict(stage="encoder"), {"x": p}, optimizer, recipe)
+    log.add(0, loss=1.0, lr=update(optimizer, recipe, 0))
+    state, said = read_checkpoint(tmp_path / "state.safetensors")
+    save_checkpoint(tmp_path / "state.safetensors", {n: t for n, t in state.items() if n != part}, said)
     with pytest.raises(UserError, match="state"):
-        Log(tmp_path, dict(stage="encoder"), optimizer, resume=True)
+        Log(tmp_path, dict(stage="encoder"), {"x": p}, optimizer, recipe, resume=True)
 
 
 def test_two_runs_in_one_folder(tmp_path):
     """The second is refused while the first lives; its lock ends with it, however it ends."""
-    code = ("import os, pathlib, sys, time; from formats.log import lock; lock(pathlib.Path(sys.argv[1])); "
+    code = ("import os, pathlib, sys, time; from log import lock; lock(pathlib.Path(sys.argv[1])); "
             "print('has it', flush=True); os.fork() and time.sleep(99) or time.sleep(9)")       # with a worker
     first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
                              encoding="utf-8")  # fmt: skip

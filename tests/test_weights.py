@@ -586,21 +586,6 @@ def test_checkpoint_that_does_not_belong(tmp_path):
     refuses(UserError, lambda: checkpoints.load_checkpoint(vit, both, "c.pth"), "a.weight", "post_layernorm.bias")
 
 
-def test_place_says_what_becomes_of_a_tensor(folder):
-    """How a sharded model takes its slice: every tensor goes through `place`, beside the parameter that it is for."""
-    whole, names = Llama.from_pretrained(folder), []
-
-    def double(empty, tensor):
-        assert empty.shape == tensor.shape
-        names.append(tuple(tensor.shape))
-        return 2 * tensor
-    twice = Llama.from_pretrained(folder, shard=lambda empty: setattr(empty, "place", double))
-    ours, theirs = twice.state_dict(), whole.state_dict()
-    assert len(names) == len(theirs) and all(torch.equal(ours[n], 2 * theirs[n]) for n in theirs)
-    checkpoints.load_checkpoint(twice, {n: theirs[n] for n in list(theirs)[:2]}, "c.pth", place=double)
-    assert len(names) == len(theirs) + 2 and all(torch.equal(twice.state_dict()[n], 2 * theirs[n]) for n in theirs)
-
-
 def test_beside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from cli import MissingFile, UserError, write_whole
 from formats.checkpoints import checkpoint_file, open_checkpoint, save_checkpoint
 from formats.files import read_text
+from formats.official import placed
 
 try:
     import fcntl
@@ -28,6 +30,7 @@ def check_start(about, out):
         raise UserError(f"this run goes on from {about['start']}, and would overwrite it: give another --out")
 
 
+ADAM = ("step", "exp_avg", "exp_avg_sq")        # the state of AdamW, for each parameter
 PATHS = ("llm", "vit", "start", "data", "images", "text")
 CHANGE_NOTHING = ("workers", "save_every", "micro_batch", "checkpointing", "read", *PATHS)
 
@@ -55,7 +58,7 @@ def check_resume(out, about):
     flat = lambda d: {k: v for key, value in d.items()
                       for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
     ours, theirs = flat(about), flat(was)
-    ours |= {"ranges": theirs.get("ranges")} if about.get("ranges") == "auto" else {}
+    ours |= {"ranges": theirs.get("ranges")} if about.get("ranges", 0) is None else {}     # build finds them anew
     odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items()
            if k not in CHANGE_NOTHING and theirs.get(k) != v]
     odd += [f"{k} was {theirs.get(k)}, is {ours[k]}" for k in PATHS if k in ours and not (
@@ -67,41 +70,79 @@ def check_resume(out, about):
     return was | {k: about[k] for k in PATHS if k in about}
 
 
+def process():
+    """(number of this process, how many there are): 0 and 1 unless torchrun has started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def over_processes(x):
+    """Sum a tensor over all processes, in place."""
+    if process()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gathered(tensors):
+    """(name, tensor) pairs as a dict, in the first process alone. Sharded ones are made whole, by all processes."""
+    out = {}
+    for n, t in tensors:
+        t = t.full_tensor() if hasattr(t, "full_tensor") else t
+        if process()[0] == 0:
+            out[n] = t.cpu()
+    return out
+
+
 class Log:
     """Progress bar, log.csv, loss.png and checkpoints of a run."""
 
-    def __init__(self, out, about, optimizer, team=None, resume=False, export=dict.items):
+    def __init__(self, out, about, learns, optimizer, recipe, resume=False, saved=dict.items):
+        """learns: {name: parameter} of the optimizer. saved: these -> the (name, tensor) pairs of the checkpoint."""
         self.out, self.about = Path(out), json.loads(json.dumps(about))
-        self.optimizer, self.team, self.export = optimizer, team, export
-        self.first = team is None or team.rank == 0
+        self.learns, self.optimizer, self.recipe, self.saved = learns, optimizer, recipe, saved
+        self.first = process()[0] == 0
         self.rows, self.state = [], self.out / "state.safetensors"
         if self.first:
             lock(self.out)
         if resume:
-            for part in self.out.glob(".*.part") if self.first else ():     # what a killed run was writing
-                part.unlink()
-            tensors, was = open_checkpoint(self.state)
-            if was["about"].get("read") != self.about.get("read"):
-                raise UserError(f"the files of --data or --text have changed since the run that {self.state} is of: "
-                                "give those, or start anew in another --out")
-            try:
-                optimizer.load_state(tensors, was["step"])
-            except (RuntimeError, KeyError) as e:       # a tensor of another shape, or none
-                raise UserError(f"{self.state} does not fit this run ({str(e).splitlines()[0]}): it is damaged; "
-                                "start anew in another --out") from None
-            self.rows = read_log(self.out / "log.csv", optimizer.step)
+            self.restore()
         self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
-        self.steps = range(optimizer.step, optimizer.recipe.steps)              # those that are left
-        self.bar = tqdm(self.steps, about["stage"], unit="step", total=optimizer.recipe.steps, initial=optimizer.step,
+        self.steps = range(len(self.rows), recipe.steps)                        # those that are left
+        self.bar = tqdm(self.steps, about["stage"], unit="step", total=recipe.steps, initial=len(self.rows),
                         disable=not self.first)
+
+    def restore(self):
+        """Give the parameters and the optimizer what they had when the state was saved."""
+        for part in self.out.glob(".*.part") if self.first else ():             # what a killed run was writing
+            part.unlink()
+        tensors, said = open_checkpoint(self.state)
+        if said["about"].get("read") != self.about.get("read"):
+            raise UserError(f"the files of --data or --text have changed since the run that {self.state} is of: "
+                            "give those, or start anew in another --out")
+        held = {n.removeprefix("master.") for n in tensors if n.startswith("master.")}
+        if odd := sorted(held ^ set(self.learns)):
+            raise UserError(f"the state to resume is of another run: {odd[0]} is trained in only one of the two")
+        try:
+            with torch.no_grad():
+                for n, p in self.learns.items():
+                    p.copy_(placed(tensors[f"master.{n}"]().to(p.device), p))
+                    keys = [k for k in ADAM if f"adam.{n}.{k}" in tensors]
+                    if len(keys) in (1, 2):
+                        raise KeyError(f"it lacks parts of adam.{n}")
+                    if keys:
+                        self.optimizer.state[p] = {k: tensors[f"adam.{n}.{k}"]() for k in keys}
+                        self.optimizer.state[p] |= {k: placed(self.optimizer.state[p][k].to(p.device), p)
+                                                    for k in keys if k != "step"}
+        except (RuntimeError, KeyError) as e:               # a tensor of another shape, or none
+            raise UserError(f"{self.state} does not fit this run ({str(e).splitlines()[0]}): it is damaged; "
+                            "start anew in another --out") from None
+        self.rows = read_log(self.out / "log.csv", said["step"])
 
     def add(self, step, **values):
         """Note what a step made, and save when it is time."""
         values = {k: round(v.item(), 6) if torch.is_tensor(v) else v for k, v in values.items()}
         self.rows.append(dict(step=step) | values | dict(seconds=round(time.time() - self.start, 2)))
         self.bar.set_postfix(loss=values["loss"])
-        recipe = self.optimizer.recipe
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+        if (step + 1) % self.recipe.save_every == 0 or step + 1 == self.recipe.steps:
             self.save()
 
     def save(self):
@@ -111,15 +152,15 @@ class Log:
                 writer.writeheader()
                 writer.writerows(self.rows)
 
-        about = self.about | dict(steps_done=self.optimizer.step, seconds=round(time.time() - self.start, 1))
-        gathered = self.team.gathered if self.team else dict                    # sharded: each process has a part
-        weights = gathered((n, t.half()) for n, t in self.export(self.optimizer.weights()))
-        state = gathered(self.optimizer.state().items())
+        about = self.about | dict(steps_done=len(self.rows), seconds=round(time.time() - self.start, 1))
+        weights = gathered((n, t.detach().half()) for n, t in self.saved(self.learns))
+        adam = {f"adam.{n}.{k}": v for n, p in self.learns.items() for k, v in self.optimizer.state.get(p, {}).items()}
+        state = gathered((f"master.{n}", p.detach()) for n, p in self.learns.items()) | gathered(adam.items())
         if self.first:
             write_whole(self.out / "log.csv", write)
             save_checkpoint(self.out / f"{self.about['stage']}.safetensors", weights, about)
             # last: a run that was killed in here goes on from the state before, and the other two may be ahead of it
-            save_checkpoint(self.state, state, dict(step=self.optimizer.step, about=self.about))
+            save_checkpoint(self.state, state, dict(step=len(self.rows), about=self.about))
 
     def close(self):
         if self.first:
