@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -283,25 +284,16 @@ class Llama(nn.Module):
         return kernels.linear_cross_entropy(self.model.norm(h), self.lm_head_weight.to(h.dtype), wanted)
 
     @torch.no_grad()
-    def stream(self, embeds, lengths=None, max_new_tokens=64, temperature=0.0, top_p=1.0, generator=None,
-               use_cache=True):
+    def stream(self, embeds, lengths=None, max_new_tokens=64, temperature=0.0, top_p=1.0, generator=None):
         """Yield the next token of every row, (B,) at a time. embeds (B, T, C), right-padded if lengths (B,) vary.
 
         temperature 0 is greedy; top_p keeps the smallest set of tokens whose probabilities reach that sum; `generator`
-        (on the model's device) makes sampling repeatable. use_cache=False recomputes everything for each token.
+        (on the model's device) makes sampling repeatable.
         """
         B, T, _ = embeds.shape
         given = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         max_new_tokens, temperature, top_p = (in_range(name, x) for name, x in given.items())
         last = torch.full((B,), T - 1) if lengths is None else lengths.cpu() - 1
-        if not use_cache:       # slow, and simple: the whole sequence anew for every token
-            if lengths is not None:
-                raise UserError("prompts of different lengths need the cache: use_cache=True, or give one at a time")
-            for _ in range(max_new_tokens):
-                token = sample(check_logits(self.logits(self.run(embeds)[:, -1])), temperature, top_p, generator)
-                yield token
-                embeds = torch.cat([embeds, self.embed(token[:, None])], dim=1)
-            return
         cache = KVCache(self, B, T + max_new_tokens)
         x = self.run(embeds, cache=cache)
         cache.advance(T, lengths)
@@ -351,9 +343,7 @@ class Llama(nn.Module):
                 raise UserError("an empty prompt cannot be continued: give at least one token, as Tokenizer.chat does")
             check_ids(prompts, self.config.vocab_size)
             lengths = torch.tensor([len(p) for p in prompts])
-            padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-            for row, p in zip(padded, prompts):
-                row[:len(p)] = torch.tensor(p)
+            padded = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)     # (B, T)
             embeds = self.embed(padded.to(self.device))
         if lengths is not None and int(lengths.min()) == embeds.shape[1]:
             lengths = None                                                  # all of one length: nothing to mask
@@ -563,12 +553,21 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load an official CLIP vision tower (folder or hub name), e.g. openai/clip-vit-large-patch14-336, frozen."""
-        path = official.find(path)
-        config = ViTConfig(**official.vit_config(path))
+        """Load a vision tower, frozen: CLIP's (folder or hub name, e.g. openai/clip-vit-large-patch14-336), or one of
+        extras/vit.py (.safetensors)."""
+        if Path(path).suffix == ".safetensors":
+            tensors, about = checkpoints.open_checkpoint(path)
+            if about.get("stage") != "vit":
+                raise UserError(f"{path} holds {about.get('stage', 'nothing that was trained here')}, not a ViT: "
+                                "make one with `python -m extras.vit`")
+            sizes = official.vit_sizes(about.get("vit_config"), path)
+            tensors = {n.removeprefix("encoder."): read for n, read in tensors.items()}
+        else:
+            path = official.find(path)
+            sizes, tensors = official.vit_config(path), official.vit_tensors(path)
         with torch.device("meta"):
-            model = cls(config)
-        official.load(model, official.vit_tensors(path), dtype, device, path)
+            model = cls(ViTConfig(**sizes))
+        official.load(model, tensors, dtype, device, path)
         return model.requires_grad_(False).eval()
 
     @property
@@ -606,8 +605,9 @@ class VLM(nn.Module):
             del encoder.layers[len(encoder.layers) + 1 + llava["layer"]:]       # -1 is the last
             encoder.vision_model["post_layernorm"] = nn.Identity()
         self.adapter = nn.Sequential(Linear(C, d), nn.GELU(), Linear(d, d))
-        self.embd_soi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)      # start of image
-        self.embd_eoi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)      # end of image
+        # start and end of the image: they tell the LLM which positions are no words, as its chat tokens mark the turns
+        self.embd_soi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)
+        self.embd_eoi = nn.Parameter(torch.randn(ends, d) * d ** -0.5)
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.like_words = like_words
@@ -705,9 +705,7 @@ class VLM(nn.Module):
         if places != len(images) * self.n_visual:
             raise UserError(f"{len(images)} images given, but the prompts have places for {places / self.n_visual:g}")
         lengths = torch.tensor([len(p) for p in prompts])
-        tokens = torch.full((len(prompts), int(lengths.max())), self.tokenizer.pad)
-        for row, p in zip(tokens, prompts):
-            row[:len(p)] = torch.tensor(p)
+        tokens = pad_sequence([torch.tensor(p) for p in prompts], True, self.tokenizer.pad)     # (B, T)
         size = self.encoder.config.image_size
         pixels = torch.stack([preprocess(i, size) for i in images]) if images else None
         return self.embed(tokens, pixels), lengths
@@ -729,17 +727,4 @@ def base_vit(name, checkpoint, dtype=torch.float32, device="cpu"):
         return ViT.from_pretrained(name, dtype, device)
     if not checkpoints.checkpoint_file(checkpoint).exists():
         raise MissingFile(f"no such checkpoint: {checkpoint}")
-    file = checkpoints.beside(name, checkpoint)
-    tensors, about = checkpoints.read_checkpoint(file)
-    if about.get("stage") != "vit":
-        raise UserError(f"{file} holds {about.get('stage', 'nothing that was trained here')}, not a ViT: "
-                        "make one with `python -m extras.vit`")
-    config = ViTConfig(**official.vit_sizes(about.get("vit_config"), file))
-    with torch.device("meta"):
-        size = sum(p.numel() for p in ViT(config).parameters())
-    if size != sum(t.numel() for n, t in tensors.items() if n.startswith("encoder.")):
-        raise UserError(f"{file} holds another ViT than its metadata says: it is damaged; give another checkpoint")
-    vit = ViT(config)
-    tensors = {n: t for n, t in tensors.items() if n.startswith("encoder.")}
-    checkpoints.load_checkpoint(torch.nn.ModuleDict(dict(encoder=vit)), tensors, file, needs=["encoder."])
-    return vit.to(device, dtype).requires_grad_(False).eval()
+    return ViT.from_pretrained(checkpoints.beside(name, checkpoint), dtype, device)

@@ -46,8 +46,10 @@ def translator_parameters(decoder):
 def trained_parameters(vlm, stage, vit_layers=0, distill=0):
     """{name: parameter} that a stage trains: these get gradients, all others are frozen.
 
-    vit_layers: how many of the ViT learn; 0: the last third, 8 of CLIP-L's 24. distill: in stage 2, too, the
-    translators learn (ours)."""
+    Of the ViT the upper layers learn: they turn edges and textures into what the image shows, which is what the LLM
+    has to be told; the lower ones are general, and training them would cost a backward pass through all of it.
+    vit_layers: how many learn; 0: the last third, 8 of CLIP-L's 24. distill: in stage 2, too, the translators learn
+    (ours)."""
     L = vlm.encoder.config.num_hidden_layers
     prefixes = ["adapter.", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."]
     if stage == "translator" or distill:
@@ -75,11 +77,11 @@ def lr_at(step, recipe):
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
 
 
-def adamw(learns, recipe, shares={}):
-    """AdamW over named parameters. shares: {start of a name: its learning rate in units of the recipe's}, if not 1."""
+def adamw(learns, recipe, rates={}):
+    """AdamW over named parameters. rates: {start of a name: its learning rate in units of the recipe's}, if not 1."""
     groups = {}
     for n, p in learns.items():
-        groups.setdefault(next((x for start, x in shares.items() if n.startswith(start)), 1.0), []).append(p)
+        groups.setdefault(next((x for start, x in rates.items() if n.startswith(start)), 1.0), []).append(p)
     return torch.optim.AdamW([dict(params=ps, share=x) for x, ps in groups.items()], lr=recipe.lr, betas=(0.9, 0.999),
                              weight_decay=0.0)
 
@@ -142,8 +144,8 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
     taught = [p for n, p in learns.items() if n.startswith("decoder.")] if distill else []
     for p in taught:                                        # frozen, but for the lesson
         p.requires_grad_(False)
-    shares = {"encoder.": recipe.vit_lr, "decoder.": recipe.distill_lr if distill else 1.0}
-    optimizer = adamw(learns, recipe, shares)
+    rates = {"encoder.": recipe.vit_lr, "decoder.": recipe.distill_lr if distill else 1.0}      # in units of lr
+    optimizer = adamw(learns, recipe, rates)
     log = Log(out, about, learns, optimizer, recipe, resume, saved)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
         for p in learns.values():                           # what no sample of this process meets, another's may

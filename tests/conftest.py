@@ -40,6 +40,17 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@torch.no_grad()
+def generate_slowly(llm, prompt, n, stop=()):
+    """Greedy, and without a cache: the whole sequence anew for every token. The reference for all generation."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(llm(torch.tensor([ids], device=llm.device))[0, -1].argmax()))
+        if ids[-1] in stop:
+            return ids[len(prompt):-1]
+    return ids[len(prompt):]
+
+
 # ---- a tiny LLM on disk, and all stages run on it: what train.py and graft.py need, in seconds -----------------------
 
 

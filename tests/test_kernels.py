@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import generate_slowly
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -476,7 +477,7 @@ def test_decoding_as_a_graph():
     llm = Llama(LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
                             num_attention_heads=4, num_key_value_heads=2, head_dim=16)).to(DEVICE).requires_grad_(False)
     prompts = [[5, 17, 3, 88], [60], [9, 30]]
-    alone = [llm.generate([p], max_new_tokens=30, use_cache=False)[0] for p in prompts]
+    alone = [generate_slowly(llm, p, 30) for p in prompts]
     assert llm.generate(prompts, max_new_tokens=30) == alone
     assert [llm.generate([p], max_new_tokens=30)[0] for p in prompts] == alone
 

@@ -239,9 +239,8 @@ def test_what_a_terminal_acts_on_is_spelled_out(text, shown, capsys):
     *(("max_new_tokens", v) for v in (-5, 2.7, 10**9, None, "many")),
 ])  # fmt: skip
 def test_sampling_is_checked_as_on_the_command_line(tiny, name, value):
-    for cache in (True, False):
-        with pytest.raises(UserError, match=name):
-            tiny.generate([[1, 2]], use_cache=cache, **{name: value})
+    with pytest.raises(UserError, match=name):
+        tiny.generate([[1, 2]], **{name: value})
 
 
 @pytest.mark.parametrize("ids", [[500], [-1], [10**12], [1, -200]])
@@ -255,9 +254,8 @@ def test_weights_that_overflow(tiny, size):
     """Finite, but what they predict is not: no table, no trajectory, no answer is made of that."""
     llm = copy.deepcopy(tiny)
     llm.model.layers[3].mlp.down_proj.weight.data.fill_(size)
-    for cache in (True, False):
-        with pytest.raises(UserError, match="predicts nothing"):
-            llm.generate([[1, 2]], use_cache=cache)
+    with pytest.raises(UserError, match="predicts nothing"):
+        llm.generate([[1, 2]])
     with pytest.raises(UserError, match="predicts nothing"):
         prediction_trajectory(llm, torch.arange(8)[None])
     x, tokens = llm.run(llm.embed(torch.arange(2)[None])), torch.ones(1, 2, dtype=torch.long)
