@@ -7,7 +7,7 @@ From an LLM to its surrogate: where does the early phase end, and what is left w
 1. Prediction trajectory (paper, section 3.1): how far is each layer's prediction from the last layer's? Flat, then
    falling.
 2. Surrogate (section 3.2): keep the early layers, replace ranges of late ones by one translator each, keep the last.
-3. What it keeps as a language model (appendix): perplexity, and answers from the caption alone.
+3. What trains translators (ours): the LLM's own states and predictions behind the common trunk.
 """
 import copy
 import dataclasses
@@ -204,6 +204,10 @@ def run_both(surrogate, llm, embeds, caches=(None, None)):
     return surrogate.run(x, surrogate.trunk, None, ours), llm.run(x, surrogate.trunk, None, theirs)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. What trains translators: distillation (ours; the paper's stage 1 trains them by answers alone)
+
+
 @torch.no_grad()
 def teacher_states(surrogate, llm, trunk, batch):
     """The LLM's states behind the common trunk, whose output for a batch is trunk (B, T, C): a dict of tensors that
@@ -234,15 +238,11 @@ def distillation_loss(surrogate, llm, cached):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. What a surrogate keeps as a language model
+# Command line
 
 
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
 
 
 def parse_ranges(text):

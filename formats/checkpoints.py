@@ -1,5 +1,5 @@
 """
-Our own checkpoints: only what was trained, with a description of itself in the file's metadata; and the paper's.
+Our own checkpoints: only what was trained, described in the file's metadata; and those that the paper released.
 
     save_checkpoint("runs/encoder/encoder.safetensors", {name: tensor}, dict(stage="encoder", ...))
     tensors, about = read_checkpoint("assets/encoder.safetensors")          # or a .pth that the paper released
@@ -101,12 +101,12 @@ def open_checkpoint(path):
         return tensors, check_about({k: json.loads(v) for k, v in metadata.items() if k != "format"}, path)
     except UserError:
         raise
-    except (ValueError, RecursionError):    # what a file that `save_checkpoint` did not write says about itself
+    except (ValueError, RecursionError):    # metadata that `save_checkpoint` did not write
         return tensors, {}
 
 
 def check_about(about, path):
-    """What a checkpoint says about itself, if its values are of the kinds that `save_checkpoint` was given."""
+    """A checkpoint's metadata, if its values are of the kinds that `save_checkpoint` was given; else a UserError."""
     kinds = dict(stage=str, llm=str, vit=str, start=(str, type(None)), ranges=list, vit_config=dict, recipe=dict,
                  about=dict, step=int, steps_done=int, seed=int, data=(str, type(None)), text=(str, type(None)),
                  images=(str, type(None)))
@@ -114,14 +114,14 @@ def check_about(about, path):
     for name, kind in kinds.items():
         value = about.get(name)
         if name in about and not (isinstance(value, kind) and (name != "ranges" or all(map(whole, value)))):
-            raise UserError(f"{path} says of itself {name} = {value!r:.60}: it is damaged, or not of this project's "
+            raise UserError(f"{path}: {name} = {value!r:.60} in its metadata: it is damaged, or not of this project's "
                             "train.py")
         if isinstance(value, str) and "\0" in value:
-            raise UserError(f"{path} says of itself {name} = {value!r:.60}, which is no name: it is damaged")
+            raise UserError(f"{path}: {name} = {value!r:.60} in its metadata is no name: it is damaged")
     for name, kind in dict(vit_layers=int, distill=int, like_words=bool).items():       # of the recipe, what is read
         value = about.get("recipe", {}).get(name, kind())
         if type(value) is not kind or value < 0:
-            raise UserError(f"{path} says of itself {name} = {value!r:.60}: it is damaged")
+            raise UserError(f"{path}: {name} = {value!r:.60} in its metadata: it is damaged")
     return about
 
 

@@ -62,8 +62,8 @@ ABOUT = dict(  # changes of what a checkpoint says of itself -> the words
 )  # fmt: skip
 VITS = dict(
     text=("x", "vit_config = 'x'"), lacks=({}, "lacks 'image_size'"), patch=(dict(patch_size=0), "patch_size = 0"),
-    wide=(dict(hidden_size=96_000, num_attention_heads=1000), "another ViT"),
-    many=(dict(num_hidden_layers=6), "another ViT"), head=(dict(num_attention_heads=5), "multiple"),
+    wide=(dict(hidden_size=96_000, num_attention_heads=1000), "has shape"),
+    many=(dict(num_hidden_layers=6), "lacks"), head=(dict(num_attention_heads=5), "multiple"),
 )  # fmt: skip
 RECORDS = dict(
     parent=(dict(image="../a.png"), "'../a.png' leads out of"), root=(dict(image="/etc/passwd"), "leads out of"),
