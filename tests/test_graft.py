@@ -182,7 +182,7 @@ def test_stage_3_answers_in_floating_point(stages, tiny_llm, tmp_path, capsys):
     graft.main(["--encoder", stages["decoder"], "--image", str(tmp_path / "sign.png"), "--max-new-tokens", "9"])
     expected = VLM.from_pretrained(tiny_llm, stages["decoder"]).chat(
         RAGGED[1].image, "Describe the image.", max_new_tokens=9)
-    assert capsys.readouterr().out.split("\n[first token after")[0].strip() == printable(expected)
+    assert capsys.readouterr().out.startswith(printable(expected))
     graft.main(["--encoder", stages["decoder"], "--eval", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "there is no surrogate" in printed and "zero-shot" not in printed
