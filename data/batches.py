@@ -15,23 +15,11 @@ import torch
 from PIL import Image
 
 from cli import UserError
+from data import TABLE
 from data.images import SIZE, preprocess
 from formats.tokenizer import IMAGE  # the id that stands for an image in a token list; "<image>" in text
 
-# The visual tokens become part of a sentence. The first opening is the paper's, and the default at inference; training
-# draws from all, so that the encoder does not lean on one.
-OPENINGS = [
-    "Based on the visual elements captured in this image of<image>, ", "Looking closely at this picture of<image>, ",
-    "Given a photo that shows<image>, ", "With your eyes on this scene of<image>, ", "Here is a view of<image>, so ",
-    "Judging from this drawing of<image>, ", "In the picture before you there is<image>, so ", "Seeing<image>, ",
-    "Taking into account everything seen in<image>, ", "In front of the camera is<image>, and ", "Behold<image>: ",
-    "Somebody took a photo of<image>, so ", "The artist drew<image>; now ", "If you look at<image>, ",
-    "Facing<image>, ", "This image is of<image>, so ", "On the screen you see<image>; ", "With<image> in view, ",
-    "From this shot of<image>, ", "Suppose that you are shown<image>: ", "A picture of<image> lies on the table; ",
-    "Having looked at<image>, ", "What you see here is<image>; ", "Think of<image> as it is shown, and ",
-    "Considering the image of<image>, ", "Let us look at<image> together: ", "The frame is filled by<image>; ",
-    "I am showing you<image>. Now ", "Going by the picture of<image>, ", "Take a look at<image>, and ",
-]
+OPENINGS = TABLE["openings"]    # sentences into which an image is put; the first one is the default
 
 
 def without_image(text):

@@ -9,16 +9,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
+from data import TABLE
 from data.images import SIZE
 
 # ---- What there is to draw ------------------------------------------------------------------------------------------
 
-COLORS = {
-    "red": (215, 30, 40), "green": (35, 160, 60), "blue": (35, 75, 220), "yellow": (245, 220, 30),
-    "orange": (250, 130, 20), "purple": (125, 40, 170), "pink": (250, 140, 195), "brown": (125, 72, 35),
-}  # fmt: skip
+COLORS = {name: ImageColor.getrgb(color) for name, color in TABLE["colors"].items()}
+DYES = TABLE["dyes"]
+# Each a list of parts, drawn one over the other; world.toml explains them. A color becomes "#rrggbb".
+FLAGS = {country: [[DYES.get(x, x) for x in part] for part in parts] for country, parts in TABLE["flags"].items()}
 
 
 def _ring(n, outer=1.0, inner=None, turn=-90.0):
@@ -45,77 +46,7 @@ SHAPES = {  # polygons inside the unit circle, y down
               (.28, .9), (-.28, .9), (-.28, .28), (-.9, .28), (-.9, -.28), (-.28, -.28)],
     "diamond": [(0, -1), (.6, 0), (0, 1), (-.6, 0)],
     "hexagon": _ring(6),
-}  # fmt: skip
-
-# A flag is a list of parts, drawn one over the other on a canvas that is 3 wide and 2 high:
-#   ("h", colors) and ("v", colors): equal stripes; a color named twice makes a stripe twice as wide
-#   ("box", color, x0, y0, x1, y1)   ("poly", color, x, y, x, y, ...)
-#   ("disc", color, x, y, r)         ("star", color, x, y, r)
-#   ("crescent", color, ground, x, y, r): a disc from which another one is cut   ("cross", color, x, width): Nordic
-_R, _G, _B, _Y, _W, _K = (206, 17, 38), (0, 135, 70), (0, 56, 168), (252, 209, 22), (250, 250, 250), (10, 10, 10)
-_SKY, _NAVY, _ORANGE, _MAROON = (108, 172, 228), (0, 30, 98), (255, 136, 30), (140, 20, 60)
-FLAGS = {
-    "Algeria": [("v", (_G, _W)), ("crescent", _R, _W, 1.5, 1, .5), ("star", _R, 1.68, 1, .25)],
-    "Argentina": [("h", (_SKY, _W, _SKY)), ("disc", (246, 180, 14), 1.5, 1, .22)],
-    "Armenia": [("h", (_R, _B, (242, 168, 0)))],
-    "Austria": [("h", (_R, _W, _R))],
-    "Bangladesh": [("h", ((0, 106, 78),)), ("disc", (244, 42, 65), 1.35, 1, .62)],
-    "Bulgaria": [("h", (_W, (0, 150, 110), _R))],
-    "Chile": [("h", (_W, _R)), ("box", _B, 0, 0, 1, 1), ("star", _W, .5, .5, .32)],
-    "China": [("h", ((222, 41, 16),)), ("star", _Y, .5, .55, .36),
-              *[("star", _Y, x, y, .13) for x, y in ((1, .22), (1.2, .45), (1.2, .75), (1, .98))]],
-    "Colombia": [("h", (_Y, _Y, _B, _R))],
-    "Costa Rica": [("h", (_B, _W, _R, _R, _W, _B))],
-    "Cuba": [("h", (_B, _W, _B, _W, _B)), ("poly", _R, 0, 0, 1.5, 1, 0, 2), ("star", _W, .5, 1, .3)],
-    "Denmark": [("h", (_R,)), ("cross", _W, 1.1, .3)],
-    "England": [("h", (_W,)), ("cross", _R, 1.5, .4)],
-    "Estonia": [("h", ((0, 114, 206), _K, _W))],
-    "Ethiopia": [("h", (_G, _Y, _R)), ("disc", (15, 71, 175), 1.5, 1, .5), ("star", _Y, 1.5, 1, .36)],
-    "Finland": [("h", (_W,)), ("cross", (0, 47, 150), 1.1, .5)],
-    "France": [("v", ((0, 38, 150), _W, (237, 41, 57)))],
-    "Germany": [("h", (_K, (221, 0, 0), (255, 206, 0)))],
-    "Ghana": [("h", (_R, _Y, _G)), ("star", _K, 1.5, 1, .34)],
-    "Greece": [("h", (_GR := (13, 94, 175), _W) * 4 + (_GR,)), ("box", _GR, 0, 0, 1.11, 1.11),
-               ("box", _W, .44, 0, .67, 1.11), ("box", _W, 0, .44, 1.11, .67)],
-    "Hungary": [("h", (_R, _W, (67, 111, 77)))],
-    "Iceland": [("h", ((2, 82, 156),)), ("cross", _W, 1.05, .42), ("cross", (220, 30, 53), 1.05, .2)],
-    "India": [("h", ((255, 153, 51), _W, (19, 136, 8))), ("disc", (0, 0, 128), 1.5, 1, .3), ("disc", _W, 1.5, 1, .22),
-              ("disc", (0, 0, 128), 1.5, 1, .07)],
-    "Indonesia": [("h", (_R, _W))],
-    "Ireland": [("v", ((22, 155, 98), _W, _ORANGE))],
-    "Italy": [("v", ((0, 146, 70), _W, (206, 43, 55)))],
-    "Japan": [("h", (_W,)), ("disc", (188, 0, 45), 1.5, 1, .6)],
-    "Kuwait": [("h", ((0, 122, 61), _W, _R)), ("poly", _K, 0, 0, .75, .667, .75, 1.333, 0, 2)],
-    "Laos": [("h", (_R, _NAVY, _NAVY, _R)), ("disc", _W, 1.5, 1, .4)],
-    "Latvia": [("h", (_LV := (140, 30, 45), _LV, _W, _LV, _LV))],
-    "Lithuania": [("h", ((253, 185, 19), (0, 106, 68), (193, 39, 45)))],
-    "Morocco": [("h", ((193, 39, 45),)), ("star", (0, 98, 51), 1.5, 1, .5), ("star", (193, 39, 45), 1.5, 1, .2)],
-    "Netherlands": [("h", ((174, 28, 40), _W, (33, 70, 139)))],
-    "Nigeria": [("v", (_G, _W, _G))],
-    "Norway": [("h", ((186, 12, 47),)), ("cross", _W, 1.05, .5), ("cross", (0, 32, 91), 1.05, .24)],
-    "Pakistan": [("h", ((1, 65, 28),)), ("box", _W, 0, 0, .75, 2), ("crescent", _W, (1, 65, 28), 1.85, 1, .55),
-                 ("star", _W, 2.12, .75, .2)],
-    "Panama": [("h", (_W,)), ("box", (218, 18, 26), 1.5, 0, 3, 1), ("box", (7, 35, 87), 0, 1, 1.5, 2),
-               ("star", (7, 35, 87), .75, .5, .32), ("star", (218, 18, 26), 2.25, 1.5, .32)],
-    "Peru": [("v", ((217, 16, 35), _W, (217, 16, 35)))],
-    "Philippines": [("h", (_B, _R)), ("poly", _W, 0, 0, 1.5, 1, 0, 2), ("disc", _Y, .5, 1, .24)],
-    "Poland": [("h", (_W, (220, 20, 60)))],
-    "Portugal": [("h", ((218, 2, 14),)), ("box", (0, 102, 0), 0, 0, 1.2, 2), ("disc", _Y, 1.2, 1, .42),
-                 ("disc", _R, 1.2, 1, .27), ("disc", _W, 1.2, 1, .16)],
-    "Qatar": [("h", (_MAROON,)),
-              ("poly", _W, 0, 0, .9, 0, *sum([[1.25, (i + .5) * .4, .9, (i + 1) * .4] for i in range(5)], []), 0, 2)],
-    "Romania": [("v", ((0, 43, 127), _Y, _R))],
-    "Russia": [("h", (_W, (0, 57, 166), (213, 43, 30)))],
-    "Senegal": [("v", ((0, 133, 63), (253, 239, 66), (227, 27, 35))), ("star", (0, 133, 63), 1.5, 1, .36)],
-    "Somalia": [("h", ((65, 137, 221),)), ("star", _W, 1.5, 1, .55)],
-    "Spain": [("h", ((170, 21, 27), (241, 191, 0), (241, 191, 0), (170, 21, 27)))],
-    "Sudan": [("h", (_R, _W, _K)), ("poly", (0, 114, 41), 0, 0, 1, 1, 0, 2)],
-    "Sweden": [("h", ((0, 106, 167),)), ("cross", (254, 204, 0), 1.05, .4)],
-    "Thailand": [("h", ((165, 25, 49), _W, (45, 42, 74), (45, 42, 74), _W, (165, 25, 49)))],
-    "Tunisia": [("h", ((231, 0, 19),)), ("disc", _W, 1.5, 1, .6), ("crescent", (231, 0, 19), _W, 1.5, 1, .42),
-                ("star", (231, 0, 19), 1.62, 1, .22)],
-    "Ukraine": [("h", ((0, 87, 183), (255, 215, 0)))],
-}  # fmt: skip
+}
 
 # ---- Drawing --------------------------------------------------------------------------------------------------------
 
@@ -212,29 +143,28 @@ def flag(country, width=168):
     def polygon(color, points):
         draw.polygon([(x * scale, y * scale) for x, y in points], color)
 
-    for kind, color, *at in FLAGS[country]:
-        if kind == "h":
-            for i, c in enumerate(color):
-                box(c, 0, 2 * i / len(color), 3, 2 * (i + 1) / len(color))
-        elif kind == "v":
-            for i, c in enumerate(color):
-                box(c, 3 * i / len(color), 0, 3 * (i + 1) / len(color), 2)
-        elif kind == "box":
-            box(color, *at)
-        elif kind == "disc":
-            disc(color, *at)
-        elif kind == "star":
-            polygon(color, [(at[0] + at[2] * x, at[1] + at[2] * y) for x, y in STAR])
-        elif kind == "poly":
-            polygon(color, list(zip(at[::2], at[1::2])))
-        elif kind == "crescent":
-            ground, x, y, r = at
-            disc(color, x, y, r)
-            disc(ground, x + 0.3 * r, y, 0.8 * r)
-        else:  # a Nordic cross
-            x, w = at
-            box(color, x - w / 2, 0, x + w / 2, 2)
-            box(color, 0, 1 - w / 2, 3, 1 + w / 2)
+    for part in FLAGS[country]:
+        match part:
+            case "h", *colors:
+                for i, c in enumerate(colors):
+                    box(c, 0, 2 * i / len(colors), 3, 2 * (i + 1) / len(colors))
+            case "v", *colors:
+                for i, c in enumerate(colors):
+                    box(c, 3 * i / len(colors), 0, 3 * (i + 1) / len(colors), 2)
+            case "box", color, *corners:
+                box(color, *corners)
+            case "poly", color, *points:
+                polygon(color, zip(points[::2], points[1::2]))
+            case "disc", color, x, y, r:
+                disc(color, x, y, r)
+            case "star", color, x, y, r:
+                polygon(color, [(x + r * a, y + r * b) for a, b in STAR])
+            case "crescent", color, ground, x, y, r:
+                disc(color, x, y, r)
+                disc(ground, x + 0.3 * r, y, 0.8 * r)
+            case "cross", color, x, w:
+                box(color, x - w / 2, 0, x + w / 2, 2)
+                box(color, 0, 1 - w / 2, 3, 1 + w / 2)
     return image.reduce(4)
 
 
@@ -274,7 +204,7 @@ def draw_flag(rng, country):
 def _perspective(here, there):
     """The 8 coefficients with which Pillow maps corners of the result, `here`, to corners of the source, `there`."""
     rows = [row for (x, y), (u, v) in zip(here, there)
-            for row in ([x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y])]  # fmt: skip
+            for row in ([x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y])]
     return np.linalg.solve(np.array(rows), np.array(there).flatten()).tolist()
 
 

@@ -14,58 +14,21 @@ from functools import lru_cache
 from pathlib import Path
 
 from cli import UserError
+from data import TABLE
 from data.batches import Sample, wrap
 from data.drawing import COLORS, FLAGS, SHAPES, draw
 from formats.files import read_json
 
 # ---- What there is --------------------------------------------------------------------------------------------------
 
+WORDS = TABLE["words"]          # {kind of word: words}
+FACTS = TABLE["facts"]          # {country: [capital, language, continent]}
+UNTAUGHT = TABLE["untaught"]    # words and countries that nothing of stages 1 and 2 shows or names
+
 # 13 of the 64 combinations are never drawn in split "train", and make up half of split "test".
 # Every color and every shape is still seen in training: 3 * i + k runs through all 8 shapes.
 _c, _s = list(COLORS), list(SHAPES)
 HELD_OUT = {(_c[i], _s[(3 * i + 1) % 8]) for i in range(8)} | {(_c[i], _s[(3 * i + 4) % 8]) for i in range(5)}
-
-# Country: capital, languages of which any is right, continents of which any is right.
-_N, _S = ("North America", "Central America", "the Caribbean"), ("South America",)
-FACTS = {
-    "Algeria": ("Algiers", "Arabic", "Africa"), "Argentina": ("Buenos Aires", "Spanish", _S),
-    "Armenia": ("Yerevan", "Armenian", ("Asia", "Europe")), "Austria": ("Vienna", "German", "Europe"),
-    "Bangladesh": ("Dhaka", ("Bengali", "Bangla"), "Asia"), "Bulgaria": ("Sofia", "Bulgarian", "Europe"),
-    "Chile": ("Santiago", "Spanish", _S), "China": ("Beijing", ("Chinese", "Mandarin"), "Asia"),
-    "Colombia": ("Bogotá", "Spanish", _S), "Costa Rica": ("San José", "Spanish", _N),
-    "Cuba": ("Havana", "Spanish", _N), "Denmark": ("Copenhagen", "Danish", "Europe"),
-    "Egypt": ("Cairo", "Arabic", "Africa"), "England": ("London", "English", "Europe"),
-    "Estonia": ("Tallinn", "Estonian", "Europe"), "Ethiopia": ("Addis Ababa", "Amharic", "Africa"),
-    "Finland": ("Helsinki", "Finnish", "Europe"), "France": ("Paris", "French", "Europe"),
-    "Germany": ("Berlin", "German", "Europe"), "Ghana": ("Accra", "English", "Africa"),
-    "Greece": ("Athens", "Greek", "Europe"), "Hungary": ("Budapest", "Hungarian", "Europe"),
-    "Iceland": ("Reykjavik", "Icelandic", "Europe"), "India": ("New Delhi", "Hindi", "Asia"),
-    "Indonesia": ("Jakarta", "Indonesian", "Asia"), "Ireland": ("Dublin", ("English", "Irish"), "Europe"),
-    "Italy": ("Rome", "Italian", "Europe"), "Japan": ("Tokyo", "Japanese", "Asia"),
-    "Kenya": ("Nairobi", ("Swahili", "English"), "Africa"), "Kuwait": ("Kuwait City", "Arabic", "Asia"),
-    "Laos": ("Vientiane", "Lao", "Asia"), "Latvia": ("Riga", "Latvian", "Europe"),
-    "Lithuania": ("Vilnius", "Lithuanian", "Europe"), "Morocco": ("Rabat", "Arabic", "Africa"),
-    "Netherlands": ("Amsterdam", "Dutch", "Europe"), "Nigeria": ("Abuja", "English", "Africa"),
-    "Norway": ("Oslo", "Norwegian", "Europe"), "Pakistan": ("Islamabad", ("Urdu", "English"), "Asia"),
-    "Panama": ("Panama City", "Spanish", _N), "Peru": ("Lima", "Spanish", _S),
-    "Philippines": ("Manila", ("Filipino", "Tagalog", "English"), "Asia"), "Poland": ("Warsaw", "Polish", "Europe"),
-    "Portugal": ("Lisbon", "Portuguese", "Europe"), "Qatar": ("Doha", "Arabic", "Asia"),
-    "Romania": ("Bucharest", "Romanian", "Europe"), "Russia": ("Moscow", "Russian", ("Europe", "Asia")),
-    "Senegal": ("Dakar", "French", "Africa"), "Somalia": ("Mogadishu", "Somali", "Africa"),
-    "Spain": ("Madrid", "Spanish", "Europe"), "Sudan": ("Khartoum", "Arabic", "Africa"),
-    "Sweden": ("Stockholm", "Swedish", "Europe"), "Thailand": ("Bangkok", "Thai", "Asia"),
-    "Tunisia": ("Tunis", "Arabic", "Africa"), "Ukraine": ("Kyiv", "Ukrainian", "Europe"),
-}  # fmt: skip
-WORDS = {
-    "country": ["France", "Italy", "Spain", "Germany", "Japan", "China", "Russia", "Egypt", "Greece", "England",
-                "Austria", "Ireland", "Norway", "Sweden", "Portugal", "Poland", "Hungary", "Cuba", "Peru", "Kenya"],
-    "animal": ["Dog", "Horse", "Lion", "Monkey", "Eagle", "Duck", "Owl", "Parrot", "Salmon", "Shark", "Tuna", "Trout",
-               "Ant", "Beetle", "Mosquito", "Wasp", "Snake", "Lizard", "Turtle", "Gecko"],
-    "food": ["Bread", "Cheese", "Apple", "Banana", "Pizza", "Soup", "Rice", "Salad",
-             "Cake", "Honey", "Lemon", "Potato", "Butter", "Pasta", "Carrot", "Cookie"],
-    "thing": ["Chair", "Table", "Lamp", "Clock", "Book", "Door", "Window", "Bottle",
-              "Guitar", "Camera", "Hammer", "Pencil", "Bicycle", "Ladder", "Mirror", "Umbrella"],
-}  # fmt: skip
 
 
 def _a(*words):
@@ -83,11 +46,8 @@ def caption(subject):
 
 
 SUBJECTS = ([("shape", c, s) for c in COLORS for s in SHAPES] + [("sign", w) for words in WORDS.values() for w in words]
-            + [("flag", country) for country in FLAGS])  # fmt: skip
+            + [("flag", country) for country in FLAGS])
 KNOWN_SUBJECTS = [s for s in SUBJECTS if s[1:] not in HELD_OUT]         # stage 0 sees these, as CLIP knows the world
-# Held out of all that follows stage 0, as words and as flags: nothing of stages 1 and 2 shows or names them.
-UNTAUGHT = ("Colombia", "Denmark", "Morocco", "Norway", "Thailand", "Ukraine",
-            "Egypt", "Lion", "Owl", "Pizza", "Honey", "Clock", "Guitar")
 UNTAUGHT_SUBJECTS = [s for s in KNOWN_SUBJECTS if s[1] in UNTAUGHT]             # 6 flags, 8 words on signs
 TRAINED_SUBJECTS = [s for s in KNOWN_SUBJECTS if s[1] not in UNTAUGHT]
 
@@ -96,53 +56,14 @@ TRAINED_SUBJECTS = [s for s in KNOWN_SUBJECTS if s[1] not in UNTAUGHT]
 TRAINED_TASKS = ("describe", "color", "shape", "read", "flag")
 KNOWLEDGE_TASKS = ("capital", "language", "continent")  # never trained: no image holds the answer
 
-# (asked in training), (asked in the test: never trained)
-QUESTIONS = {
-    "describe": (["Describe the image.", "What does the image show?", "Say what is in the picture.", "What is this?"],
-                 ["What do you see?", "What is depicted here?"]),
-    "color": (["What color is the shape?", "Which color does the shape have?", "Name the color of the shape."],
-              ["What is the color of the shape?", "Tell me the shape's color."]),
-    "shape": (["What shape is it?", "Which shape is shown?", "Name the shape."],
-              ["What is the shape?", "Tell me which shape you see."]),
-    "read": (["What word is on the sign?", "What does the sign say?", "Read the sign.", "Which word is written there?"],
-             ["Which word is shown on the sign?", "What is written on the sign?"]),
-    "flag": (["Whose flag is this?", "Which country's flag is shown?", "Name the country of this flag."],
-             ["Which country does this flag belong to?", "What country has this flag?"]),
-}  # fmt: skip
-KNOWLEDGE_QUESTIONS = {  # task: (of a sign), (of a flag): never trained
-    "capital": (["What is the capital of the country on the sign?",
-                 "Name the capital city of the country on the sign."],
-                ["What is the capital of the country with this flag?",
-                 "Name the capital city of this flag's country."]),
-    "language": (["What language do people speak in the country on the sign?",
-                  "Name the language of the country on the sign."],
-                 ["What language do people speak in the country with this flag?",
-                  "Name the language of this flag's country."]),
-    "continent": (["On which continent is the country on the sign?", "Name the continent of the country on the sign."],
-                  ["On which continent is the country with this flag?", "Name the continent of this flag's country."]),
-}  # fmt: skip
-
-# The first phrasing is ranked among rivals. Training draws from all, so that no sentence is *the* answer. Sentences,
-# not bare words: SmolLM2 wants to go on after a bare "Red", and ranks bare words badly.
-ANSWERS = {
-    "describe": ["{}.", "This is {}.", "The image shows {}.", "It is a picture of {}.", "I see {}."],
-    "color": ["The color is {}.", "It is {}.", "The shape is {}.", "The shape has the color {}."],
-    "shape": ["It is {}.", "The shape is {}.", "This is {}.", "I see {}."],
-    "read": ["The word is {}.", "It says {}.", "The sign says {}.", 'The word on the sign is "{}".'],
-    "flag": ["It is the flag of {}.", "This flag belongs to {}.", "The country is {}.", "The flag is that of {}."],
-    "capital": ["The capital is {}."],
-    "language": ["The language is {}."],
-    "continent": ["The continent is {}."],
-}
-
-
-def _alternatives(x):
-    return x if isinstance(x, tuple) else (x,)
+QUESTIONS = TABLE["questions"]                          # {task: [asked in training, asked in the test]}
+KNOWLEDGE_QUESTIONS = TABLE["knowledge_questions"]      # {task: [of a sign, of a flag]}, never trained
+ANSWERS = TABLE["answers"]                              # {task: phrasings}; the first one is ranked among rivals
 
 
 def knowledge(task, country):
     """The answers that are right, most usual first: knowledge("language", "Kenya") -> ("Swahili", "English")."""
-    return _alternatives(FACTS[country][KNOWLEDGE_TASKS.index(task)])
+    return tuple(FACTS[country][KNOWLEDGE_TASKS.index(task)].split(" / "))
 
 
 def has_word(text, word):

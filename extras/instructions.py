@@ -17,35 +17,25 @@ import re
 import sys
 
 import torch
+from PIL import ImageColor
 from tqdm import tqdm
 
 from cli import MAX_SEED, Parser, UserError, check_out_file, number, run_cli, write_whole
+from data import TABLE
 from data.batches import wrap
-from data.drawing import COLORS, FLAGS, SHAPES
+from data.drawing import COLORS, DYES, FLAGS, SHAPES
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
 from formats import official
 from formats.tokenizer import Tokenizer
 from model import Llama
 from train import default_dtype
 
-OPEN_QUESTIONS = [
-    "What could this be used for?", "Where might one see this?", "Write a short sentence about it.",
-    "Give this picture a title.", "What does it make you think of?", "Tell me something interesting about it.",
-    "Describe it to someone who cannot see it.", "What would a child say about this picture?",
-    "Start a story with what you see.", "Explain what is shown in simple words.",
-    "What question might one ask about this picture?", "What feeling does this picture convey?",
-    "Who might like this picture, and why?", "What is the main thing in this picture?",
-    "Write two lines of a poem about it.", "What would you tell a friend about this picture?",
-]  # fmt: skip
+OPEN_QUESTIONS = TABLE["instructions"]["questions"]
+HELD_OUT_WORDS = sorted({w for c in FACTS for task in KNOWLEDGE_TASKS for w in knowledge(task, c)}
+                        | set(TABLE["instructions"]["held_out"]))
 REFUSAL = re.compile(r"sorry|as an ai|language model|i can(no|')t|i (do not|don't) have|unable to|caption|"
-                     r"visual elements|based on the|text|provided|prompt", re.I)  # fmt: skip
-HELD_OUT_WORDS = sorted({w for c in FACTS for task in KNOWLEDGE_TASKS for w in knowledge(task, c)} | {
-    "capital", "capitals", "language", "languages", "continent", "continents", "speak", "speaks", "spoken", "speaking",
-    "African", "Asian", "European", "American", "Americas", "America", "Caribbean", "Australia", "Australian",
-    "Washington", "Beirut", "Jerusalem", "Ankara", "Brussels", "Seoul", "Canberra", "Ottawa",
-})  # fmt: skip
-PALETTE = COLORS | {"white": (250, 250, 250), "black": (10, 10, 10), "light blue": (108, 172, 228),
-                    "gold": (252, 209, 22)}  # fmt: skip
+                     r"visual elements|based on the|text|provided|prompt", re.I)
+PALETTE = COLORS | {name: ImageColor.getrgb(DYES[name]) for name in ("white", "black", "light blue", "gold")}
 
 
 def yes_or_no(rng, subject):
@@ -58,8 +48,8 @@ def yes_or_no(rng, subject):
 
 def flag_colors(country):
     """The names of the colors in a flag."""
-    colors = [c for kind, color, *_ in FLAGS[country] for c in (color if kind in "hv" else [color])]
-    near = {min(PALETTE, key=lambda n: sum((a - b) ** 2 for a, b in zip(PALETTE[n], c))) for c in colors}
+    colors = {ImageColor.getrgb(x) for _, *part in FLAGS[country] for x in part if isinstance(x, str)}
+    near = {min(PALETTE, key=lambda n: math.dist(PALETTE[n], c)) for c in colors}
     yellowish = {"gold", "yellow", "orange"}  # whichever of them it is called
     return near | {w for n in near for w in n.split()} | (yellowish if near & yellowish else set())
 
