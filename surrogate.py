@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cli import Parser, UserError, check_out_file, number, run_cli, write_whole
-from data.llava import load_llava
+from data.llava import LlavaRecords
 from formats import checkpoints, official
 from formats.files import read_text
 from formats.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ def read_texts(tokenizer, path="assets/text.txt", length=96):
 
 def read_chats(tokenizer, n, path="assets/chats.json"):
     """The first n chats without image of a JSON in LLaVA's format, in the LLM's chat format: a list of (T,) tokens."""
-    records = load_llava(checkpoints.locate(path))
+    records = LlavaRecords(checkpoints.locate(path))
     return [torch.tensor(tokenizer.chat(records[i].messages, generate=False)) for i in records.texts[:n]]
 
 

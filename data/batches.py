@@ -9,10 +9,10 @@ import functools
 import random
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from cli import UserError
 from data import TABLE
@@ -78,7 +78,7 @@ def shuffled_index(i, n, seed=0):
     return _order(n, i // n, seed)[i % n]
 
 
-@lru_cache(maxsize=4)  # two sources, each at the end of one epoch and the start of the next
+@functools.lru_cache(maxsize=4)  # two sources, each at the end of one epoch and the start of the next
 def _order(n, epoch, seed):
     order = list(range(n))
     random.Random(f"order/{seed}/{epoch}").shuffle(order)
@@ -111,6 +111,11 @@ class Mixed:
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
+def pad(rows, value=0):
+    """Lists of token ids -> (B, T) int64, padded on the right to the longest."""
+    return pad_sequence([torch.tensor(r, dtype=torch.long) for r in rows], batch_first=True, padding_value=value)
+
+
 LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}  # stages 1-2, stage 3; kinds as in Tokenizer.chat_targets
 
 
@@ -125,7 +130,7 @@ def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", 
     """
     if loss_on not in LOSS_KINDS:
         raise UserError(f"unknown loss_on {loss_on!r}: choose one of {', '.join(LOSS_KINDS)}")
-    rows, pixels = [], []
+    rows, targets, pixels = [], [], []
     for i, sample in enumerate(samples):
         ids, kinds = tokenizer.chat_targets(sample.messages)
         if ids.count(IMAGE) != (sample.image is not None):
@@ -139,14 +144,10 @@ def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", 
                 raise UserError(f"sample {i}: max_length {max_length} would cut the image; it needs {at + n_visual}")
             pixels.append(preprocess(sample.image, size))
         next_ids = [t if kind in LOSS_KINDS[loss_on] else -100 for t, kind in zip(ids[1:], kinds[1:])] + [-100]
-        rows.append((ids[:max_length], next_ids[:max_length]))
-    lengths = torch.tensor([len(ids) for ids, _ in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), tokenizer.pad)
-    targets = torch.full_like(tokens, -100)
-    for b, (ids, next_ids) in enumerate(rows):
-        tokens[b, : len(ids)] = torch.tensor(ids)
-        targets[b, : len(ids)] = torch.tensor(next_ids)
-    return {"tokens": tokens, "targets": targets, "pixels": torch.stack(pixels) if pixels else None, "lengths": lengths}
+        rows.append(ids[:max_length])
+        targets.append(next_ids[:max_length])
+    return {"tokens": pad(rows, tokenizer.pad), "targets": pad(targets, -100),
+            "pixels": torch.stack(pixels) if pixels else None, "lengths": torch.tensor([len(r) for r in rows])}
 
 
 # ---- What a step reads ----------------------------------------------------------------------------------------------

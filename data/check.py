@@ -5,7 +5,7 @@ sizes, tokens per sample, and every bad record with its reason. Exit status 1 if
     python -m data.check toy/data.json
     python -m data.check llava_v1_5_mix665k.json --images llava --recipe llama-3.1-8b --llm FOLDER
 """
-import math
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,78 +14,53 @@ from tqdm import tqdm
 
 from cli import Parser, UserError, printable, run_cli
 from data.llava import LlavaRecords
+from formats.files import check_file
 from formats.official import find
 from formats.tokenizer import IMAGE, Tokenizer
 from recipes import RECIPES, TARGETS
-
-
-class AllRecords(LlavaRecords):
-    """The good records of a file, even if there are none; `errors` says of every other what is wrong with it."""
-
-    def __init__(self, json_path, images):
-        try:
-            super().__init__(json_path, images, on_bad="skip")
-        except UserError:
-            if not getattr(self, "errors", None):       # the file itself, or the folder
-                raise
-
-    def _bad(self, place, error):
-        self.errors[place] = str(error)
 
 
 def check(json_path, images, tokenizer, n_visual, max_length, progress=True):
     """Read all records and images: a dict of what they hold. n_visual: positions of an image; max_length: where a run
     cuts a sequence. Keys: pictured and texts (how many), turns and sizes (Counters), tokens (one number a good record),
     cut (how many are longer than max_length), errors (one line for each bad record, in the file's order)."""
-    records = AllRecords(json_path, images)
+    records = LlavaRecords(json_path, images, on_bad="collect")
     turns, sizes, tokens = Counter(), Counter(), []
-    for i in tqdm(range(len(records)), desc="read", unit="record", disable=not progress):
+    for i, place in enumerate(tqdm(records.places, desc="read", unit="record", disable=not progress)):
         try:
-            sample = records._sample(i)
+            sample = records.read(i)
+            ids, _ = tokenizer.chat_targets(sample.messages)
+            with records.named(place):
+                if IMAGE in ids and ids.index(IMAGE) + n_visual > max_length:
+                    raise UserError(f"the image lies beyond max_length={max_length}, which would cut it")
         except UserError as error:
-            records._bad(records.places[i], error)
+            records.errors[place] = str(error)
             continue
         turns[len(sample.messages) // 2] += 1
         sizes[sample.image and sample.image.size] += 1
-        ids, _ = tokenizer.chat_targets(sample.messages)
-        if IMAGE in ids and ids.index(IMAGE) + n_visual > max_length:
-            records._bad(records.places[i], f"{records._name(records.places[i], records.records[i])}: the image lies "
-                         f"beyond max_length={max_length}, which would cut it")
-            continue
         tokens.append(len(ids) + (n_visual - 1 if sample.image else 0))
     texts = sizes.pop(None, 0)
     return dict(pictured=len(tokens) - texts, texts=texts, turns=turns, sizes=sizes, tokens=tokens,
                 cut=sum(n > max_length for n in tokens), errors=[e for _, e in sorted(records.errors.items())])
 
 
-def histogram(values, bins=10, width=40):
-    """Whole numbers as lines of text: range, bar, how many."""
-    low, size = min(values), (max(values) - min(values)) // bins + 1
-    counts = Counter((v - low) // size for v in values)
-    return [f"  {low + i * size:>6} – {low + (i + 1) * size - 1:<6} "
-            f"{'#' * math.ceil(width * counts[i] / max(counts.values())):<{width}} {counts[i]:,}"
-            for i in range(max(counts) + 1)]
-
-
 def show(found, n_visual, max_length, batch):
     """What `check` found, as a text for people."""
-    bad, sizes = len(found["errors"]), found["sizes"]
-    lines = [f"{len(found['tokens']) + bad:,} records: {found['pictured']:,} with an image, {found['texts']:,} of text "
-             f"alone, {bad:,} bad"]
-    if found["turns"]:
-        lines.append("questions and answers a record: " + ", ".join(
-            f"{turns} in {n:,}" for turns, n in sorted(found["turns"].items())))
+    tokens, sizes, bad = found["tokens"], found["sizes"], len(found["errors"])
+    lines = [f"{len(tokens) + bad:,} records: {found['pictured']:,} with an image, {found['texts']:,} of text alone, "
+             f"{bad:,} bad"]
+    if tokens:
+        lines += ["questions and answers a record: "
+                  + ", ".join(f"{turns} in {n:,}" for turns, n in sorted(found["turns"].items())),
+                  f"tokens a sample, of which an image takes {n_visual}: least {min(tokens):,}, median "
+                  f"{statistics.median_low(tokens):,}, most {max(tokens):,}; {sum(tokens):,} in all",
+                  f"longer than {max_length:,} tokens, and cut there: {found['cut']:,}"]
     if sizes:
-        common = [f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(4)]
+        common = ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(4))
         others = f", and {len(sizes) - 4:,} other sizes" if len(sizes) > 4 else ""
         sides = [side for size in sizes for side in size]
-        lines.append(f"image sizes: {', '.join(common)}{others}; sides of {min(sides)} to {max(sides)} pixels")
-    if found["tokens"]:
-        lines += [f"tokens a sample, of which an image takes {n_visual}: {sum(found['tokens']):,} in all"]
-        lines += histogram(found["tokens"])
-        lines.append(f"longer than {max_length:,} tokens, and cut there: {found['cut']:,}")
-    if found["pictured"]:
-        lines.append(f"all images once, in batches of {batch}: {max(1, found['pictured'] // batch):,} steps")
+        lines += [f"image sizes: {common}{others}; sides of {min(sides)} to {max(sides)} pixels",
+                  f"all images once, in batches of {batch}: {max(1, found['pictured'] // batch):,} steps"]
     return "\n".join(lines + [f"bad: {error}" for error in found["errors"]])
 
 
@@ -100,8 +75,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     target, recipe = TARGETS[args.recipe], RECIPES[args.recipe]["encoder"]
     images, n_visual = args.images or str(Path(args.json).parent), target.vit_config.num_patches + 3
-    if not Path(args.json).is_file():                   # before a tokenizer is fetched
-        raise UserError(f"{args.json}: no such file")
+    check_file(args.json)                               # before a tokenizer is fetched
     tokenizer = Tokenizer.from_pretrained(find(args.llm or target.llm))
     found = check(args.json, images, tokenizer, n_visual, recipe.max_length)
     print(printable(show(found, n_visual, recipe.max_length, recipe.batch)))

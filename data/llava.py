@@ -4,10 +4,8 @@ LLaVA's JSON, as LLaVA-1.5-665K is distributed; every record is checked.
 [{"id": ..., "image": "coco/train2017/a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]
 
 Or .jsonl, a record a line. A first turn may be from "system"; "user" and "assistant" are other names of human and gpt.
-
-    records = load_llava("data.json", "images")     # a list of samples; on_bad="skip" goes on past bad records
 """
-
+import contextlib
 import hashlib
 import os
 import random
@@ -28,156 +26,153 @@ NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 class LlavaRecords:
     """
     The good records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
-    All records are checked when the file is loaded, so that a long run does not stop at record 500,000.
 
-        pictured, texts     the indices i of the records with an image, and of those without
-        digest              of the file's bytes and the sizes of the images that it names: has something changed?
-        skipped             with on_bad="skip": one line for every record left out or replaced so far
+    All records are checked when the file is loaded, so that a long run does not stop at record 500,000. Image paths are
+    relative to `image_folder`, which a file of text alone does not need. `seed` draws the openings of records without
+    an "opening" of their own (None: the default one). What happens at a bad record (wrong structure, image missing,
+    damaged or too large):
+
+        on_bad="stop"     UserError (MissingFile) names the file, the record's place in it and its id
+        on_bad="skip"     left out when the file is loaded; where only opening shows it, the next image of the file
+                          takes its place. It is named once on stderr. UserError if nothing is left
+        on_bad="collect"  left out when the file is loaded, even if nothing is left; nothing is printed (data/check.py)
+
+    pictured, texts     the indices i of the records with an image, and of those without
+    digest              of the file's bytes and the sizes of the images that it names: has something changed?
+    errors              {place in the file: what is wrong there} of every bad record met so far
     """
 
     def __init__(self, json_path, image_folder=None, seed=0, on_bad="stop"):
-        if on_bad not in ("stop", "skip"):
+        if on_bad not in ("stop", "skip", "collect"):
             raise UserError(f"unknown on_bad {on_bad!r}: choose 'stop' or 'skip'")
         self.path, self.image_folder = str(json_path), str(image_folder or ".")
-        self.seed, self.on_bad, self.errors = seed, on_bad, {}  # errors: place in the file -> what is wrong there
+        self.seed, self.on_bad, self.errors = seed, on_bad, {}
         if self.path.endswith(".jsonl"):
             lines = enumerate(read_text(json_path, MAX_BYTES).split("\n"), 1)
             records = [parse_json(line, f"{json_path}, line {n}") for n, line in lines if line.strip()]
         else:
             records = read_json(json_path, list, MAX_BYTES)
         with open(json_path, "rb") as file:
-            digest = hashlib.sha256()
-            for block in iter(lambda: file.read(2**20), b""):
-                digest.update(block)
+            digest = hashlib.file_digest(file, "sha256")
         if not 0 < len(records) <= MAX_RECORDS:
             raise UserError(f"{json_path}: expected a list of 1 to {MAX_RECORDS:,} records (LLaVA's format), "
-                            f"not {len(records):,}")  # fmt: skip
+                            f"not {len(records):,}")
         if not os.path.isdir(self.image_folder) and any(isinstance(r, dict) and r.get("image") for r in records):
             raise MissingFile(f"{self.image_folder}: no such image folder")  # else "skip" would skip every image
-        self.records, self.places, self.pictured, self.texts = [], [], [], []
+        self.records, self.places, self.pictured, self.texts = records, [], [], []  # places: of the good ones
         for place, record in enumerate(records):
             try:
-                image_path, _ = self._check(place, record)
+                with self.named(place):
+                    image_path, *_ = self._check(record)
             except UserError as error:
                 self._bad(place, error)
                 continue
             if image_path:
                 digest.update(f"{place}: {os.path.getsize(image_path)}\n".encode())
-            (self.pictured if image_path else self.texts).append(len(self.records))
-            self.records.append(record)
+            (self.pictured if image_path else self.texts).append(len(self.places))
             self.places.append(place)
         self.digest = digest.hexdigest()
-        if not self.records:
-            raise UserError(f"{self.path}: all {len(records)} records are bad; the first: {self.skipped[0]}")
+        if not self.places and on_bad != "collect":
+            raise UserError(f"{self.path}: all {len(records)} records are bad; the first: {self.errors[0]}")
 
     def __len__(self):
-        return len(self.records)
-
-    @property
-    def skipped(self):
-        return list(self.errors.values())
+        return len(self.places)
 
     def _bad(self, place, error):
         if self.on_bad == "stop":
             raise error
-        if place not in self.errors:  # once, however often the walk comes by
+        if self.on_bad == "skip" and place not in self.errors:  # once, however often the walk comes by
             print(printable(f"skipped: {error}"), file=sys.stderr)
         self.errors[place] = str(error)
 
-    def _name(self, place, record):
-        return f"{self.path}: record {place} (id {record.get('id') if isinstance(record, dict) else None!r:.80})"
+    @contextlib.contextmanager
+    def named(self, place):
+        """An error in here names the file, the record's place in it and its id."""
+        try:
+            yield
+        except UserError as error:
+            record = self.records[place]
+            name = record.get("id") if isinstance(record, dict) else None
+            raise type(error)(f"{self.path}: record {place} (id {name!r:.80}): {error}") from None
 
-    def _check(self, place, record):
-        """A record -> its image path (or None) and its turns, "<image>" taken out of the first one; or an error."""
-        name = self._name(place, record)
-        turns = record.get("conversations") if isinstance(record, dict) else None
-        if not isinstance(turns, list) or not turns:
-            raise UserError(f'{name}: needs "conversations", a non-empty list')
-        if len(turns) > MAX_TURNS:
-            raise UserError(f"{name}: {len(turns):,} turns, more than {MAX_TURNS:,}; split it into several records")
-        messages, marks = [], []
-        for t, turn in enumerate(turns):
-            speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-            role = NAMES.get(speaker) if isinstance(speaker, str) else None
-            if role is None or not isinstance(text, str):
-                raise UserError(f'{name}: turn {t} needs "from": "human" or "gpt", and a text "value"')
-            system = bool(messages) and messages[0]["role"] == "system"
-            if role != ("user", "assistant")[(t - system) % 2] and not (role == "system" and t == 0):
-                raise UserError(f"{name}: turn {t} is from {speaker!r}; human and gpt must alternate, human first"
-                                " (or second, after system)")
-            if len(text) > MAX_CHARS:
-                raise UserError(f"{name}: turn {t} has {len(text):,} characters, more than {MAX_CHARS:,}; shorten it")
-            marks.append(text.count("<image>"))
-            text = without_image(text)  # LLaVA puts it at the start or the end, with a newline
-            if not text:
-                raise UserError(f"{name}: turn {t} has no text")
-            messages.append({"role": role, "content": text})
-        if messages[-1]["role"] != "assistant":
-            raise UserError(f"{name}: ends with a human turn; there is no answer to learn from")
-        first = messages[0]["role"] == "system"
-        if sum(marks) > 1 or marks[first] != sum(marks):
-            raise UserError(f'{name}: one "<image>" at most, and in the first turn; found {marks} over the turns')
+    def _check(self, record):
+        """A record -> (its image path or None, its messages, the number of the first question); or an error."""
+        messages, first, marked = read_turns(record)
         image = record.get("image")
         if image is None:
-            if sum(marks):
-                raise UserError(f'{name}: the text has "<image>" but the record names no "image"')
-            return None, messages
+            if marked:
+                raise UserError('the text has "<image>" but the record names no "image"')
+            return None, messages, first
         if not isinstance(image, str) or not image:
-            raise UserError(f'{name}: "image" must be one file name, not {image!r:.80}')
+            raise UserError(f'"image" must be one file name, not {image!r:.80}')
         if re.match("https?://", image):
-            raise UserError(f"{name}: the image {image!r:.200} is a URL: download it first, and name the file")
+            raise UserError(f"the image {image!r:.200} is a URL: download it first, and name the file")
         if os.path.isabs(image) or ".." in image.replace("\\", "/").split("/"):
-            raise UserError(f'{name}: "image" {image!r:.80} leads out of the folder of images')
-        opening = record.get("opening", "<image>")
-        question = messages[first]["content"]
+            raise UserError(f'"image" {image!r:.80} leads out of the folder of images')
+        opening, question = record.get("opening", "<image>"), messages[first]["content"]
         if not isinstance(opening, str) or len(opening) > MAX_OPENING or opening.count("<image>") != 1 \
                 or wrap(question, None, opening).count("<image>") != 1:
-            raise UserError(f'{name}: "opening" must be a text with one "<image>", of at most {MAX_OPENING:,} '
+            raise UserError(f'"opening" must be a text with one "<image>", of at most {MAX_OPENING:,} '
                             f"characters, not {opening!r:.80}")
         path = os.path.join(self.image_folder, image)
         if not os.path.isfile(path):
-            raise MissingFile(f"{name}: image file {path} not found")
-        return path, messages
+            raise MissingFile(f"image file {path} not found")
+        return path, messages, first
 
-    def _sample(self, index):
-        place, record = self.places[index], self.records[index]
-        path, messages = self._check(place, record)
-        image, caption = None, ""
-        if path:
+    def read(self, index):
+        """Record `index` as a Sample, or an error that names it; no other takes its place."""
+        place = self.places[index]
+        with self.named(place):
+            path, messages, first = self._check(self.records[place])
+            answer = messages[-1]["content"]
+            if not path:
+                return Sample(None, messages, "llava", answer)
             if not os.path.realpath(path).startswith(os.path.realpath(self.image_folder) + os.sep):  # a link
-                raise UserError(f"{self._name(place, record)}: {path} is a link out of the folder of images")
-            try:
-                image = open_image(path)
-            except UserError as error:
-                raise type(error)(f"{self._name(place, record)}: {error}") from None
+                raise UserError(f"{path} is a link out of the folder of images")
             rng = None if self.seed is None else random.Random(f"llava/{self.seed}/{place}")
-            first = messages[0]["role"] == "system"
-            messages[first]["content"] = wrap(messages[first]["content"], rng, record.get("opening"))
-            caption = messages[first + 1]["content"]
-        return Sample(image, messages, "llava", messages[-1]["content"], [], caption)
+            messages[first]["content"] = wrap(messages[first]["content"], rng, self.records[place].get("opening"))
+            return Sample(open_image(path), messages, "llava", answer, [], caption=messages[first + 1]["content"])
 
     def __getitem__(self, index):
         index = range(len(self))[index]  # negative indices; IndexError past the end, which ends a for loop
         # An image that cannot be opened is replaced by the next one of the file. That depends on the files alone, not
         # on what was seen before: a resumed run and every rank see the same. Image for image keeps the mixture.
         for i in chain(range(index, len(self)), range(index)):
-            if i == index or self.records[i].get("image"):
+            if i == index or self.records[self.places[i]].get("image"):
                 try:
-                    return self._sample(i)
+                    return self.read(i)
                 except UserError as error:
                     self._bad(self.places[i], error)
-        raise UserError(f"{self.path}: none of its images can be opened; the last: {self.skipped[-1]}")
+        raise UserError(f"{self.path}: none of its images can be opened; the last: {[*self.errors.values()][-1]}")
 
 
-def load_llava(json_path, image_folder=None, seed=0, on_bad="stop"):
-    """
-    LLaVA-format JSON file (LLaVA-1.5-665K as it is distributed, or text alone) -> list-like of Samples, LlavaRecords.
-    Image paths are relative to `image_folder`, which a file of text alone does not need. `seed` draws the openings
-    (None: the default one) of records without an "opening" of their own.
-    What happens at a bad record (wrong structure, image missing, damaged or too large):
-
-        on_bad="stop"   UserError (MissingFile) names the file, the record's place in it and its id
-        on_bad="skip"   left out when the file is loaded; where only opening shows it, the next image of the file takes
-                        its place. records.skipped has the text of every error, once. UserError if nothing is left
-    """
-    return LlavaRecords(json_path, image_folder, seed, on_bad)
+def read_turns(record):
+    """A record -> (its messages without "<image>", the number of the first question, whether "<image>" was there)."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise UserError('needs "conversations", a non-empty list')
+    if len(turns) > MAX_TURNS:
+        raise UserError(f"{len(turns):,} turns, more than {MAX_TURNS:,}; split it into several records")
+    messages, marks, first = [], [], 0
+    for t, turn in enumerate(turns):
+        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        role = NAMES.get(speaker) if isinstance(speaker, str) else None
+        if role is None or not isinstance(text, str):
+            raise UserError(f'turn {t} needs "from": "human" or "gpt", and a text "value"')
+        if t == 0 and role == "system":
+            first = 1
+        elif role != ("user", "assistant")[(t - first) % 2]:
+            raise UserError(f"turn {t} is from {speaker!r}; human and gpt must alternate, human first (or second, "
+                            "after system)")
+        if len(text) > MAX_CHARS:
+            raise UserError(f"turn {t} has {len(text):,} characters, more than {MAX_CHARS:,}; shorten it")
+        marks.append(text.count("<image>"))
+        text = without_image(text)  # LLaVA puts it at the start or the end, with a newline
+        if not text:
+            raise UserError(f"turn {t} has no text")
+        messages.append({"role": role, "content": text})
+    if messages[-1]["role"] != "assistant":
+        raise UserError("ends with a human turn; there is no answer to learn from")
+    if sum(marks) > 1 or marks[first] != sum(marks):
+        raise UserError(f'one "<image>" at most, and in the first turn; found {marks} over the turns')
+    return messages, first, sum(marks) == 1

@@ -12,7 +12,7 @@ from cli import MissingFile, UserError
 from data import batches, drawing, world
 from data.batches import collate, evenly_spaced, shuffled_index, wrap
 from data.images import open_image, preprocess
-from data.llava import load_llava
+from data.llava import LlavaRecords
 from data.world import FACTS, HELD_OUT, KNOWLEDGE_TASKS, QUESTIONS, TRAINED_TASKS, WORDS, caption, is_right, knowledge
 from formats import checkpoints
 from formats.tokenizer import IMAGE
@@ -282,7 +282,7 @@ def llava(tmp_path):
     def load(records, **kwargs):
         text = records if isinstance(records, str) else json.dumps(records)
         (tmp_path / "data.json").write_text(text)
-        return load_llava(tmp_path / "data.json", tmp_path, **kwargs)
+        return LlavaRecords(tmp_path / "data.json", tmp_path, **kwargs)
 
     return load
 
@@ -333,7 +333,7 @@ def test_llava_bad_record_is_named(llava, record, message):
     text = str(error.value)
     assert message in text and "data.json: record 1 (id 'x')" in text and "\n" not in text
     records = llava([GOOD, record, GOOD | {"id": 3}], on_bad="skip")
-    assert records.skipped == [text] and [s.answer for s in records] == ["Hello", "Hello"]
+    assert records.errors == {1: text} and [s.answer for s in records] == ["Hello", "Hello"]
     with pytest.raises(UserError, match="all 2 records are bad; the first: .*record 0"):
         llava([record, record], on_bad="skip")
 
@@ -346,7 +346,7 @@ def test_llava_bad_files(llava, tmp_path):
         with pytest.raises(UserError, match="data.json.* list"):
             llava(text)
     with pytest.raises(MissingFile, match="none.json"):
-        load_llava(tmp_path / "none.json", tmp_path)
+        LlavaRecords(tmp_path / "none.json", tmp_path)
     with pytest.raises(UserError, match="unknown on_bad"):
         llava([GOOD], on_bad="ignore")
     with pytest.raises(UserError, match="record 0"):
@@ -366,14 +366,14 @@ def test_llava_as_distributed(llava, tmp_path):
         noise(12, 9).save(tmp_path / path)
     talk = [{"id": f"wN_{i}", "model": "", "conversations": turns("Hi", "Hello", "And?", "Bye")} for i in range(2)]
     records = llava([talk[0], *map(about, paths, ["000000033471", 2354786, 0, "a1", "b"]), talk[1]])
-    assert records.pictured == [1, 2, 3, 4, 5] and records.texts == [0, 6] and records.skipped == []
+    assert records.pictured == [1, 2, 3, 4, 5] and records.texts == [0, 6] and not records.errors
     assert [s.image.size if s.image else None for s in records] == [None, *[(12, 9)] * 5, None]
-    for load in (lambda: llava(talk), lambda: load_llava(tmp_path / "data.json")):
+    for load in (lambda: llava(talk), lambda: LlavaRecords(tmp_path / "data.json")):
         texts = load()
         assert texts.texts == [0, 1] and texts.pictured == [] and texts[1].answer == "Bye"
     with pytest.raises(MissingFile, match="nowhere: no such image folder"):
         (tmp_path / "data.json").write_text(json.dumps([talk[0], about(paths[0])]))
-        load_llava(tmp_path / "data.json", tmp_path / "nowhere", on_bad="skip")
+        LlavaRecords(tmp_path / "data.json", tmp_path / "nowhere", on_bad="skip")
 
 
 @pytest.mark.parametrize("name, color", [
@@ -395,7 +395,7 @@ def test_unusual_images_are_valid(llava, tmp_path, name, color):
     assert mode == {"cmyk": "CMYK", "palette": "P", "alpha": "RGBA", "16-bit": "I;16"}.get(kind, "RGB")
     pixels = preprocess(records[0].image, 32)
     expected = preprocess(Image.new("RGB", (32, 32), color), 32)
-    assert pixels.shape == (3, 32, 32) and records.skipped == []
+    assert pixels.shape == (3, 32, 32) and not records.errors
     assert (pixels - expected).abs().max() < 0.04  # two of 255 steps
 
 
@@ -415,7 +415,7 @@ def test_bad_image_stops(llava, bad_images):
         records = llava([GOOD, about(name, 7), about("a.png")])
         with pytest.raises(UserError, match=rf"data.json: record 1 \(id 7\): .*{name}.*{word}"):
             records[1]
-        assert records[0].answer == "Hello" and records[2].image and records.skipped == []
+        assert records[0].answer == "Hello" and records[2].image and not records.errors
 
 
 def test_bad_image_is_replaced_by_the_next(llava, bad_images, tmp_path):
@@ -424,7 +424,7 @@ def test_bad_image_is_replaced_by_the_next(llava, bad_images, tmp_path):
     file = [GOOD, broken[0], GOOD, {"id": "x"}, broken[1], about("a.png"), about("b.png"), *broken[2:], GOOD]
     load = lambda: llava(file, on_bad="skip", seed=5)
     records = load()  # from here on without {"id": "x"}
-    assert records.pictured == [1, 3, 4, 5, 6, 7] and records.texts == [0, 2, 8] and len(records.skipped) == 1
+    assert records.pictured == [1, 3, 4, 5, 6, 7] and records.texts == [0, 2, 8] and len(records.errors) == 1
     shown = lambda records, i: (records[i].messages, records[i].image and records[i].image.tobytes())
     seen = [shown(records, i) for i in range(9)]
     a, b = seen[4], seen[5]
@@ -434,20 +434,20 @@ def test_bad_image_is_replaced_by_the_next(llava, bad_images, tmp_path):
     other = load()  # whatever was opened before, in whatever order: the same sample
     assert [shown(other, i) for i in reversed(range(9))] == seen[::-1]
     # every bad record once, with the text of the error that "stop" raises
-    assert len(records.skipped) == 5 and sorted(other.skipped) == sorted(records.skipped)
+    assert len(records.errors) == 5 and other.errors == records.errors
     repaired = llava([record if "conversations" in record else GOOD for record in file], seed=5)
     for place, name in ((1, "cut.png"), (4, "cut.jpg"), (7, "wide.png"), (8, "bad.png")):
         with pytest.raises(UserError, match=f"record {place} .*{name}") as error:
             repaired[place]
-        assert str(error.value) in records.skipped and "\n" not in str(error.value)
+        assert records.errors[place] == str(error.value) and "\n" not in str(error.value)
     assert shown(repaired, 5) == a  # a skipped record leaves the openings of the others as they were
 
     (tmp_path / "a.png").unlink()  # gone since the file was loaded
-    assert shown(records, 4) == b and "a.png not found" in records.skipped[-1]
+    assert shown(records, 4) == b and "a.png not found" in [*records.errors.values()][-1]
     hopeless = llava([GOOD, *broken], on_bad="skip")
     with pytest.raises(UserError, match="none of its images can be opened; the last: .*record 1"):
         hopeless[2]
-    assert len(hopeless.skipped) == 4 and hopeless[0].answer == "Hello"
+    assert len(hopeless.errors) == 4 and hopeless[0].answer == "Hello"
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------

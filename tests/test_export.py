@@ -10,7 +10,7 @@ from PIL import Image
 import train
 from cli import UserError, run_cli
 from data import check, export
-from data.llava import load_llava
+from data.llava import LlavaRecords
 from data.world import World
 from formats.checkpoints import read_checkpoint
 
@@ -38,7 +38,7 @@ def test_export_is_plain_llava(tmp_path, capsys):
     assert "next: python -m data.check" in capsys.readouterr().out
     records = json.loads((tmp_path / "data.json").read_text())
     assert len(records) == 12 and len(list(tmp_path.iterdir())) == 13
-    for record, sample in zip(records, load_llava(tmp_path / "data.json", tmp_path)):
+    for record, sample in zip(records, LlavaRecords(tmp_path / "data.json", tmp_path)):
         question, answer = record["conversations"]
         assert question["value"].startswith("<image>\n") and question["value"][8].isupper()
         drawn = World(5)[int(record["id"][:5])]
@@ -55,7 +55,7 @@ def test_opening_of_a_record(tmp_path):
         turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A wren."}]
         record = dict(id="x", image="a.png", opening=opening, conversations=turns)
         (tmp_path / "data.json").write_text(json.dumps([record]))
-        return load_llava(tmp_path / "data.json", tmp_path)
+        return LlavaRecords(tmp_path / "data.json", tmp_path)
     assert load("In this photo of<image>, ")[0].messages[0]["content"] == "In this photo of<image>, what is it?"
     for bad in ("In this photo, ", "<image><image>", 3, None):
         with pytest.raises(UserError, match=r"record 0 \(id 'x'\): \"opening\" must be a text with one \"<image>\""):
@@ -84,7 +84,7 @@ def test_check_says_what_a_run_would_meet(tmp_path, smollm_tokenizer, capsys):
                                         (6, 'one "<image>" at most'), (9, '"conversations"')], strict=True):
         assert f"record {place} " in line and why in line
     found = check.check(file, tmp_path, smollm_tokenizer, 19, max_length=60, progress=False)
-    good = load_llava(file, tmp_path, on_bad="skip")
+    good = LlavaRecords(file, tmp_path, on_bad="skip")
     by_hand = [len(smollm_tokenizer.chat_targets(s.messages)[0]) + (18 if s.image else 0) for s in good]
     assert good.places[3] == 4                  # the damaged image, in whose place a run shows the next
     assert found["tokens"] == by_hand[:3] + by_hand[4:] and found["texts"] == 1 and len(found["tokens"]) == 6
@@ -102,11 +102,3 @@ def test_check_when_nothing_is_good(tmp_path, capsys):
         assert run_cli(lambda: check.main([str(path)])) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
-
-
-def test_histogram():
-    lines = check.histogram([1, 1, 2, 21], bins=4, width=4)
-    assert [line.replace("#", "").split() for line in lines] == [
-        ["1", "–", "6", "3"], ["7", "–", "12", "0"], ["13", "–", "18", "0"], ["19", "–", "24", "1"]]
-    assert [line.count("#") for line in lines] == [4, 0, 0, 2]
-    assert check.histogram([5]) == [f"  {5:>6} – {5:<6} {'#' * 40} 1"]

@@ -23,7 +23,7 @@ import graft
 from cli import Parser, UserError, printable, run_cli
 from data.batches import Batches, Sample, without_image, wrap
 from data.images import open_image, preprocess
-from data.llava import load_llava
+from data.llava import LlavaRecords
 from formats import convert
 from formats.checkpoints import open_checkpoint, read_checkpoint, save_checkpoint
 from formats.share import score_table, share
@@ -311,7 +311,7 @@ def records_of(records, folder=None, name="data.json", **options):
         path = Path(folder or tmp) / name
         lines = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
         path.write_text(lines, encoding="utf-8")
-        return load_llava(path, path.parent, **options)
+        return LlavaRecords(path, path.parent, **options)
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_bad_records_are_named(pictures, bad, words):
         with pytest.raises(UserError, match=rf"{name}: record 1 .*{words}"):
             records_of([good, bad], pictures, name)
         kept = records_of([good, bad], pictures, name, on_bad="skip")
-        assert len(kept) == 1 and len(kept.skipped) == 1
+        assert len(kept) == 1 and len(kept.errors) == 1
 
 
 @pytest.mark.parametrize("names", [("human", "gpt"), ("user", "assistant"), ("human", "assistant")])
@@ -365,7 +365,7 @@ def test_names_of_turns_and_a_system_prompt(pictures, names, name):
 def test_lines_that_are_none(tmp_path, content, words):
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=f"data.jsonl.*{words}"):
-        load_llava(tmp_path / "data.jsonl")
+        LlavaRecords(tmp_path / "data.jsonl")
 
 
 @pytest.mark.parametrize("source", [
@@ -490,7 +490,7 @@ def test_changed_data_is_noticed(pictures, change):
     (pictures / "sub").mkdir()
     for file in ("a.png", "data.json"):
         shutil.copy(pictures / file, pictures / "sub" / file)
-    assert load_llava(pictures / "sub/data.json", pictures / "sub").digest == before        # moved
+    assert LlavaRecords(pictures / "sub/data.json", pictures / "sub").digest == before        # moved
     if change == "picture":
         Image.effect_noise((40, 30), 50).save(pictures / "a.png")
     elif change == "json":

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from cli import MAX_SEED, Parser, UserError, number, run_cli
 from data.images import preprocess
-from data.llava import load_llava
+from data.llava import LlavaRecords
 from formats import official
 from formats.checkpoints import read_checkpoint, save_checkpoint
 from formats.files import read_text
@@ -106,7 +106,7 @@ def read_tokenizer(folder):
 
 
 def read_records(folder, name="data.json"):
-    records = load_llava(folder / name, folder, on_bad="skip")
+    records = LlavaRecords(folder / name, folder, on_bad="skip")
     for i in range(len(records)):
         records[i].messages
 
