@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cli import MAX_SEED, Parser, UserError, check_out_file, number, run_cli, write_whole
 from data import TABLE
-from data.batches import wrap
+from data.batches import pad, wrap
 from data.drawing import COLORS, DYES, FLAGS, SHAPES
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
 from formats import official
@@ -81,12 +81,9 @@ def log_p(llm, tokenizer, chats, answers, batch=32):
     for i in tqdm(range(0, len(chats), batch), desc="does it depend on the picture?", unit="batch"):
         prompts = [tokenizer.chat(c) for c in chats[i : i + batch]]
         rows = [p + tokenizer.encode_text(a) for p, a in zip(prompts, answers[i : i + batch])]
-        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for row, r in zip(tokens, rows):
-            row[: len(r)] = torch.tensor(r)
-        x = llm.run(llm.embed(tokens.to(llm.device)))
+        x = llm.run(llm.embed(pad(rows).to(llm.device)))                                # (B, T, d)
         for row, p, r in zip(x, prompts, rows):
-            logp = llm.logits(row[len(p) - 1 : len(r) - 1]).float().log_softmax(-1)
+            logp = llm.logits(row[len(p) - 1 : len(r) - 1]).float().log_softmax(-1)     # (T of the answer, vocabulary)
             out.append(logp.gather(1, torch.tensor(r[len(p) :], device=llm.device)[:, None]).sum().item())
     return out
 
@@ -102,7 +99,7 @@ def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subje
     for i in tqdm(range(0, len(asked), batch), desc="the LLM answers", unit="batch"):
         prompts = [tokenizer.chat(in_text(s, q)) for s, q, _ in asked[i : i + batch]]
         new = llm.generate(prompts, max_new_tokens=40, temperature=0.7, top_p=0.9, stop=tokenizer.stop_tokens,
-                           generator=generator)  # fmt: skip
+                           generator=generator)
         answers += [tokenizer.decode(a).strip() for a in new]
     answers = [a[: max(a.rfind(end) for end in ".!?") + 1] for a in answers]  # up to the last full sentence
     left, report = [(*who, a) for who, a in zip(asked, answers)], [("asked", len(asked))]
@@ -117,12 +114,11 @@ def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subje
     keep("contradicts nothing in the picture", lambda s, q, yes, a: not contradicts(a, s))
     keep("nothing of the held-out topics", lambda s, q, yes, a: not any(has_word(a, w) for w in HELD_OUT_WORDS))
     others = [rng.choice([t for t in subjects if t[0] == s[0] and not set(t) & set(s[1:])]) for s, *_ in left]
-    here = log_p(llm, tokenizer, [in_text(s, q) for s, q, _, _ in left], [a for *_, a in left])
-    there = log_p(llm, tokenizer, [in_text(t, q) for t, (_, q, _, _) in zip(others, left)], [a for *_, a in left])
-    gain = dict(zip(map(id, left), (h - t for h, t in zip(here, there))))
+    here, there = (log_p(llm, tokenizer, [in_text(t, q) for t, (_, q, *_) in zip(shown, left)], [a for *_, a in left])
+                   for shown in ([s for s, *_ in left], others))
+    gain = (h - t for h, t in zip(here, there))     # in the order of `left`
     # whether there is a sign at all needs no other sign to compare with
-    left[:] = [x for x in left if x[2] is not None or gain[id(x)] > threshold]
-    report.append(("depends on the picture", len(left)))
+    keep("depends on the picture", lambda s, q, yes, a: next(gain) > threshold or yes is not None)
     seen = collections.Counter()
 
     def opening_is_new(s, q, yes, a):
