@@ -20,13 +20,13 @@ from formats.tokenizer import IMAGE, Tokenizer
 from recipes import RECIPES, TARGETS
 
 
-def check(json_path, images, tokenizer, n_visual, max_length, progress=True):
+def check(json_path, images, tokenizer, n_visual, max_length):
     """Read all records and images: a dict of what they hold. n_visual: positions of an image; max_length: where a run
     cuts a sequence. Keys: pictured and texts (how many), turns and sizes (Counters), tokens (one number a good record),
     cut (how many are longer than max_length), errors (one line for each bad record, in the file's order)."""
     records = LlavaRecords(json_path, images, on_bad="collect")
     turns, sizes, tokens = Counter(), Counter(), []
-    for i, place in enumerate(tqdm(records.places, desc="read", unit="record", disable=not progress)):
+    for i, place in enumerate(tqdm(records.places, desc="read", unit="record")):
         try:
             sample = records.read(i)
             ids, _ = tokenizer.chat_targets(sample.messages)

@@ -19,12 +19,12 @@ from data.world import World
 def record_of(sample, name):
     """A sample as a record of LLaVA's JSON. "opening", which only this project reads, are the words around the image;
     a record without it gets one drawn at random (data.batches.wrap)."""
-    first, *others = (m["content"] for m in sample.messages)
-    opening = next(o for o in OPENINGS if first.startswith(o))
-    question = first.removeprefix(opening)
-    turns = [f"<image>\n{question[:1].upper() + question[1:]}", *others]
+    question, answer = (m["content"] for m in sample.messages)
+    opening = next(o for o in OPENINGS if question.startswith(o))
+    question = question.removeprefix(opening)
     return dict(id=Path(name).stem, image=name, opening=opening, conversations=[
-        {"from": ("human", "gpt")[t % 2], "value": text} for t, text in enumerate(turns)])
+        {"from": "human", "value": f"<image>\n{question[:1].upper() + question[1:]}"},
+        {"from": "gpt", "value": answer}])
 
 
 def export(folder, n=200, seed=0):
