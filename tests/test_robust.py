@@ -324,50 +324,6 @@ def record(*values, names=("human", "gpt"), **more):
     return dict(conversations=[{"from": names[i % 2], "value": v} for i, v in enumerate(values)]) | more
 
 
-@pytest.mark.parametrize("bad, words", [
-    (record("<image>\nWhat?", "So.", image="a.png", opening="word " * 5000 + "<image>"), "opening"),
-    (record("age> it", "So.", image="a.png", opening="<image> <im"), "opening"),
-    (record("<image>What?", "So.", image="https://x.org/a.png"), "download it first"),
-    (record("<image>What?", "So.", image="http://x.org/a.png"), "download it first"),
-    (record("What?", "So.", names=("user", "bot")), "turn 1 needs"),
-    (record("What?", "So.", names=("assistant", "user")), "must alternate"),
-    (record("Be brief.", "So.", names=("system", "gpt")), "must alternate"),
-    (record("a", "b", "c", names=("human", "system")), "must alternate"),
-    (record("Be brief.", names=("system",)), "ends"),
-    (record(["x"], "So."), "turn 0 needs"), (record("x", "So.", names=(["human"], "gpt")), "turn 0 needs"),
-    (record("<image>", "So.", image="a.png"), "has no text"),
-    (record("<im<image>age>", "So.", image="a.png"), "no text"),
-    (record("What? <image>", "So <image>.", image="a.png"), "one \"<image>\" at most"),
-])  # fmt: skip
-def test_bad_records_are_named(pictures, bad, words):
-    good = record("<image>\nWhat?", "A square.", image="a.png", id="good")
-    for name in ("data.json", "data.jsonl"):
-        with pytest.raises(UserError, match=rf"{name}: record 1 .*{words}"):
-            records_of([good, bad], pictures, name)
-        kept = records_of([good, bad], pictures, name, on_bad="skip")
-        assert len(kept) == 1 and len(kept.errors) == 1
-
-
-@pytest.mark.parametrize("names", [("human", "gpt"), ("user", "assistant"), ("human", "assistant")])
-@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
-def test_names_of_turns_and_a_system_prompt(pictures, names, name):
-    plain = record("<image>\nWhat is <im<image>age> it?", "A square.", image="a.png", names=names)
-    plain["conversations"][0]["value"] = "<image>\nWhat is it?"
-    system = plain | dict(conversations=[{"from": "system", "value": "Be brief."}, *plain["conversations"]])
-    one, two = records_of([plain, system], pictures, name, seed=None)
-    assert [m["role"] for m in two.messages] == ["system", "user", "assistant"] and two.caption == "A square."
-    assert one.messages == two.messages[1:] and one.messages[0]["content"].count("<image>") == 1
-    assert two.messages[0]["content"] == "Be brief." and two.image.size == (40, 30)
-
-
-@pytest.mark.parametrize("content, words", [(b"{", "line 1: not valid JSON"), (b'{"a": 1}\n\n[}', "line 3: not valid"),
-                                            (b"\xff", "not UTF-8"), (b"", "list of 1 to")])
-def test_lines_that_are_none(tmp_path, content, words):
-    (tmp_path / "data.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=f"data.jsonl.*{words}"):
-        LlavaRecords(tmp_path / "data.jsonl")
-
-
 @pytest.mark.parametrize("source", [
     b"bytes", io.BytesIO(b"x"), 7, None, ["a.png"], torch.zeros(3, 4, 4), np.zeros((4, 4, 3)),
     np.zeros((4, 4, 2), np.uint8),
