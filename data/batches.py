@@ -111,6 +111,7 @@ class Mixed:
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
+
 def pad(rows, value=0):
     """Lists of token ids -> (B, T) int64, padded on the right to the longest."""
     return pad_sequence([torch.tensor(r, dtype=torch.long) for r in rows], batch_first=True, padding_value=value)
@@ -177,8 +178,8 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, samples, recipe, tokenizer, n_visual, image_size, rank=0, world=1, mixed=False):
         share, micro = shares(recipe, world)
-        self.samples, self.batch, self.share, self.micro, self.rank = samples, recipe.batch, share, micro, rank
-        self.mixed, self.workers = mixed, recipe.workers
+        self.samples, self.batch, self.share, self.micro = samples, recipe.batch, share, micro
+        self.rank, self.mixed = rank, mixed
         self.collate = functools.partial(collate, tokenizer=tokenizer, n_visual=n_visual, size=image_size,
                                          loss_on=recipe.loss_on, max_length=recipe.max_length)
 
