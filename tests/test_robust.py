@@ -627,7 +627,7 @@ def test_a_process_alone(monkeypatch, environment, words):
     if "WORLD_SIZE" not in environment:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match=words) as error:
-        parallel.Team("cpu", False)
+        parallel.join("cpu")
     assert "\n" not in str(error.value)
 
 
