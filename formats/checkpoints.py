@@ -58,7 +58,7 @@ def locate(path):
 def checkpoint_file(path):
     """
     The file of a checkpoint: `path` itself, a file of the hub (org/name:FILE), or what is in the folder or behind the
-    hub name (org/name) of that name: a result that formats/share.py wrote, the folder of a run, or, as it is, a LLaVA.
+    hub name (org/name) of that name: a result that extras/share.py wrote, the folder of a run, or, as it is, a LLaVA.
     """
     name, path = path, locate(path)
     if not path.exists() and on_hub(path):

@@ -3,15 +3,23 @@ Files that someone else wrote: checked here, so that whatever is wrong with one 
 
     config = read_json("config.json")                   # an object, or a UserError
     take = values(config, "config.json")                # take("hidden_size") -> a whole number, or a UserError
+    tensors = open_safetensors("model.safetensors")     # {name: a function that reads it}; open_torch for .bin and .pth
 """
 
+import contextlib
+import functools
 import json
+import zipfile
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from cli import MissingFile, UserError
 
 MAX_BYTES = 10**8  # of a configuration or a tokenizer; Llama 3's tokenizer.json has 17 million
 MAX_SIZE = 10**7  # of anything in a configuration: positions, vocabulary, width ...
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = {int: "a whole number from 1 to {high:,}", float: "a number above 0", bool: "true or false"}
 
 
@@ -84,3 +92,71 @@ def values(config, where):
         return value
 
     return take
+
+
+def check_neutral(config, neutral, where):
+    """UserError if a configuration asks for what is not here. neutral: {name: the values that ask for nothing}."""
+    for name, nothing in neutral.items():
+        if config.get(name) is not None and config[name] not in nothing:
+            raise UserError(f"the configuration in {where} has {name} = {config[name]!r:.40}: "
+                            + (f"only {nothing[0]} is implemented here" if nothing else "that is not implemented here"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights. No file can run code: safetensors hold none, and torch.load(weights_only=True) builds nothing but tensors.
+
+
+def cannot_read(path, what, error):
+    """The UserError for a file that a library could not read: too little memory, or damage."""
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, MemoryError) or any(w in why for w in ("unable to mmap", "allocate")):
+        return UserError(f"{path}: too little memory to read it ({why})")
+    return UserError(f"{path} {what} ({why}): download it again")
+
+
+def checked(tensor, name, path):
+    """A weight out of a file, if its numbers are real ones: a cast of others would be nonsense in silence."""
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{path}: {name} holds {str(tensor.dtype)[6:]}, not floating-point numbers: "
+                        "if this checkpoint is quantized, take the original")
+    return tensor
+
+
+@contextlib.contextmanager
+def opened(path, what):
+    """A safetensors file; an error inside becomes the line that `what` begins."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as e:
+        raise cannot_read(path, what, e) from None
+
+
+def open_safetensors(path):
+    """{name: a function that reads this tensor}"""
+    def read(name):     # opened anew for each tensor: the pages of those already copied elsewhere are then given back
+        with opened(path, f"holds {name}, which could not be read") as file:
+            return checked(file.get_tensor(name), name, path)
+
+    with opened(check_file(path), "is truncated or not a safetensors file") as file:
+        return {name: functools.partial(read, name) for name in file.keys()}
+
+
+def open_torch(path):
+    zipped = zipfile.is_zipfile(check_file(path))
+    try:        # torch.save compresses nothing: what unpacks to more than the file has is a bomb
+        if zipped:
+            with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size:
+                    raise ValueError("it unpacks to more than itself")
+        # mmap (needs the zip of torch >= 1.6): a page is read when a tensor is used, so 70B cost no memory
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        state = state.get("model", state)   # the paper's released checkpoints wrap it with epoch and global_step
+        tensors = {str(n): t for n, t in state.items() if torch.is_tensor(t) and t.layout == torch.strided}
+        for n, t in tensors.items():            # on the meta device, or one number made to look like many
+            if t.is_meta or t.numel() * t.element_size() > t.untyped_storage().nbytes():
+                raise ValueError(f"{n} has a shape without its numbers")
+        return {n: functools.partial(checked, t, n, path) for n, t in tensors.items()}
+    except Exception as e:
+        e = ValueError("it holds more than tensors") if "Weights only" in str(e) else e
+        raise cannot_read(path, "is truncated or not a PyTorch weight file", e) from None

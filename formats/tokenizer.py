@@ -11,7 +11,7 @@ import unicodedata
 import tiktoken
 
 from cli import MissingFile, UserError
-from formats import files, official
+from formats import files, gguf, official
 
 IMAGE = -200  # LLaVA's number for an image among the ids, where the visual tokens go; in text it is written "<image>"
 
@@ -94,7 +94,7 @@ def read_template(folder):
 
 def read_gguf(path):
     """The vocabulary inside a .gguf file."""
-    fields = official.read_gguf(path).fields
+    fields = gguf.read(path).fields
     names = ("tokens", "token_type", "merges", "model", "pre")
     if missing := [name for name in names if f"tokenizer.ggml.{name}" not in fields]:
         raise UserError(f"it lacks tokenizer.ggml.{missing[0]}: files of an old llama.cpp do; take a newer one")
@@ -171,19 +171,19 @@ class Tokenizer:
         MissingFile if there is none; UserError if it is malformed or not a Llama 3, Qwen or SmolLM2 tokenizer."""
         path = files.expand(path)
         file = next((f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()), None)
-        file = file or official.gguf_file(path)
+        file = file or gguf.find(path)
         if file is None:
             raise MissingFile(f"no tokenizer at {path}: give a folder that holds the model's tokenizer.json or "
                               "tokenizer.model, or a .gguf file")
         try:
-            gguf = official.gguf_file(file)
-            tokenizer = cls(*(read_gguf if gguf else read_json if file.suffix == ".json" else read_meta)(file))
+            in_gguf = gguf.find(file)
+            tokenizer = cls(*(read_gguf if in_gguf else read_json if file.suffix == ".json" else read_meta)(file))
         except (ValueError, LookupError, TypeError, AttributeError) as error:  # all that a malformed file can cause
             reason = " ".join(str(error).split()) if isinstance(error, ValueError) else f"malformed: {error!r}"
             raise UserError(f"cannot use {file} as tokenizer ({reason}): give Llama 3's, Qwen's or SmolLM2's "
                             "official tokenizer.json, tokenizer.model or .gguf file") from error
         # a .gguf may hold a vocabulary alone
-        if official.read_gguf(file).tensors if gguf else (path / "config.json").exists():
+        if gguf.read(file).tensors if in_gguf else (path / "config.json").exists():
             known = official.llama_config(path)["vocab_size"]
             if tokenizer.n_vocab > known:
                 raise UserError(f"{file} has {tokenizer.n_vocab} tokens, the model beside it {known}: it is another's")

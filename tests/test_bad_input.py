@@ -220,9 +220,9 @@ CASES = [
     ("extras.parallel encoder --lora 4", "--lora", "decoder alone"),
     ("extras.parallel decoder --lora 0", "--lora", "between 1"),
     ("extras.parallel decoder --fsdp", "--fsdp", "torchrun"),
-    ("formats.convert {encoder} {out}.zip", ".zip", ".pth or .safetensors"),
-    ("formats.convert", "required: checkpoint"),
-    ("formats.convert {bad}/notes.pth", "notes.pth", "truncated or not"),
+    ("extras.share {encoder} {out}.zip", ".zip", ".pth or .safetensors"),
+    ("extras.share", "required: checkpoint"),
+    ("extras.share {bad}/notes.pth", "notes.pth", "truncated or not"),
     ("studies.results --probe none.safetensors", "no such checkpoint: none.safetensors"),
     ("studies.results --probe {encoder}", "not a ViT"),
     # devices
@@ -232,7 +232,7 @@ CASES = [
     *((f"{command} --out {{bad}}/{path}", *NOWHERE) for command in (G, T, "extras.vit", "extras.distillation")
       for path in ("file", "file/x", "loop", "loop/x")),
     (f"{S} --out {{bad}}", "it is a folder"), ("extras.instructions --out {bad}", "it is a folder"),
-    (f"{S} --out {{bad}}/file/x.png", *NOWHERE), ("formats.convert {encoder} {bad}/file/x.pth", *NOWHERE),
+    (f"{S} --out {{bad}}/file/x.png", *NOWHERE), ("extras.share {encoder} {bad}/file/x.pth", *NOWHERE),
     ("studies.cost --out {bad}", "it is a folder"), (f"{G} --out {{bad}}/" + "a" * 300, "too long"),
     (f"{S} --text {{bad}}/fifo", "fifo is not a file"), (f"{S} --text {{bad}}/latin.txt", "latin.txt is not UTF-8"),
     (f"{S} --text {{bad}}/gone.txt", "gone.txt: no such file"), (f"{S} --text {{bad}}", "is not a file"),
@@ -338,7 +338,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(stages, tiny_llm, tmp_path, caps
     out = tmp_path / "out"
     shutil.copytree(Path(stages["translator"]).parent, out)
     files = {f: f.read_bytes() for f in out.iterdir()}
-    pth = ["formats.convert", stages["vit"], str(tmp_path / "vit.pth")]
+    pth = ["extras.share", stages["vit"], str(tmp_path / "vit.pth")]
     argv = ["train", "translator", "--llm", tiny_llm, "--init", stages["vit"], "--replace", "2-4", "steps=1", "batch=2"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))

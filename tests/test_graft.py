@@ -18,7 +18,7 @@ import train
 from cli import UserError, printable
 from data import world
 from data.batches import wrap
-from formats import convert
+from extras import share
 from model import VLM, Llama
 from surrogate import build_surrogate, load_surrogate, load_translators
 
@@ -118,8 +118,8 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
     trained = str(tmp_path / "e" / "encoder.safetensors")
     train.main(["encoder", "--llm", tiny_llm, "--init", stages["translator"], "steps=1", "like_words=false",
                 "--out", str(tmp_path / "e")])
-    convert.main([trained, pth])
-    convert.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4"])
+    share.main([trained, pth])
+    share.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4"])
     llm = Llama.from_pretrained(tiny_llm)
     for a, b in [(VLM.from_pretrained(tiny_llm, file) for file in (trained, back)),
                  (load_surrogate(llm, file) for file in (trained, back))]:  # fmt: skip
@@ -131,7 +131,7 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
 
 def test_the_papers_layout_has_no_place_for_tokens_like_words(stages, tmp_path):
     with pytest.raises(UserError, match="like_words=false"):
-        convert.main([stages["encoder"], str(tmp_path / "x.pth")])
+        share.main([stages["encoder"], str(tmp_path / "x.pth")])
 
 
 def test_streamed_answer_equals_chat(vlm):

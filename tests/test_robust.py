@@ -24,9 +24,8 @@ from cli import Parser, UserError, printable, run_cli
 from data.batches import Batches, Sample, without_image, wrap
 from data.images import open_image, preprocess
 from data.llava import LlavaRecords
-from formats import convert
+from extras import share
 from formats.checkpoints import open_checkpoint, read_checkpoint, save_checkpoint
-from formats.share import score_table, share
 from formats.tokenizer import Tokenizer
 from log import Log, check_resume, lock, unlock
 from model import VLM, Llama, ViT, ViTConfig
@@ -179,7 +178,7 @@ def test_what_a_checkpoint_says_is_checked(whole, tmp_path, change, words):
 # ---- Options, one by one --------------------------------------------------------------------------------------------
 
 COMMANDS = ("graft", "train", "surrogate", "data.check", "data.export", "extras.vit", "extras.distillation",
-            "extras.instructions", "extras.parallel", "formats.convert", "studies.results", "studies.cost")  # fmt: skip
+            "extras.instructions", "extras.parallel", "extras.share", "studies.results", "studies.cost")  # fmt: skip
 
 
 def options(module):
@@ -205,7 +204,7 @@ def test_an_empty_name_is_an_error(module, capsys):
     """--data "$DATA" without a DATA: a run on the drawn world would be another experiment, in silence."""
     for name in options(module):
         first = {"train": ["encoder"], "extras.parallel": ["encoder"], "data.check": ["x.json"], "data.export": ["x"],
-                 "formats.convert": ["x.pth"], "studies.cost": []}.get(module, [])  # fmt: skip
+                 "extras.share": ["x.pth"], "studies.cost": []}.get(module, [])  # fmt: skip
         assert run_cli(lambda: importlib.import_module(module).main([*first, name, ""])) == 2
         err = capsys.readouterr().err
         assert "an empty name says nothing" in err and name.strip("-") in err and err.count("\n") == 1, err
@@ -544,14 +543,14 @@ def test_what_is_not_to_be_shared(tmp_path, tensors, about, words):
     tensors = {n: torch.zeros(x) for n, x in tensors.items()}
     about = {k: v for k, v in (dict(llm="org/llm") | about).items() if v is not None}
     with pytest.raises(UserError, match=words):
-        share("x.safetensors", tensors, about, tmp_path / "out")
+        share.share("x.safetensors", tensors, about, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_llm_is_not_an_encoder(tiny_llm, tmp_path, capsys):
     argv = [f"{tiny_llm}/model.safetensors"]
     for more in (["--to", str(tmp_path / "out"), "--llm", "org/name"], [str(tmp_path / "x.safetensors")]):
-        assert run_cli(lambda: convert.main(argv + more)) == 2
+        assert run_cli(lambda: share.main(argv + more)) == 2
         assert "no checkpoint of train.py" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -559,9 +558,10 @@ def test_an_llm_is_not_an_encoder(tiny_llm, tmp_path, capsys):
 @pytest.mark.parametrize("scores", [[], {}, dict(about={}, rows=3), dict(about={}, rows=[{}]), dict(about={}),
                                     dict(about={}, rows=[dict(system="a", trained=True)], samples=1, seed=0),
                                     dict(about={}, rows=[dict(system=[], trained=True, said=1)])])
-def test_scores_that_are_none(scores):
+def test_scores_that_are_none(tmp_path, scores):
+    (tmp_path / "x.json").write_text(json.dumps(scores))
     with pytest.raises(UserError, match="x.json"):
-        score_table(scores, {}, "x.json")
+        share.score_table(tmp_path / "x.json", {})
 
 
 # ---- The terminal ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""formats/share.py: a shared folder is whole, tells no path, and is read back by its name or from the hub."""
+"""extras/share.py: a shared folder is whole, tells no path, and is read back by its name or from the hub."""
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +10,8 @@ from PIL import Image
 
 import train
 from cli import MissingFile, UserError
-from formats import convert
-from formats.checkpoints import open_checkpoint, read_checkpoint
+from extras import share
+from formats.checkpoints import open_checkpoint, read_checkpoint, save_checkpoint
 from model import VLM, Llama
 from surrogate import load_surrogate
 
@@ -19,7 +19,7 @@ NAME = "org/Tiny-1M"        # what others know the tiny LLM by
 
 
 def shared(checkpoint, folder, *options):
-    assert not convert.main([checkpoint, "--to", str(folder), "--llm", NAME, *options])
+    assert not share.main([checkpoint, "--to", str(folder), "--llm", NAME, *options])
     return folder
 
 
@@ -67,14 +67,14 @@ def test_model_card(folder, stages, tmp_path):
     assert card.data.base_model == NAME and card.data.license == "other" and card.data.pipeline_tag
     assert "2–4" in card.text and "lr=0.001" in card.text and "which was not known here" in card.text
     about = open_checkpoint(stages["encoder"])[1]
-    rows = [dict(task=t, trained=t == "color", system=s, said=x, ranked=x) for t, s, x in (
+    rows = [dict(task=t, trained=t == "color", system=s, said=x, ranked=x, about=x, split="test") for t, s, x in (
         ("color", "graft", [1, 0]), ("capital", "graft", [0, 0]), ("language", "graft", [1, 1]),
         ("capital", "pair", [0]))]
     scores = tmp_path / "results.json"
     scores.write_text(json.dumps(dict(about=about, samples=3, seed=7, rows=rows)))
     text = (shared(stages["encoder"], tmp_path / "a", "--scores", str(scores)) / "README.md").read_text()
     assert "3 held-out drawn images a task (`graft.py --eval`, seed 7)" in text
-    assert "| never trained, said freely | 50% | 0% |" in text and "| trained, said freely | 50% |  |" in text
+    assert "| **never trained, mean** * | 50% (" in text and "| **trained, mean** | 50% (" in text
     scores.write_text(json.dumps(dict(about=about | dict(seed=1), samples=3, seed=7, rows=rows)))
     with pytest.raises(UserError, match="scores of another encoder"):
         shared(stages["encoder"], tmp_path / "b", "--scores", str(scores))
@@ -84,7 +84,7 @@ def test_model_card(folder, stages, tmp_path):
 @pytest.mark.parametrize("llm, license_id, words", [
     ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1", "Built with Llama"), ("smollm2-135m", "apache-2.0", "Apache-2.0")])
 def test_license_of_the_base(llm, license_id, words, stages, tmp_path):
-    assert not convert.main([stages["translator"], "--to", str(tmp_path / "a"), "--llm", llm])
+    assert not share.main([stages["translator"], "--to", str(tmp_path / "a"), "--llm", llm])
     card = huggingface_hub.ModelCard.load(tmp_path / "a" / "README.md")
     assert card.data.license == license_id and words in card.text
 
@@ -108,7 +108,7 @@ def test_stage_2_goes_on_from_a_shared_translator(stages, tiny_llm, tmp_path):
     assert {f.name for f in folder.glob("*.safetensors")} == {"translator.safetensors", "vit.safetensors"}
     # the tiny LLM has no public name: its path stands in the folder in its place
     tensors, about = read_checkpoint(folder)
-    convert.save_checkpoint(folder / "translator.safetensors", tensors, about | dict(llm=tiny_llm))
+    save_checkpoint(folder / "translator.safetensors", tensors, about | dict(llm=tiny_llm))
     train.main(["encoder", "--llm", tiny_llm, "steps=3", "batch=6", "lr=1e-3", "dtype=float32", "--init", str(folder),
                 "--out", str(tmp_path / "run")])
     ours, theirs = (read_checkpoint(f)[0] for f in (tmp_path / "run", stages["encoder"]))
@@ -121,7 +121,7 @@ def test_a_hub_name_as_the_start(stages, tiny_llm, tmp_path, monkeypatch):
     import formats.checkpoints
     folder = shared(stages["translator"], tmp_path / "shared")
     tensors, about = read_checkpoint(folder)
-    convert.save_checkpoint(folder / "translator.safetensors", tensors, about | dict(llm=tiny_llm))
+    save_checkpoint(folder / "translator.safetensors", tensors, about | dict(llm=tiny_llm))
     monkeypatch.setattr(formats.checkpoints, "find", lambda name: {"org/name": folder}[str(name)])
     train.main(["encoder", "steps=1", "batch=2", "dtype=float32", "--init", "org/name", "--out", str(tmp_path / "run")])
     assert read_checkpoint(tmp_path / "run")[1]["start"] == "org/name"
@@ -130,7 +130,7 @@ def test_a_hub_name_as_the_start(stages, tiny_llm, tmp_path, monkeypatch):
 
 def test_what_cannot_be_shared(stages, tmp_path):
     with pytest.raises(UserError, match="is a path of this machine: .*--llm org/name"):
-        convert.main([stages["encoder"], "--to", str(tmp_path / "a")])
+        share.main([stages["encoder"], "--to", str(tmp_path / "a")])
     for stage in ("decoder", "vit"):
         with pytest.raises(UserError, match=f"is of stage {stage}.* nothing of the LLM itself"):
             shared(stages[stage], tmp_path / "a")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cli import MAX_SEED, Parser, UserError, number, run_cli
 from data.images import preprocess
 from data.llava import LlavaRecords
-from formats import official
+from formats import gguf
 from formats.checkpoints import read_checkpoint, save_checkpoint
 from formats.files import read_text
 from formats.tokenizer import Tokenizer
@@ -122,7 +122,7 @@ def read_encoder(folder):
 
 
 def read_gguf(folder):
-    official.read_gguf.cache_clear()
+    gguf.read.cache_clear()
     Llama.from_pretrained(folder / "llm.gguf")
     Tokenizer.from_pretrained(folder / "llm.gguf")
 
