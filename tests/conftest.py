@@ -51,6 +51,65 @@ def generate_slowly(llm, prompt, n, stop=()):
     return ids[len(prompt):]
 
 
+def refuses(kind, call, *words):
+    """`call` fails with exactly this kind of error: a single line that says all these words."""
+    with pytest.raises(kind) as error:
+        call()
+    text = str(error.value)
+    assert type(error.value) is kind        # not a subclass that happens to pass, such as UnicodeDecodeError
+    assert text and "\n" not in text and len(text) < 1000, text
+    assert all(word in text for word in words), f"{words} are not all in: {text}"
+
+
+# ---- official formats, written by hand: a random Llama, a tokenizer --------------------------------------------------
+
+TINY = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=8)
+
+
+def save_llama(folder, llm):
+    """Hugging Face's layout."""
+    save_file(llm.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(vars(llm.config) | dict(model_type="llama")))
+    return folder
+
+
+def save_gguf(path, llm=None, architecture="llama", tokenizer=None, extra=(), keys=(), **sizes):
+    """llama.cpp's file of a Llama, or of a tokenizer alone: {"model": "gpt2", "tokens": [...], ...}. extra: names of
+    more tensors. keys: more of its header. sizes: other values than the Llama's, None for none."""
+    import gguf
+    writer = gguf.GGUFWriter(path, architecture)
+    if llm:
+        c = llm.config
+        sizes = {"context_length": c.max_position_embeddings, "embedding_length": c.hidden_size,
+                 "feed_forward_length": c.intermediate_size, "block_count": c.num_hidden_layers,
+                 "attention.head_count": c.num_attention_heads, "attention.head_count_kv": c.num_key_value_heads,
+                 "attention.layer_norm_rms_epsilon": c.rms_norm_eps, "rope.freq_base": c.rope_theta} | sizes
+    for key, value in ({f"{architecture}.{k}": v for k, v in sizes.items()} | dict(keys)).items():
+        if value is not None:
+            kind = {bool: "bool", int: "uint32", float: "float32", str: "string"}[type(value)]
+            getattr(writer, f"add_{kind}")(key, value)
+    for name, value in (tokenizer or {}).items():
+        dict(model=writer.add_tokenizer_model, pre=writer.add_tokenizer_pre, tokens=writer.add_token_list,
+             types=writer.add_token_types, merges=writer.add_token_merges)[name](value)
+    names = {"model.layers": "blk", "self_attn.": "attn_", "attn_o_proj": "attn_output", "mlp.": "ffn_", "_proj": "",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd",
+             "model.norm": "output_norm", "lm_head": "output"}
+    for name, w in (llm.state_dict() if llm else {}).items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):       # RoPE's pairs side by side
+            w = w.reshape(-1, 2, c.head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        for old, new in names.items():
+            name = name.replace(old, new)
+        writer.add_tensor(name, w.contiguous().numpy())
+    for name in extra:
+        writer.add_tensor(name, torch.zeros(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 # ---- a tiny LLM on disk, and all stages run on it: what train.py and graft.py need, in seconds -----------------------
 
 
@@ -72,9 +131,7 @@ def save_tiny_llm(folder, width=32):
     llm = Llama(config)
     for p in llm.parameters():
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)     # large: every layer has a say in the prediction
-    save_file(llm.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(vars(config) | dict(model_type="llama")))
-    return str(folder)
+    return str(save_llama(folder, llm))
 
 
 @pytest.fixture(scope="session")
