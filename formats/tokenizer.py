@@ -67,18 +67,17 @@ def read_json(path):
     special = {token["content"]: token["id"] for token in spec["added_tokens"] if token.get("special", True)}
     added = [token for token in spec["added_tokens"] if token["content"] not in special]
     ranks, cut = bpe_ranks(spec["model"]["vocab"], spec["model"]["merges"], special, added), spec["pre_tokenizer"]
-    if not isinstance(cut, dict) or len(cut.get("pretokenizers", ())) != 2:
-        raise UserError("it cuts text in another way than Llama 3, Qwen and SmolLM2; transformers 5 saves some of them "
-                        "so")
-    first, last = cut["pretokenizers"]
-    steps = first["type"], last["type"], last["add_prefix_space"], last.get("use_regex", True), spec.get("normalizer")
+    two = isinstance(cut, dict) and len(cut.get("pretokenizers", ())) == 2
+    first, last = cut["pretokenizers"] if two else ({}, {})
+    steps = (first.get("type"), last.get("type"), last.get("add_prefix_space"), last.get("use_regex", True),
+             spec.get("normalizer"))
     if steps[:4] == ("Split", "ByteLevel", False, False) and first["behavior"] == "Isolated":
         pattern = first["pattern"]["Regex"]
         if (pattern, steps[4]) in ((LLAMA3_PATTERN, None), (QWEN_PATTERN, {"type": "NFC"})):
             return ranks, special, pattern, added, template
     if steps == ("Digits", "ByteLevel", False, True, None) and first["individual_digits"]:
         return ranks, special, SMOLLM2_PATTERN, added, template
-    raise UserError("it cuts text in another way than Llama 3, Qwen and SmolLM2")
+    raise UserError("it cuts text in another way than Llama 3, Qwen and SmolLM2; transformers 5 saves some of them so")
 
 
 def read_template(folder):

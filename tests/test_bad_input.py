@@ -38,7 +38,7 @@ CONFIGS = dict(  # changes of a config.json -> the words that name them
     rope=(dict(rope_scaling=[8]), "[8]"), factor=(dict(rope_scaling=dict(rope_type="llama3")), "lacks 'factor'"),
     yarn=(dict(rope_scaling=dict(rope_type="yarn")), "RoPE scaling of type yarn"),
     other=(dict(hidden_size=48), "(500, 48)"),
-)  # fmt: skip
+)
 FILES = dict(  # a file in place of one of the LLM's -> the words
     list=("config.json", b"[1]", "must hold a JSON object"), empty=("config.json", b"", "not valid JSON"),
     binary=("config.json", b"\xff\xfe\0", "not UTF-8"), deep=("config.json", b"[" * 10**5, "not valid JSON"),
@@ -51,7 +51,7 @@ FILES = dict(  # a file in place of one of the LLM's -> the words
     map=("model.safetensors.index.json", b'{"weight_map": 3}', "weight_map"),
     outside=("model.safetensors.index.json", b'{"weight_map": {"a": "../../x.safetensors"}}', "same folder"),
     lost=("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing"),
-)  # fmt: skip
+)
 ABOUT = dict(  # changes of what a checkpoint says of itself -> the words
     stage=(dict(stage=3), "stage = 3"), ranges=(dict(ranges="2-4"), "ranges = '2-4'"),
     pair=(dict(ranges=[[2]]), "[[2]]"),
@@ -59,12 +59,12 @@ ABOUT = dict(  # changes of what a checkpoint says of itself -> the words
     llm=(dict(llm=["x"]), "llm = ['x']"), start=(dict(start=7), "start = 7"),
     nowhere=(dict(start="no.safetensors"), "needs no.safetensors"),
     circle=(dict(start="{bad}/circle.safetensors"), "started from itself"), unnamed=(dict(start=None), "no translator"),
-)  # fmt: skip
+)
 VITS = dict(
     text=("x", "vit_config = 'x'"), lacks=({}, "lacks 'image_size'"), patch=(dict(patch_size=0), "patch_size = 0"),
     wide=(dict(hidden_size=96_000, num_attention_heads=1000), "has shape"),
     many=(dict(num_hidden_layers=6), "lacks"), head=(dict(num_attention_heads=5), "multiple"),
-)  # fmt: skip
+)
 RECORDS = dict(
     parent=(dict(image="../a.png"), "'../a.png' leads out of"), root=(dict(image="/etc/passwd"), "leads out of"),
     link=(dict(image="link.png"), "link out of the folder"), missing=(dict(image="gone.png"), "gone.png not found"),
@@ -72,11 +72,11 @@ RECORDS = dict(
     half=(dict(image="cut.png"), "damaged or truncated"), sides=(dict(image="wide.png"), "scale or crop"),
     turns=(dict(conversations=TURNS * 2000), "4,000 turns"), words=(dict(conversations="x"), "conversations"),
     long=(dict(conversations=[TURNS[0], TURNS[1] | dict(value="x" * 10**6 + "y")]), "1,000,001 characters"),
-)  # fmt: skip
+)
 LISTS = dict(
     object=(b"{}", "must hold a JSON list"), none=(b"[]", "list of 1 to"), broken=(b"[{", "not valid JSON"),
     deep=(b"[" * 10**5, "not valid JSON"), latin=(b'["\xe9"]', "not UTF-8"), number=(b"[7]", "record 0"),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ CASES = [
         "encoder --recipe llama-3.1-8b batch=-1": ("batch", "between 1"),
         "encoder --recipe llama-3.1-8b dtype=float32": ("bfloat16",),
         "encoder --recipe llama-3.1-8b max_length=300": ("579 visual tokens",)}.items()),
-]  # fmt: skip
+]
 
 
 def test_a_run_does_not_overwrite_its_start(stages, tiny_llm, capsys):
@@ -355,7 +355,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(stages, tiny_llm, tmp_path, caps
 def test_as_a_user_sees_it(tiny_llm, stages, tmp_path):
     """A fresh Python in another folder: exit status 2, one line, no traceback."""
     argv = [sys.executable, ROOT / "train.py", "translator", "--llm", tiny_llm, "--init", stages["vit"],
-            "--out", tmp_path / "out"]  # fmt: skip
+            "--out", tmp_path / "out"]
     for more, environment, words in ((["--replace", "3-9"], {}, "cannot replace layers 3-9"),
                                      (["--replace", "2-4"], {"KERNELS": "nonsense"}, "KERNELS=nonsense: expected")):
         got = subprocess.run([*argv, *more], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)

@@ -6,11 +6,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from conftest import refuses
 from PIL import Image
 
 import train
 from cli import MissingFile, UserError
 from extras import share
+from formats import checkpoints
 from formats.checkpoints import open_checkpoint, read_checkpoint, save_checkpoint
 from model import VLM, Llama
 from surrogate import load_surrogate
@@ -46,8 +48,8 @@ def test_shared_folder_reads_back(folder, stages, tiny_llm, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(folder))
     assert all(torch.equal(a, b) for a, b in zip(answers(tiny_llm, "org/encoder"), before))
     assert set(asked) == {"org/encoder"}
-    with pytest.raises(MissingFile, match="no checkpoint in .*: expected encoder.safetensors"):
-        VLM.from_pretrained(tiny_llm, encoder=tiny_llm)
+    no_encoder = lambda: VLM.from_pretrained(tiny_llm, encoder=tiny_llm)
+    refuses(MissingFile, no_encoder, "no checkpoint in ", ": expected encoder.safetensors")
 
 
 def test_shared_folder_holds_nothing_of_this_machine_or_the_llm(folder, stages, tiny_llm):
@@ -76,8 +78,8 @@ def test_model_card(folder, stages, tmp_path):
     assert "3 held-out drawn images a task (`graft.py --eval`, seed 7)" in text
     assert "| **never trained, mean** * | 50% (" in text and "| **trained, mean** | 50% (" in text
     scores.write_text(json.dumps(dict(about=about | dict(seed=1), samples=3, seed=7, rows=rows)))
-    with pytest.raises(UserError, match="scores of another encoder"):
-        shared(stages["encoder"], tmp_path / "b", "--scores", str(scores))
+    again = lambda: shared(stages["encoder"], tmp_path / "b", "--scores", str(scores))
+    refuses(UserError, again, "scores of another encoder")
     assert not (tmp_path / "b").exists()
 
 
@@ -103,41 +105,40 @@ def test_upload_folder_takes_all_of_it(folder, monkeypatch):
     assert sent == {f.name: f.stat().st_size for f in folder.iterdir()}
 
 
-def test_stage_2_goes_on_from_a_shared_translator(stages, tiny_llm, tmp_path):
+@pytest.fixture
+def translator(stages, tiny_llm, tmp_path):
+    """A shared folder of translators. The tiny LLM has no public name: its path stands in the folder in its place."""
     folder = shared(stages["translator"], tmp_path / "shared")
-    assert {f.name for f in folder.glob("*.safetensors")} == {"translator.safetensors", "vit.safetensors"}
-    # the tiny LLM has no public name: its path stands in the folder in its place
     tensors, about = read_checkpoint(folder)
     save_checkpoint(folder / "translator.safetensors", tensors, about | dict(llm=tiny_llm))
-    train.main(["encoder", "--llm", tiny_llm, "steps=3", "batch=6", "lr=1e-3", "dtype=float32", "--init", str(folder),
-                "--out", str(tmp_path / "run")])
+    return folder
+
+
+def test_stage_2_goes_on_from_a_shared_translator(translator, stages, tiny_llm, tmp_path):
+    assert {f.name for f in translator.glob("*.safetensors")} == {"translator.safetensors", "vit.safetensors"}
+    train.main(["encoder", "--llm", tiny_llm, "steps=3", "batch=6", "lr=1e-3", "dtype=float32",
+                "--init", str(translator), "--out", str(tmp_path / "run")])
     ours, theirs = (read_checkpoint(f)[0] for f in (tmp_path / "run", stages["encoder"]))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert VLM.from_pretrained(Llama.from_pretrained(tiny_llm), encoder=tmp_path / "run")
 
 
-def test_a_hub_name_as_the_start(stages, tiny_llm, tmp_path, monkeypatch):
+def test_a_hub_name_as_the_start(translator, tiny_llm, tmp_path, monkeypatch):
     """What train.py --init org/name leaves behind finds its translators again."""
-    import formats.checkpoints
-    folder = shared(stages["translator"], tmp_path / "shared")
-    tensors, about = read_checkpoint(folder)
-    save_checkpoint(folder / "translator.safetensors", tensors, about | dict(llm=tiny_llm))
-    monkeypatch.setattr(formats.checkpoints, "find", lambda name: {"org/name": folder}[str(name)])
+    monkeypatch.setattr(checkpoints, "find", lambda name: {"org/name": translator}[str(name)])
     train.main(["encoder", "steps=1", "batch=2", "dtype=float32", "--init", "org/name", "--out", str(tmp_path / "run")])
     assert read_checkpoint(tmp_path / "run")[1]["start"] == "org/name"
     assert load_surrogate(Llama.from_pretrained(tiny_llm), tmp_path / "run").translators
 
 
 def test_what_cannot_be_shared(stages, tmp_path):
-    with pytest.raises(UserError, match="is a path of this machine: .*--llm org/name"):
-        share.main([stages["encoder"], "--to", str(tmp_path / "a")])
+    nameless = [stages["encoder"], "--to", str(tmp_path / "a")]
+    refuses(UserError, lambda: share.main(nameless), "is a path of this machine: ", "--llm org/name")
     for stage in ("decoder", "vit"):
-        with pytest.raises(UserError, match=f"is of stage {stage}.* nothing of the LLM itself"):
-            shared(stages[stage], tmp_path / "a")
+        refuses(UserError, lambda: shared(stages[stage], tmp_path / "a"), f"stage {stage}", "nothing of the LLM itself")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="is there already"):
-        shared(stages["encoder"], tmp_path / "full")
+    refuses(UserError, lambda: shared(stages["encoder"], tmp_path / "full"), "is there already")
     assert [f.name for f in tmp_path.iterdir()] == ["full"] and (tmp_path / "full" / "mine.txt").exists()
     direct = shared(stages["full"], tmp_path / "direct")        # trained on the full LLM: no translator
     assert {f.name for f in direct.glob("*.safetensors")} == {"encoder.safetensors", "vit.safetensors"}

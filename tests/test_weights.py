@@ -449,7 +449,7 @@ def test_checkpoint_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # whoever may read a new file may read this one
-    save_file(tensors, path, metadata=dict(format="pt", author="someone"))
+    save_file({"a": torch.zeros(1)}, path, metadata=dict(format="pt", author="someone"))
     assert checkpoints.read_checkpoint(path)[1] == {}       # metadata that save_checkpoint did not write
 
 
