@@ -1,7 +1,7 @@
 """
-Checkpoints for others: what one says about itself, to the layout of the paper's and back, a folder to share.
+Checkpoints for others: to the layout that the paper released and back, or a folder to share; and what one holds.
 
-    python -m extras.share runs/encoder/encoder.safetensors                 # what it says about itself
+    python -m extras.share runs/encoder/encoder.safetensors                 # its metadata and tensors
     python -m extras.share runs/encoder/encoder.safetensors encoder.pth     # as the paper's code reads it
     python -m extras.share ckpt_01_0004880.pth encoder.safetensors --llm meta-llama/Llama-3.1-8B-Instruct   # back
     python -m extras.share runs/encoder/encoder.safetensors --to FOLDER     # to publish: docs/your-data.md
@@ -9,7 +9,7 @@ Checkpoints for others: what one says about itself, to the layout of the paper's
     FOLDER/encoder.safetensors      what stage 2 trained
     FOLDER/translator.safetensors   the surrogate's translators (where it had one)
     FOLDER/vit.safetensors          the ViT that it started from, if that is a small one of extras/vit.py
-    FOLDER/config.json, README.md   what the checkpoint says about itself; the model card (assets/model_card.md)
+    FOLDER/config.json, README.md   the checkpoint's metadata; the model card (from assets/model_card.md)
 
 VLM.from_pretrained(llm, encoder=…), graft.py --encoder and train.py --init read the folder or its hub name.
 """
@@ -41,7 +41,7 @@ def main(argv=None):
     parser.add_argument("checkpoint", help="a .safetensors of train.py, or a .pth that the paper released")
     parser.add_argument("out", nargs="?",
                         help="write it here, as .pth (the paper's layout) or .safetensors; nothing: describe it")
-    about_ = "what a .pth does not say about itself: "
+    about_ = "what a .pth, which has no metadata, does not say: "
     parser.add_argument("--llm", help=about_ + "the full LLM, folder or hub name")
     parser.add_argument("--vit", help=about_ + f"the ViT (default: {CLIP})")
     parser.add_argument("--replace", default="none", help=about_ + "the layers that the surrogate replaces, e.g. 16-26")
@@ -83,7 +83,7 @@ def check_parts(tensors, path):
 
 
 def describe(tensors, args):
-    """What our own checkpoint of these tensors would say about itself; `args` say what cannot be seen in them."""
+    """The metadata of a checkpoint that has none, from its tensors and, for what they do not show, from `args`."""
     check_parts(tensors, args.checkpoint)
     ranges = check_ranges(parse_ranges(args.replace), 1000)
     decoder = any(n.startswith("decoder.") for n in tensors)
@@ -121,7 +121,7 @@ def public(name, option, checkpoint):
 
 
 def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
-    """Write the folder of a checkpoint of stage translator or encoder: its tensors, and what it says about itself.
+    """Write the folder of a checkpoint of stage translator or encoder: `tensors`, and its metadata `about`.
 
     llm, vit: names that others know, where the checkpoint has a path. scores: results.json of graft.py. The folder must
     be new or empty, and appears whole or not at all. Returns {name of a file: bytes}.
@@ -159,7 +159,7 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
 
 
 def translators(checkpoint):
-    """(the translators that an encoder was trained with, what their checkpoint says about itself)"""
+    """(the translators that an encoder was trained with, the metadata of their checkpoint)"""
     for _, tensors, about in ancestry(checkpoint):
         tensors = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
         if tensors:
@@ -180,7 +180,7 @@ def score_table(path, about):
 
 
 def model_card(name, stage, files, table):
-    """The text of README.md. files: {name: (tensors, what they say about themselves)}"""
+    """The text of README.md. files: {name: (tensors, metadata)}"""
     from huggingface_hub import ModelCard, ModelCardData
     about = files[stage][1]
     hub = HUB_NAMES.get(about["llm"], about["llm"])
