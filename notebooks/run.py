@@ -36,21 +36,22 @@ def execute(notebook, quick=False, timeout=1800):
     timeout: seconds for one cell. Nothing of the time or of this machine is noted in the notebook.
     """
     env = {k: v for k, v in os.environ.items() if k != "QUICK"} | ({"QUICK": "1"} if quick else {})
+    # coalesce_streams: the pieces of a stream become one, and of a progress bar its last state is left
     client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", record_timing=False,
-                            resources=dict(metadata=dict(path=str(HERE))))
+                            coalesce_streams=True, resources=dict(metadata=dict(path=str(HERE))))
     client.execute(env=env)
     return notebook
 
 
 def clean(notebook):
-    """Keep of the outputs what a reader sees: no progress bar's past, no path of this machine, few colors."""
+    """Keep of the outputs what a reader wants to see: no path of this machine, no times, few colors."""
     notebook.metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"),
                              language_info=dict(name="python"))
     for cell in (c for c in notebook.cells if c.cell_type == "code"):
-        cell.metadata, cell.outputs = {}, joined(cell.outputs)
+        cell.metadata = {}
         for output in cell.outputs:
             if output.output_type == "stream":
-                output.text = without_paths(settled(output.text))
+                output.text = without_paths(output.text)
             output.get("data", {}).pop("image/jpeg", None)              # a picture's second form
             for kind, content in output.get("data", {}).items():
                 if kind == "image/png":
@@ -58,26 +59,6 @@ def clean(notebook):
                 elif isinstance(content, str):
                     output.data[kind] = without_paths(content)
     return notebook
-
-
-def joined(outputs):
-    """Outputs with the pieces of one stream put together, where they came in turns with another stream's, too."""
-    streams, out = {}, []
-    for output in outputs:
-        if output.output_type != "stream":
-            streams = {}
-        elif output.name in streams:
-            streams[output.name].text += output.text
-            continue
-        else:
-            streams[output.name] = output
-        out.append(output)
-    return out
-
-
-def settled(text):
-    """What is left on a terminal's lines: a progress bar returns to the line's start and writes over itself."""
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
 
 
 def without_paths(text):

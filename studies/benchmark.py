@@ -1,363 +1,475 @@
 """
-How fast is a training step of the encoder, and how much memory do graft.py, a step with a real vocabulary and the
-building of a surrogate need?
+How fast, and in how much memory? Ours beside transformers, PyTorch, cuDNN and Liger.
 
-    python -m studies.benchmark             # everything, on the default LLM
-    python -m studies.benchmark --memory    # only the step and the building, on random models: no download, quick
-    python -m studies.benchmark kernels     # on a GPU: each kernel of kernels/ beside its peers
+    python -m studies.benchmark step                # a training step of stage 2 behind a surrogate
+    python -m studies.benchmark memory encoder      # the peak of a step, beside the formula of studies/cost.py
+    python -m studies.benchmark decode              # tokens/s of answers, and their share of what memory allows
+    python -m studies.benchmark kernels             # each kernel beside its peers: for a GPU
 
-Everything is timed in turns within one run, because absolute times on shared machines wander; trust the ratios.
-(studies/decoding.py measures answers, studies/gpu.py steps and answers at the paper's sizes.)
+Weights are random: no time depends on what they are. On a GPU the default is Llama-3.2-3B in bfloat16, on a CPU the
+small world's LLM in float32. Times on shared machines wander, so all systems of a table take turns in one process, and
+medians count: trust the ratios. A ratio is a system's time over ours: above 1 ours is faster.
 """
-import dataclasses
+import copy
+import ctypes
+import functools
+import importlib.metadata
+import itertools
 import json
-import os
 import platform
 import resource
+import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 import kernels
-import surrogate
 import train
-from cli import Parser, UserError, number, run_cli
-from data.batches import Batches
-from data.world import World
-from formats import official
-from formats.tokenizer import IMAGE, Tokenizer
+from cli import Parser, check_out_file, number, run_cli, write_whole
+from extras.lora import add_lora
+from formats.tokenizer import IMAGE
 from kernels import int8
-from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
-from recipes import RECIPES
+from model import VLM, Llama, LlamaConfig, ViT
+from recipes import CLIP, STAGES, TARGETS, Recipe, Target
+from studies import cost
+from surrogate import build_surrogate
 
-ROOT = Path(__file__).parent.parent
+SIZES = {name: target for name, target in TARGETS.items() if not target.llm_config.qk_norm} | {
+    "llama-3.2-1b": Target("Llama-3.2-1B", ranges=((10, 14),), **CLIP, llm_config=LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, rope_theta=500000.0))}
+BEFORE, TEXT, ANSWER = 10, 100, 60      # tokens of a sample: before the image; beside it; of these, with loss
+STEP, LORA = Recipe(lr=0.0, checkpointing=True), 8       # lr=0: every step sees the same weights
 
+# ---- The harness ----------------------------------------------------------------------------------------------------
 
-def clock(function, device):
-    start = time.perf_counter()
-    result = function()
-    if str(device).startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
-
-
-def encoder_step(device, dtype, batch=16, rounds=5, replace=((16, 28),)):
-    """One step of the stage `encoder` with a new translator: the time does not depend on what the weights are."""
-    llm = Llama.from_pretrained(dtype=dtype, device=device)
-    tokenizer = Tokenizer.from_pretrained(official.find(official.DEFAULT_LLM))
-    vlm = VLM(ViT(ViTConfig()), surrogate.build_surrogate(llm, replace), tokenizer).to(device)
-    recipe = dataclasses.replace(RECIPES["small"]["encoder"], batch=batch)
-    optimizer = train.Optimizer(train.trained_parameters(vlm, "encoder"), recipe)
-    vlm.to(dtype)
-    batches = Batches(World(), recipe, tokenizer, vlm.n_visual, vlm.encoder.config.image_size)
-    times = []
-    for step in tqdm(range(rounds + 1), desc="encoder step", unit="step"):
-        def one():
-            (b,) = batches[step]            # one micro-batch, and nothing but images in it
-            (vlm.loss(b) / train.count_targets([b])).backward()
-            optimizer.gather()
-            optimizer.update()
-            return b["tokens"].shape[1]
-        seconds, positions = clock(one, device)
-        times.append(seconds)
-    layers = vlm.decoder.config.num_hidden_layers
-    print(f"| encoder step, {str(dtype)[6:]}, {layers}-layer surrogate, batch {batch}, ~{positions} positions "
-          f"| {statistics.median(times[1:]):.2f} s | | |")
+Measured = namedtuple("Measured", "seconds held peak result")       # held: bytes before the run; peak: during it
 
 
-def graft_memory():
-    """Peak memory of `python graft.py`, as the operating system counts it."""
-    done = subprocess.run([sys.executable, ROOT / "graft.py", "--eval", "8", "--out", "runs/benchmark"],
-                          capture_output=True, encoding="utf-8")
-    if done.returncode:
-        raise UserError(f"graft.py failed: {done.stderr.strip().splitlines()[-1]}")
-    unit = 2**30 if sys.platform == "darwin" else 2**20         # macOS counts in bytes, Linux in KiB
-    print(f"| graft.py, peak memory | {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit:.2f} GiB | | |")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory, each figure out of a fresh process: what another one has left there would hide a peak
-
-
-def peak_memory():
-    """Bytes: the most physical memory that this process has held so far, pages of files that it maps included."""
-    if sys.platform == "linux":     # not ru_maxrss: there a new process begins with the peak of the one that started it
+def peak_memory(device):
+    """Bytes: the most that was held since `reset_peak`, on a GPU by tensors, on a CPU by the process, code included."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
         rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        line = next(row for row in rows if row.startswith("VmHWM"))
-        return int(line.split()[1]) * 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # macOS counts in bytes
+        return int(next(row for row in rows if row.startswith("VmHWM")).split()[1]) * 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # cannot be reset: the largest so far
 
 
-def in_fresh_process(call, module="benchmark", **environment):
-    """The value (numbers, strings, dictionaries) of an expression of this module, e.g. "surrogate_memory('folder')", or
-    of another one in studies/; environment: variables that the process is given besides."""
-    code = f"import json; from studies import {module}; print(json.dumps({module}.{call}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8",
-                          env=os.environ | environment)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"it was killed, status {done.returncode}: out of memory?"])[-1]
-        raise UserError(f"{module}.{call} failed: {why}")
-    return json.loads(done.stdout.splitlines()[-1])
+def reset_peak(device):
+    """Forget the peak. Returns the bytes that are held now."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)            # what was freed is kept for later use: here it is given back
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return peak_memory(device)
 
 
-def llava_batch(n_visual, vocab, batch, text=100, answer=60):
-    """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and `text` tokens of
-    which the last `answer` are the answer; lengths fall by 8, beginning again every four rows, and are padded."""
-    T = n_visual + text
+def measured(run, device, clock=None):
+    """Run once. clock: a function that times `run` in a better way, e.g. again and again."""
+    held, start = reset_peak(device), time.perf_counter()
+    result = run()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    seconds, peak = time.perf_counter() - start, peak_memory(device)
+    return Measured(clock(run) if clock else seconds, held, peak, result)
+
+
+def in_turns(systems, rounds, device, clock=None):
+    """{name: function} -> {name: Measured}: medians over rounds in which all take turns, after one that warms up.
+
+    A peer of "ours" that cannot run here, or runs out of memory, is left out, and stderr says so.
+    """
+    seen = {name: [] for name in systems}
+    for _, (name, run) in itertools.product(range(rounds + 1), systems.items()):
+        try:
+            if name in seen:
+                seen[name].append(measured(run, device, clock))
+        except RuntimeError as e:
+            if name == "ours":
+                raise
+            print(f"{name} is left out: {str(e).splitlines()[0]}", file=sys.stderr)
+            del seen[name]
+    return {name: Measured(statistics.median(r.seconds for r in turns[1:]), turns[-1].held,
+                           max(r.peak for r in turns[1:]), turns[-1].result) for name, turns in seen.items()}
+
+
+def random_model(build, dtype, device):
+    """What `build` builds, frozen, with random weights that are drawn in their place: no float32 copy on the way."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = build().to(dtype)
+    for p in model.to_empty(device=device).parameters():
+        torch.nn.init.normal_(p.requires_grad_(False), mean=float(p.dim() == 1), std=0.02)
+    return model.eval()
+
+
+def ceilings(device, dtype, rounds=10, clock=None):
+    """What the chip does at best, measured: bytes/s of a large copy, FLOP/s of a large matrix product."""
+    n = 2**13 if device.startswith("cuda") else 2**10
+    x, a = torch.zeros(64 * n * n, dtype=torch.uint8, device=device), torch.ones(n, n, dtype=dtype, device=device)
+    y = torch.empty_like(x)
+    turns = in_turns({"B": lambda: y.copy_(x), "FLOP": lambda: a @ a}, rounds, device, clock)
+    return {"B": 2 * x.numel() / turns["B"].seconds, "FLOP": 2 * n**3 / turns["FLOP"].seconds}
+
+
+def sdpa(q, k, v, causal=True, backend=SDPBackend.FLASH_ATTENTION):
+    """PyTorch's attention by one of its backends, in our layout: q (B, T, H, D), k and v (B, T, Hkv, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2).contiguous()
+
+
+# ---- A step of training ---------------------------------------------------------------------------------------------
+
+
+def llava_batch(n_visual, vocab, batch, image_size):
+    """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and TEXT tokens of
+    which the last ANSWER are the answer; lengths fall by 8, beginning again every four rows, and are padded."""
+    T = n_visual + TEXT
     tokens = torch.randint(vocab, (batch, T))
-    tokens[:, 10:10 + n_visual] = IMAGE
+    tokens[:, BEFORE:BEFORE + n_visual] = IMAGE
     targets = torch.full((batch, T), -100)
     for b in range(batch):
         end = T - 8 * (b % 4)
-        targets[b, end - answer - 1:end - 1] = tokens[b, end - answer:end]      # at position t the token t + 1
-    return dict(tokens=tokens, targets=targets, pixels=torch.rand(batch, 3, 336, 336))
+        targets[b, end - ANSWER - 1:end - 1] = tokens[b, end - ANSWER:end]      # at position t the token t + 1
+    return dict(tokens=tokens, targets=targets, pixels=torch.rand(batch, 3, image_size, image_size))
 
 
-def encoder_step_memory(all_logits=False, vocab=128256, batch=3, width=64):
-    """A step of stage 2, forward and backward, float32 on the CPU: dict(peak, loss, gradient, positions, targets).
+def stage_of(stage, target, dtype, device, checkpointing=False, lora=0):
+    """The VLM of a stage with random weights, and its optimizer."""
+    def build():
+        llm = Llama(target.llm_config)
+        if lora:
+            add_lora(llm, lora)
+        return VLM(ViT(target.vit_config), llm if stage == "decoder" else build_surrogate(llm, target.ranges))
 
-    CLIP's 24x24 patches (579 visual tokens) and Llama 3's vocabulary, but few and narrow layers: what is left is what
-    the vocabulary costs. peak: bytes above what model and batch have taken; gradient: its norm.
-    all_logits: as one would write it first, the logits of every position and F.cross_entropy with ignore_index.
-    """
-    torch.manual_seed(0)
-    llm = Llama(LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4,
-                            num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4)).requires_grad_(False)
-    llm.model.embed_tokens.weight.normal_(std=0.02)         # as a new LLM has them: the loss begins at log(vocab)
-    vit = ViT(ViTConfig(image_size=336, patch_size=14, hidden_size=width, intermediate_size=4 * width,
-                        num_hidden_layers=3, num_attention_heads=4))
-    vlm = VLM(vit, surrogate.build_surrogate(llm, [(1, 2)]))
-    trained = train.trained_parameters(vlm, "encoder")
-    b = llava_batch(vlm.n_visual, vocab, batch)
-    before = peak_memory()
-    if all_logits:
-        logits = vlm.decoder(embeds=vlm.embed(b["tokens"], b["pixels"]))                        # (B, T, vocab)
-        loss = F.cross_entropy(logits.flatten(0, 1), b["targets"].flatten(), ignore_index=-100, reduction="sum")
-        del logits          # as a function that returns the loss would: only what autograd needs stays
-    else:
-        loss = vlm.loss(b)
-    n = int((b["targets"] >= 0).sum())
-    (loss / n).backward()
-    peak = peak_memory() - before
-    gradient = torch.stack([p.grad.norm() for p in trained.values() if p.grad is not None]).norm()
-    return dict(peak=peak, loss=loss.item() / n, gradient=gradient.item(), positions=b["tokens"].numel(), targets=n)
+    vlm = random_model(build, dtype, device)
+    vlm.decoder.checkpointed = range(len(vlm.decoder.model.layers)) if checkpointing else ()
+    learns = train.trained_parameters(vlm, stage)
+    train.set_dtypes(vlm, vlm.decoder, learns)
+    return vlm, train.adamw(learns, STEP)
 
 
-def save_random_llm(folder, layers=28, width=768, vocab=32064, shards=4):
-    """A random Llama in bf16 in the layout of the hub. The defaults are Llama-3.2-3B with every width divided by 4."""
-    config = dict(vocab_size=vocab, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
-                  num_attention_heads=24, num_key_value_heads=8, head_dim=width // 24, rope_theta=500000.0)
+def take_step(loss, optimizer, batch):
+    """A step as train.train takes it, with any function of a batch as the loss, whose mean over targets is returned."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    mean = loss(batch) / train.count_targets([batch])
+    mean.backward()
+    train.update(optimizer, STEP, 0)
+    return mean.item()
+
+
+def llama_twin(llm):
+    """transformers' LlamaForCausalLM over the very same parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    sizes = dict(vars(llm.config), qkv_bias=None, qk_norm=None)
+    rope = dict(sizes.pop("rope_scaling") or dict(rope_type="default"), rope_theta=sizes.pop("rope_theta"))
     with torch.device("meta"):
-        shapes = {n: t.shape for n, t in Llama(LlamaConfig(**config)).state_dict().items()}
-    names, files = list(shapes), {}
-    per_file = -(-len(names) // shards)
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        files |= {n: file for n in names[i * per_file:(i + 1) * per_file]}
-        tensors = {n: torch.empty(shapes[n], dtype=torch.bfloat16).normal_(std=0.02) for n in files if files[n] == file}
-        save_file(tensors, Path(folder) / file)
-    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=files)), encoding="utf-8")
-    config |= dict(model_type="llama", tie_word_embeddings=True)
-    (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        twin = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, bos_token_id=1, eos_token_id=2,
+                                            pad_token_id=2))
+    weights = llm.state_dict(keep_vars=True)
+    twin.load_state_dict(weights | {"lm_head.weight": llm.lm_head_weight}, assign=True)
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config)        # it holds frequencies, and no parameter
+    twin.tie_weights()
+    return twin.eval().to(llm.device)
 
 
-def surrogate_memory(folder, whole=False, ranges=((16, 26),), dtype="bfloat16"):
-    """Building the surrogate of the LLM in `folder` on the CPU: dict(peak, size, layers), peak and size in bytes.
+class TransformersVLM(torch.nn.Module):
+    """The same VLM as the paper's code has it, over the very same parameters: transformers' CLIP and Llama, and logits
+    of every position."""
 
-    peak: above what the process held before. The files are mapped, and a page takes memory only once it is read: so
-    every weight that is held is read, as a first step would. whole: load the LLM, then take the surrogate out of it.
-    """
-    dtype = getattr(torch, dtype)
-    with torch.device("meta"):              # for its first such model torch imports 30 MB of code: not in question
-        Llama(LlamaConfig(vocab_size=8, num_hidden_layers=1))
-    before = peak_memory()
-    if whole:
-        held = Llama.from_pretrained(folder, dtype, "cpu")
-        ours = surrogate.build_surrogate(held, ranges)
-    else:
-        held = ours = surrogate.from_pretrained(folder, ranges, dtype, "cpu")
-    for p in [*held.parameters(), *ours.parameters()]:
-        p.sum()
-    size = sum(p.numel() * p.element_size() for p in ours.parameters())
-    return dict(peak=peak_memory() - before, size=size, layers=len(ours.model.layers))
+    def __init__(self, vlm):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+        with torch.device("meta"):
+            clip = CLIPVisionModel(CLIPVisionConfig(**vars(vlm.encoder.config), projection_dim=8))
+        self.clip = getattr(clip, "vision_model", clip)             # transformers 4 or 5
+        self.clip.load_state_dict(vlm.encoder.vision_model.state_dict(keep_vars=True), assign=True)
+        places = torch.arange(vlm.encoder.config.num_patches + 1, device=vlm.decoder.device)
+        self.clip.embeddings.position_ids = places[None]            # no parameter, and so still on "meta"
+        self.adapter, self.embd_soi, self.embd_eoi = vlm.adapter, vlm.embd_soi, vlm.embd_eoi
+        self.decoder, self.dtype = llama_twin(vlm.decoder), vlm.decoder.dtype
 
+    def forward(self, tokens, targets, pixels):
+        x = self.clip(pixels).last_hidden_state                                                     # (B, 1 + P, C)
+        x = self.adapter(self.clip.post_layernorm(x))                                               # (B, 1 + P, d)
+        soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
+        x = torch.cat([soi, x, eoi], dim=1)                                                         # (B, n_visual, d)
+        text = self.decoder.get_input_embeddings()(tokens.clamp(min=0))                             # (B, T, d)
+        x = torch.cat([text[:, :BEFORE], x, text[:, BEFORE + x.shape[1]:]], dim=1)                  # (B, T, d)
+        logits = self.decoder(inputs_embeds=x).logits.float()                                       # (B, T, vocab)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
-def compare_step_memory(**sizes):
-    """Print what a step of stage 2 needs, ours beside all logits. Returns the ratio of the peaks."""
-    ours, naive = (in_fresh_process(f"encoder_step_memory(**{sizes | dict(all_logits=how)})") for how in (False, True))
-    ratio = ours["peak"] / naive["peak"]
-    print(f"| encoder step, vocabulary {sizes.get('vocab', 128256):,}, {ours['positions']} positions of which "
-          f"{ours['targets']} have loss: peak memory | {ours['peak'] / 2**20:.0f} MiB "
-          f"| all logits {naive['peak'] / 2**20:.0f} MiB | {ratio:.2f}x |")
-    print(f"| its loss, its gradient's norm | {ours['loss']:.6f}, {ours['gradient']:.6f} | {naive['loss']:.6f}, "
-          f"{naive['gradient']:.6f} | apart {abs(ours['loss'] - naive['loss']):.1e}, "
-          f"{abs(ours['gradient'] - naive['gradient']):.1e} |")
-    return ratio
-
-
-def compare_surrogate_memory(ranges=((16, 26),), **sizes):
-    """Print what building a surrogate needs, alone beside out of the whole LLM, over its own size. Returns the former.
-
-    Writes the random LLM into a temporary folder (400 MB by default)."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_random_llm(folder, **sizes)
-        ours, whole = (in_fresh_process(f"surrogate_memory({folder!r}, {how}, {ranges!r})") for how in (False, True))
-    ratio = ours["peak"] / ours["size"]
-    print(f"| building a surrogate of {ours['layers']} layers, {ours['size'] / 2**20:.0f} MiB in bf16: peak memory "
-          f"| {ours['peak'] / 2**20:.0f} MiB, {ratio:.2f}x its size "
-          f"| out of the whole LLM {whole['peak'] / 2**20:.0f} MiB, {whole['peak'] / whole['size']:.2f}x "
-          f"| {ours['peak'] / whole['peak']:.2f}x |")
-    return ratio
+    def loss(self, batch):
+        """By weights that are cast to the dtype in which all is computed, as our modules cast theirs."""
+        tokens, targets, pixels = (batch[k].to(self.embd_soi.device) for k in ("tokens", "targets", "pixels"))
+        cast = {name: p.to(self.dtype) for name, p in self.named_parameters()}
+        return torch.func.functional_call(self, cast, (tokens, targets, pixels.to(self.dtype)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels, each beside its peers, on a GPU
+def step_rows(args):
+    """Time and memory of a training step of stage 2: ours, and transformers' on the same weights."""
+    target = SIZES[args.model]
+    vlm, optimizer = stage_of("encoder", target, args.dtype, args.device)
+    losses = {"ours": vlm.loss, "transformers, all logits": TransformersVLM(vlm).loss}
+    if args.device.startswith("cuda"):
+        losses["ours, PyTorch only"] = kernels.backend("torch")(vlm.loss)
+    for size in args.batch:
+        batch = llava_batch(vlm.n_visual, target.llm_config.vocab_size, size, target.vit_config.image_size)
+        turns = in_turns({name: functools.partial(take_step, loss, optimizer, batch) for name, loss in losses.items()},
+                         args.rounds, args.device)
+        for name, t in turns.items():
+            yield {"batch": size, "positions": batch["tokens"].shape[1], "system": name,
+                   "ms a step": f"{1e3 * t.seconds:.1f}", "ratio": f"{t.seconds / turns['ours'].seconds:.2f}",
+                   "tokens/s": f"{batch['tokens'].numel() / t.seconds:.0f}", "peak GiB": f"{t.peak / 2**30:.2f}",
+                   "of it the step's": f"{(t.peak - t.held) / 2**30:.2f}", "loss": f"{t.result:.5f}"}
 
-LLMS = {    # rows of the residual stream, its width, the MLP's, targets, vocabulary; batch, length, heads, head dim
-    "Llama-3.2-3B": (8 * 768, 3072, 8192, 1024, 128256, (8, 1024, 24, 8, 128)),
-    "Llama-3.1-8B": (8 * 2048, 4096, 14336, 1024, 128256, (2, 4096, 32, 8, 128)),
-    "SmolLM2-135M": (32 * 256, 576, 1536, 1024, 49152, (32, 256, 9, 3, 64)),
+
+# ---- Memory beside the formula --------------------------------------------------------------------------------------
+
+
+def two_steps(stage, target, device):
+    """Build a stage in bfloat16 and take two steps: in the second there is Adam's state, as in the midst of a run.
+    Returns (parameters, loss)."""
+    vlm, optimizer = stage_of(stage, target, torch.bfloat16, device, STEP.checkpointing, LORA * (stage == "decoder"))
+    batch = llava_batch(vlm.n_visual, target.llm_config.vocab_size, 1, target.vit_config.image_size)
+    losses = [take_step(vlm.loss, optimizer, batch) for _ in range(2)]
+    return sum(p.numel() for p in vlm.parameters()), losses[1]
+
+
+def memory_rows(args):
+    """GB of a step's peak in bfloat16, one sample at a time, with checkpointing (stage decoder: LoRA): by the formula
+    of studies/cost.py, and measured."""
+    target = SIZES[args.model]
+    if args.device == "cpu" and sys.platform == "linux":    # glibc would keep what was freed, half a GB here
+        for option in (-1, -3):                             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**16)
+    for stage in args.stages:
+        with mock.patch.object(kernels.reference, "attention_by_products", sdpa):   # keeps no scores, as on a GPU
+            two_steps(stage, SIZES["small"], args.device)   # brings in all code that a step needs
+            m = measured(lambda: two_steps(stage, target, args.device), args.device)
+        lora, positions = LORA * (stage == "decoder"), target.vit_config.num_patches + 3 + TEXT
+        parts = cost.memory(stage, target, STEP, 1, positions, ANSWER, lora=lora)
+        formula, peak = sum(parts.values()), m.peak - m.held
+        yield {"model": args.model, "stage": f"{stage}, LoRA {lora}" if lora else stage,
+               "parameters": f"{m.result[0] / 1e9:.2f}B",
+               **{k: f"{sum(parts[p] for p in of) / 1e9:.2f}" for k, of in cost.COLUMNS.items()},
+               "formula, GB": f"{formula / 1e9:.2f}", "measured": f"{peak / 1e9:.2f}",
+               "apart": f"{peak / formula - 1:+.1%}"}
+
+
+# ---- Decoding -------------------------------------------------------------------------------------------------------
+
+
+def weight_bytes(llm):
+    """What a decoding step has to read: all weights but the embeddings', of which it reads one row (unless they are the
+    head, too)."""
+    tied = llm.config.tie_word_embeddings and not hasattr(llm, "lm_head")
+    return sum(t.numel() * t.element_size() for n, t in llm.state_dict().items() if tied or "embed_tokens" not in n)
+
+
+def generate(model, prompts, n):
+    """n new tokens of every prompt (B, T), greedily, by our model or by transformers': a list of lists."""
+    if isinstance(model, Llama):
+        return model.generate(prompts.tolist(), max_new_tokens=n)
+    return model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, min_new_tokens=n,
+                          max_new_tokens=n)[:, prompts.shape[1]:].tolist()
+
+
+@torch.no_grad()
+def decode_rows(args):
+    """Greedy answers: ours, transformers' `generate`, ours with weights in 8 bits. The rate is that of all rows of a
+    batch after the first token; its share is of a copy's bandwidth, if a step did nothing but read every weight once.
+    Same: the part of the tokens that transformers says, too."""
+    llm = random_model(lambda: Llama(SIZES[args.model].llm_config), args.dtype, args.device)
+    systems = {"ours": llm, "transformers": llama_twin(llm), "ours, int8": int8.quantize(copy.deepcopy(llm))}
+    if (fast := kernels.default_dtype(args.device)) != args.dtype:
+        systems[f"ours, {str(fast)[6:]}"] = copy.deepcopy(llm).to(fast)
+    sizes = {name: weight_bytes(llm if name == "transformers" else model) for name, model in systems.items()}
+    bandwidth = ceilings(args.device, args.dtype)["B"]
+    for length, batch in itertools.product(args.length, args.batch):
+        prompts = torch.randint(llm.config.vocab_size, (batch, length), device=args.device)
+        runs = {name + first: functools.partial(generate, model, prompts, 1 if first else args.new)
+                for name, model in systems.items() for first in ("", ": first token")}
+        turns = in_turns(runs, args.rounds, args.device)
+        said = turns["transformers"].result
+        for name, size in sizes.items():
+            t, first = turns[name], turns[f"{name}: first token"].seconds
+            rate = (args.new - 1) / (t.seconds - first)
+            same = sum(a == b for x, y in zip(t.result, said) for a, b in zip(x, y)) / (batch * args.new)
+            yield {"prompt": length, "batch": batch, "system": name, "tokens/s": f"{batch * rate:.1f}",
+                   "first token, ms": f"{1e3 * first:.0f}", "weights, GB": f"{size / 1e9:.2f}",
+                   "of the bandwidth": f"{size * rate / bandwidth:.0%}",
+                   "peak beside them, GB": f"{(t.peak - t.held) / 1e9:.2f}", "same": f"{same:.0%}"}
+
+
+# ---- Kernels --------------------------------------------------------------------------------------------------------
+
+
+def kernel_cases(target, B, T, device, dtype):
+    """Yield (kernel, shape, inputs, {system: function of them}, {direction: work}, "FLOP" or "B"), ours first. Work:
+    operations, or bytes that must be moved at least."""
+    c, v, rows, targets = target.llm_config, target.vit_config, B * T, 1024
+    H, Hkv, D, width, inner = (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size,
+                               c.intermediate_size)
+    make = lambda *shape: torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+    liger, size = None, dtype.itemsize
+    with suppress(ImportError):
+        from liger_kernel.transformers import functional as liger
+
+    def systems(ours, plain, by_liger=None):
+        found = {"ours": ours, "PyTorch": plain, "torch.compile": torch.compile(plain, dynamic=False)}
+        return found | ({"Liger": by_liger} if by_liger and liger else {})
+
+    attentions = {"ours": kernels.attention, "flash": sdpa,
+                  "cuDNN": functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION)}
+    pictures, heads = (32, v.num_patches + 1), v.num_attention_heads
+    for b, t, h, hkv, d, causal in ((B, T, H, Hkv, D, True), (*pictures, heads, heads, v.hidden_size // heads, False)):
+        flops = 4 * b * h * d * t * (t + 1) // (2 if causal else 1)
+        yield ("attention", f"B {b}, T {t}, H {h}/{hkv}, D {d}{', causal' * causal}",
+               (make(b, t, h, d), make(b, t, hkv, d), make(b, t, hkv, d)),
+               {name: functools.partial(function, causal=causal) for name, function in attentions.items()},
+               {"forward": flops, "backward": 2.5 * flops}, "FLOP")
+    q, k = make(B, 1, H, D).detach(), make(B, T, Hkv, D).detach()
+    yield ("attention, a decoding step", f"B {B}, 1 of {T}, H {H}/{Hkv}, D {D}", (q, k, k.clone()),
+           {"ours": kernels.attention, "PyTorch": kernels.reference.attention},
+           {"forward": 2 * k.numel() * size}, "B")
+    angles = torch.rand(T, D // 2, device=device)
+    yield ("RoPE", f"B {B}, T {T}, H {H}, D {D}", (make(B, T, H, D), angles.cos(), angles.sin()),
+           systems(kernels.apply_rope, kernels.reference.apply_rope),
+           dict.fromkeys(("forward", "backward"), 2 * rows * H * D * size), "B")
+    for trained in (False, True):
+        yield ("RMSNorm + residual", f"{rows} x {width}{', weight trained' * trained}",
+               (make(rows, width), make(width).detach().requires_grad_(trained), make(rows, width)),
+               systems(lambda x, w, r: kernels.rms_norm(x, w, 1e-5, r),
+                       lambda x, w, r: (F.rms_norm(x + r, w.shape, w, 1e-5), x + r),
+                       lambda x, w, r: liger.liger_fused_add_rms_norm(x, r, w, 1e-5)),
+               dict.fromkeys(("forward", "backward"), 4 * rows * width * size), "B")
+    yield ("SwiGLU", f"{rows} x {inner}", (make(rows, inner), make(rows, inner)),
+           systems(kernels.swiglu, lambda gate, up: F.silu(gate) * up, lambda gate, up: liger.liger_swiglu(gate, up)),
+           {"forward": 3 * rows * inner * size, "backward": 5 * rows * inner * size}, "B")
+    yield ("LM head + loss", f"{targets} x {width} x {c.vocab_size}",
+           (make(targets, width), make(c.vocab_size, width).detach() / width ** 0.5,
+            torch.randint(c.vocab_size, (targets,), device=device)),
+           systems(kernels.linear_cross_entropy,
+                   lambda h, w, t: F.cross_entropy((h @ w.t()).float(), t, reduction="sum"),
+                   lambda h, w, t: liger.liger_fused_linear_cross_entropy(h, w, t, reduction="sum")),
+           {"both": 4 * targets * width * c.vocab_size}, "FLOP")        # ours has the gradient on the way forward
+    matrix = int8.Int8Linear(torch.randn(inner, width)).to(device)
+    for n in (1, 8):
+        yield ("int8 weights", f"{n} x {width} x {inner}", (make(n, width).detach(),),
+               systems(matrix, lambda x: F.linear(x, matrix.weight.to(dtype)) * matrix.scale.to(dtype)),
+               {"forward": width * inner}, "B")
+
+
+def kernel_run(function, inputs, direction):
+    """What is timed: forward, backward, or both."""
+    def outputs():
+        y = function(*inputs)
+        return y if isinstance(y, tuple) else (y,)
+
+    once, wanted = functools.cache(outputs), [x for x in inputs if x.requires_grad]
+    grads = functools.cache(lambda: [torch.randn_like(y) for y in once()])
+    return {"forward": outputs,
+            "backward": lambda: torch.autograd.grad(once(), wanted, grads(), retain_graph=True),
+            "both": lambda: torch.autograd.grad(outputs(), wanted, grads())}[direction]
+
+
+def kernel_rows(args):
+    """Each kernel beside its peers, at the sizes of a model. On a GPU by its own events, with a cold L2 cache."""
+    clock = None
+    if args.device.startswith("cuda"):
+        from triton.testing import do_bench
+        clock = lambda run: do_bench(run, return_mode="median") / 1e3
+    best = ceilings(args.device, args.dtype, args.rounds, clock)
+    print(f"at best, measured: copy {best['B'] / 1e12:.2f} TB/s, matrix product {best['FLOP'] / 1e12:.1f} TFLOP/s\n")
+    for length, batch in itertools.product(args.length, args.batch):
+        cases = kernel_cases(SIZES[args.model], batch, length, args.device, args.dtype)
+        for kernel, shape, inputs, systems, works, unit in cases:
+            for direction, work in works.items():
+                runs = {name: kernel_run(function, inputs, direction) for name, function in systems.items()}
+                turns = in_turns(runs, args.rounds, args.device, clock)
+                ours = turns.pop("ours")
+                peers = (f"{name} {t.seconds / ours.seconds:.2f} ({(t.peak - t.held) / 1e6:.0f} MB)"
+                         for name, t in turns.items())
+                yield {"kernel": kernel, "shape": shape, "direction": direction, "ms": f"{1e3 * ours.seconds:.3f}",
+                       "rate": f"{work / ours.seconds / 1e12:.2f} T{unit}/s",
+                       "of the best": f"{work / ours.seconds / best[unit]:.0%}",
+                       "MB": f"{(ours.peak - ours.held) / 1e6:.0f}", "peer's time / ours": ", ".join(peers)}
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+KINDS = {       # what is measured: (its rows, the options that it takes beside those of all)
+    "step": (step_rows, dict(batch=[8, 16])),
+    "memory": (memory_rows, dict(model="llama-3.2-1b")),
+    "decode": (decode_rows, dict(batch=[1, 8], length=[512], new=128)),
+    "kernels": (kernel_rows, dict(batch=[8], length=[1024])),
 }
 
 
-def kernel_cases(sizes, device="cuda", dtype=torch.bfloat16):
-    """Yield (kernel, shape, inputs, {system: function of them}, work forward, work backward, "FLOP" or "B").
-
-    Ours comes first. Work: operations, or bytes that must be moved at least."""
-    rows, width, inner, targets, vocab, (B, T, H, Hkv, D) = sizes
-    make = lambda *shape: torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
-    compiled = lambda function: torch.compile(function, dynamic=False)      # for the very shape
-
-    def sdpa(backend):
-        def run(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True,
-                                                      enable_gqa=True).transpose(1, 2)
-        return run
-
-    def norm(x, weight, residual):
-        s = x + residual
-        return (s.float() * torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + 1e-5)).to(s.dtype) * weight, s
-
-    def loss(hidden, weight, wanted):
-        return F.cross_entropy((hidden @ weight.t()).float(), wanted, reduction="sum")
-
-    flops, size = 2 * B * H * D * T * (T + 1), torch.empty(0, dtype=dtype).element_size()
-    yield ("attention", f"B {B}, T {T}, H {H}/{Hkv}, D {D}", (make(B, T, H, D), make(B, T, Hkv, D), make(B, T, Hkv, D)),
-           {"ours": kernels.attention, "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-            "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}, flops, 2.5 * flops, "FLOP")
-    q, k, angles = make(B, 1, H, D).detach(), make(B, T, Hkv, D).detach(), torch.rand(T, D // 2, device=device)
-    yield ("attention, a step", f"B {B}, 1 of {T}, H {H}/{Hkv}, D {D}", (q, k, k.clone()),
-           {"ours": kernels.attention, "PyTorch": kernels.reference.attention}, 2 * k.numel() * size, None, "B")
-    yield ("RoPE", f"B {B}, T {T}, H {H}, D {D}", (make(B, T, H, D), angles.cos(), angles.sin()),
-           {"ours": kernels.apply_rope, "torch.compile": compiled(kernels.reference.apply_rope)},
-           *[2 * B * T * H * D * size] * 2, "B")
-    yield ("RMSNorm + residual", f"{rows} x {width}", (make(rows, width), make(width).detach(), make(rows, width)),
-           {"ours": lambda x, w, r: kernels.rms_norm(x, w, 1e-5, r), "PyTorch": norm, "torch.compile": compiled(norm)},
-           *[4 * rows * width * size] * 2, "B")
-    swiglu = lambda gate, up: F.silu(gate) * up
-    yield ("SwiGLU", f"{rows} x {inner}", (make(rows, inner), make(rows, inner)),
-           {"ours": kernels.swiglu, "PyTorch": swiglu, "torch.compile": compiled(swiglu)},
-           3 * rows * inner * size, 5 * rows * inner * size, "B")
-    head = make(vocab, width).detach() / width ** 0.5
-    yield ("LM head + loss", f"{targets} x {width} x {vocab}",
-           (make(targets, width), head, torch.randint(vocab, (targets,), device=device)),
-           {"ours": kernels.linear_cross_entropy, "PyTorch": loss, "torch.compile": compiled(loss)},
-           4 * targets * width * vocab, 0, "FLOP")                  # whose gradient ours computes on the way forward
-    matrix = int8.Int8Linear(torch.randn(inner, width)).to(device)
-    plain = lambda x: F.linear(x, matrix.weight.to(dtype)) * matrix.scale.to(dtype)
-    yield ("int8 weights", f"1 x {width} x {inner}", (make(1, width).detach(),),
-           {"ours": matrix, "torch.compile": compiled(plain)}, width * inner, None, "B")
+def parse(argv):
+    parser = Parser(__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
+    for kind, (rows, defaults) in KINDS.items():
+        sub = kinds.add_parser(kind, doc=rows.__doc__)
+        if kind == "memory":
+            sub.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=f"of {', '.join(STAGES)}")
+        sub.add_device()
+        add = functools.partial(sub.add_argument, help="default: %(default)s")
+        add("--model", choices=SIZES, default=defaults.get("model"), help="whose sizes; default: see above")
+        add("--dtype", choices=["float32", "bfloat16"], help="default: see above")
+        add("--rounds", type=number(int, 1, 1000), default=5)
+        for option in ("batch", "length", "new"):
+            if option in defaults:
+                add(f"--{option}", type=number(int, 1 + (option == "new"), 2**16), default=defaults[option],
+                    nargs=None if option == "new" else "+", metavar="N")
+        sub.add_argument("--json", metavar="FILE", help="keep the table there, too")
+        sub.set_defaults(rows=rows)
+    args = parser.parse_args(argv)
+    cuda = args.device.startswith("cuda")
+    args.model = args.model or ("llama-3.2-3b" if cuda else "small")
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
+    return args
 
 
-def kernel_rows(name, sizes, time, **where):
-    """Rows of (LLM, kernel, shape, direction, ours in ms, rate, peers' time / ours). time(function) -> ms."""
-    for kernel, shape, inputs, systems, forward, backward, unit in kernel_cases(sizes, **where):
-        wanted, times = [x for x in inputs if x.requires_grad], {}
-        for system, function in systems.items():
-            outputs = function(*inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            grads = [torch.randn_like(o) for o in outputs]
-            times[system] = [time(lambda: function(*inputs))]
-            if wanted:
-                times[system].append(time(lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True)))
-        parts = [("forward", forward, 0), ("backward", backward, 1)]
-        if backward is None or backward == 0:
-            parts, times = [("both" if wanted else "forward", forward, 0)], {n: [sum(t)] for n, t in times.items()}
-        for direction, work, i in parts:
-            ms = times["ours"][i]
-            peers = ", ".join(f"{n} {t[i] / ms:.2f}" for n, t in times.items() if n != "ours")
-            yield name, kernel, shape, direction, f"{ms:.3f}", f"{work / ms / 1e9:.2f} T{unit}/s", peers
-
-
-def environment(command):
-    """A line that says what was measured where."""
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{chip}, PyTorch {torch.__version__}, Python {platform.python_version()}; `python -m {command}`"
-
-
-def markdown(header, rows):
-    return "\n".join("| " + " | ".join(str(c) for c in row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-def ceilings():
-    """What this GPU does at best, measured: (bytes/s of a large copy, FLOP/s of a large bf16 matrix product)."""
-    from triton.testing import do_bench
-    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
-    y = torch.empty_like(x)
-    copy = 4 * x.numel() / do_bench(lambda: y.copy_(x), return_mode="median") * 1e3
-    x = y = None            # their memory is free again
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return copy, 2 * 8192**3 / do_bench(lambda: a @ b, return_mode="median") * 1e3
-
-
-def compare_kernels():
-    """Print the table. do_bench: GPU events, the median, with a cold L2 cache."""
-    if not torch.cuda.is_available() or kernels.triton is None:
-        raise UserError("there is no GPU with Triton here, so there are no kernels to time: `pytest "
-                        "tests/test_kernels.py` checks them in Triton's interpreter")
-    from triton.testing import do_bench
-    copy, flops = ceilings()
-    print(f"{environment('studies.benchmark kernels')}\n\nMeasured ceilings: copy {copy / 1e9:.0f} GB/s, bf16 matrix "
-          f"product {flops / 1e12:.0f} TFLOP/s.\n")
-    with kernels.backend("triton"):
-        rows = [row for name, sizes in LLMS.items()
-                for row in kernel_rows(name, sizes, lambda f: do_bench(f, return_mode="median"))]
-    print(markdown(("LLM", "kernel", "shape", "direction", "ms", "rate", "peer's time / ours"), rows))
+def machine(device):
+    """What was measured where."""
+    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else (
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    versions = [f"{p} {installed[p]}" for p in ("torch", "triton", "transformers", "liger-kernel") if p in installed]
+    return f"{chip}, {', '.join(versions)}, Python {platform.python_version()}"
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("what", nargs="?", choices=("step", "kernels"), default="step", help="default: %(default)s")
-    parser.add_device()
-    parser.add_argument("--rounds", type=number(int, 1, 1000), default=5,
-                        help="timed repetitions, of which the median counts (default: %(default)s)")
-    parser.add_argument("--memory", action="store_true",
-                        help="only the memory of a step and of building a surrogate, on random models on the CPU")
-    args = parser.parse_args(argv)
-    if args.what == "kernels":
-        return compare_kernels()
-    on_gpu = args.device.startswith("cuda") and not args.memory
-    chip = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{chip}, torch {torch.__version__}, Python {platform.python_version()}\n\n"
-          "| what | ours | peer | ratio |\n|---|---|---|---|")
-    if not args.memory:
-        graft_memory()      # first: the children's peak is the largest child so far
-    compare_step_memory()
-    compare_surrogate_memory()
-    if args.memory:
-        return
-    for dtype in dict.fromkeys([torch.float32, train.default_dtype(args.device)]):          # once, if they are the same
-        encoder_step(args.device, dtype, rounds=args.rounds)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    if args.json:
+        check_out_file(args.json)
+    about = dict(machine=machine(args.device), command=f"python -m studies.benchmark {shlex.join(argv)}", rows=[])
+    print(f"{about['machine']}; `{about['command']}`\n")
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    for row in args.rows(args):
+        if not about["rows"]:
+            print(f"{line(row)}\n{line(['---'] * len(row))}")
+        about["rows"].append(row)
+        print(line(row.values()), flush=True)
+    if args.json:
+        write_whole(args.json, lambda part: part.write_text(json.dumps(about, indent=1), encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from data.batches import shares
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
 from surrogate import check_ranges, parse_ranges
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. What the paper has beside its recipes (recipes.py): a baseline, the data, the hours
+# ---- 1. What the paper has beside its recipes (recipes.py): a baseline, the data, the hours --------------------------
 
 PAPER = [name for name in TARGETS if name.startswith("llama")]
 PLANS = (*STAGES, "adapter")        # adapter: the baseline's first stage, the projector alone through the full LLM
@@ -25,10 +24,7 @@ HOURS_70B = {"translator": 9.36, "encoder": 4.25, "decoder, 20 %": 5.56, "adapte
 LORA_RANK = 8                       # as in the paper's code
 PEAK, UTILIZATION = 989e12, 0.4     # FLOP/s of an H100 in dense bf16, and the part of it that training gets (assumed)
 
-# Data: (samples, tokens of text in each, targets among them). The lengths are estimates, in Llama-3 tokens. The records
-# of LLaVA-1.5-665K have on average 5.2 question-answer pairs and 770 characters; those without image (ShareGPT) take
-# about 3,900 each, which leaves 565 to the others: 155 tokens (4.3 characters a token, 1.3 in coordinates), 52 of chat
-# format, 13 that introduce the image. GenQA's general, code, math and dialog parts have 1,300 to 3,300 bytes a record.
+# Data: (samples, tokens of text in each, targets among them). The lengths are estimates: see docs/real-size.md.
 IMAGES = {"answers+special": (624_610, 220, 115), "answers": (624_610, 220, 85)}        # by recipe.loss_on
 SHAREGPT, GENQA, NOTHING = (40_688, 850, 540), (500_000, 400, 300), (0, 0, 0)
 TEXTS = {"translator": GENQA, "encoder": NOTHING, "decoder": SHAREGPT, "adapter": NOTHING}
@@ -36,16 +32,11 @@ TEXTS = {"translator": GENQA, "encoder": NOTHING, "decoder": SHAREGPT, "adapter"
 
 def recipe_of(stage, name):
     """The paper's recipe of a stage. `adapter` reads LLaVA's images once, and else trains as `translator` does."""
-    if name not in PAPER:
-        raise UserError(f"there is no plan of the recipe {name!r}: choose one of {', '.join(PAPER)}")
-    if stage not in PLANS:
-        raise UserError(f"there is no stage {stage!r}: choose one of {', '.join(PLANS)}")
     recipe = RECIPES[name]["translator" if stage == "adapter" else stage]
     return replace(recipe, steps=math.ceil(IMAGES[recipe.loss_on][0] / recipe.batch)) if stage == "adapter" else recipe
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Parameters (target, recipe: a Target and a Recipe of recipes.py; c, v: the sizes of Llama and ViT)
+# ---- 2. Parameters (target, recipe: a Target and a Recipe of recipes.py; c, v: the sizes of Llama and ViT) -----------
 
 
 def layer_matrices(c):
@@ -92,8 +83,7 @@ def trained_and_frozen(stage, target, recipe, lora=0):
     return {part: (n, 0) if trained else (0, n) for part, (n, trained) in parts.items() if n}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. FLOPs (2 for each weight and position; softmax, norms and activations, below 1 %, are left out) and memory
+# ---- 3. FLOPs (2 for each weight and position; softmax, norms and activations, below 1 %, are left out) and memory ---
 
 
 def step_flops(stage, target, recipe, images, texts=NOTHING, lora=0, text_gradients=False, causal=0.5):
@@ -132,9 +122,10 @@ def step_flops(stage, target, recipe, images, texts=NOTHING, lora=0, text_gradie
 def memory(stage, target, recipe, samples, positions, targets, ranks=1, fsdp=False, lora=0):
     """{what: bytes} on each GPU, for micro-batches of `samples` image samples with so many positions and targets each.
 
-    bf16, but for the optimizer's copies. fsdp: the decoder's layers and what belongs to them are shared out over the
-    ranks; two whole layers at a time are there, the one that runs and the next. Estimated from shapes: CUDA, NCCL and
-    the allocator's gaps come on top. (AdamW's temporary values take the place of activations, gone by then.)
+    What learns is float32, and bf16 where it is used; all else is bf16. fsdp: the decoder's layers and what belongs to
+    them are shared out over the ranks; two whole layers at a time are there, the one that runs and the next. Estimated
+    from shapes: CUDA, NCCL and the allocator's gaps come on top. (AdamW's temporary values take the place of
+    activations, gone by then.)
     """
     c, v, d = target.llm_config, target.vit_config, target.llm_config.hidden_size
     layers, translators, trunk = decoder_layers(stage, target)
@@ -153,8 +144,8 @@ def memory(stage, target, recipe, samples, positions, targets, ranks=1, fsdp=Fal
     return {
         "weights": 2 * sum(shared[p] * sum(counts) for p, counts in parts.items()),
         "whole layers": fsdp * layer * (2 * 2 + 6 * (trained_layers > 0)),          # and the gradient of one
-        "gradients": (2 + 4) * trained,                                             # of a micro-batch, and their sum
-        "float32 copies, Adam": (4 + 8) * trained,
+        "gradients": 4 * trained,
+        "float32 weights, Adam": (4 + 8) * trained,
         "activations of the decoder": 2 * kept * samples * positions,
         "activations before it": 2 * samples * (v.num_patches + 1) * (
             upper_vit(stage, v, recipe) * (9 * v.hidden_size + 3 * v.intermediate_size) + 3 * v.hidden_size + 3 * d),
@@ -162,8 +153,7 @@ def memory(stage, target, recipe, samples, positions, targets, ranks=1, fsdp=Fal
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The plan of a stage
+# ---- 4. The plan of a stage ------------------------------------------------------------------------------------------
 
 
 def stage_plan(stage, name, ranks=8, fsdp=False, lora=0, text_gradients=False, target=None, recipe=None, data=None):
@@ -194,35 +184,35 @@ def stage_plan(stage, name, ranks=8, fsdp=False, lora=0, text_gradients=False, t
         memory=needs, peak=sum(needs.values()), longest=sum(bytes_at(longest).values()))
 
 
+def table(head, rows):
+    """Markdown, all columns but the first to the right."""
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    return "\n".join([line(head), "|---" + "|--:" * (len(head) - 1) + "|", *map(line, rows)])
+
+
 def show_plan(p):
     """The plan of a stage as a text for people."""
-    row = lambda what, *cells: f"{what:<34}" + "".join(f"{x:>16}" for x in cells)
-    number = lambda n: f"{n:,}" if n else "-"
     r, (n, T, N), (n_text, T_text, N_text) = p["recipe"], p["images"], p["texts"]
+    parts = p["parts"] | {"sum": map(sum, zip(*p["parts"].values()))}
+    flops = p["step_flops"] | {"sum": p["flops"] / r.steps}
+    needs = p["memory"] | {"sum": p["peak"], f"sum if all samples were {r.max_length} long": p["longest"]}
     return "\n".join([
         f"{p['name']}, stage {p['stage']}{', LoRA of rank %d' % p['lora'] if p['lora'] else ''}: {r.steps:,} steps of "
         f"{r.batch} samples = {r.micro_batch} at a time x {p['accumulation']} times x {p['ranks']} GPU(s)",
         f"loss on {r.loss_on}; learning rate {r.lr:g}, warm-up over {r.warmup:.2%} of the steps, cosine to 0",
         f"{r.steps * r.batch:,} samples, {r.steps * (n * T + n_text * T_text) / 1e6:,.0f} M positions; a step has "
         f"{n:.0f} images of {T} ({N} targets)" + (f" and {n_text:.0f} texts of {T_text} ({N_text})" if n_text else ""),
-        "", row("parameters", "trained", "frozen"),
-        *(row(what, *map(number, counts)) for what, counts in p["parts"].items()),
-        row("sum", *(number(sum(counts)) for counts in zip(*p["parts"].values()))),
-        "", row("PFLOPs (1e15)", "a step", "all steps"),
-        *(row(what, f"{f / 1e15:,.2f}", f"{r.steps * f / 1e15:,.0f}") for what, f in p["step_flops"].items() if f),
-        row("sum", f"{p['flops'] / r.steps / 1e15:,.2f}", f"{p['flops'] / 1e15:,.0f}"),
-        "", row("memory of a GPU", "GB"),
-        *(row(what, f"{b / 1e9:.2f}") for what, b in p["memory"].items() if b),
-        row("sum", f"{p['peak'] / 1e9:.2f}"),
-        row(f"sum if all samples were {r.max_length} long", f"{p['longest'] / 1e9:.2f}"),
+        "", table(("parameters", "trained", "frozen"), [(k, *(f"{n:,}" for n in of)) for k, of in parts.items()]),
+        "", table(("PFLOPs (1e15)", "a step", "all steps"),
+                  [(k, f"{f / 1e15:,.2f}", f"{r.steps * f / 1e15:,.0f}") for k, f in flops.items() if f]),
+        "", table(("memory of a GPU", "GB"), [(k, f"{b / 1e9:.2f}") for k, b in needs.items() if b]),
         f"({'decoder layers sharded' if p['fsdp'] else 'all weights on every GPU'}, activation checkpointing "
         f"{'on' if r.checkpointing else 'off'}; CUDA, NCCL and the allocator's gaps take some GB more)",
         "", f"{p['hours']:,.1f} GPU-hours, {p['hours'] / p['ranks']:,.1f} hours on {p['ranks']} GPU(s), if "
         f"training gets {UTILIZATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s in bf16"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Three routes to a VLM with the full LLM, and what the surrogate saves (paper, section 5 and figure 2)
+# ---- 5. Three routes to a VLM with the full LLM, and what the surrogate saves (paper, section 5 and figure 2) --------
 
 
 def routes(name, ranks=16, text=1.0, sharegpt=True, checkpointing=True, text_gradients=False):
@@ -254,49 +244,32 @@ def saving(three_routes):
 
 
 def show_routes(name, ranks=16):
-    """The three routes of a recipe as a table, with all that it assumes and how much each assumption matters."""
-    table, hours = routes(name, ranks), HOURS_70B if name == "llama-3.1-70b" else {}
-    full, full_hours = table[1]["flops"], sum(hours.get(stage, 0) for stage in table[1]["stages"])
+    """The three routes of a recipe as a table, and how much each assumption (docs/real-size.md) matters."""
+    three, hours = routes(name, ranks), HOURS_70B if name == "llama-3.1-70b" else {}
+    full, full_hours = three[1]["flops"], sum(hours.get(stage, 0) for stage in three[1]["stages"])
 
-    def row(route, stage, steps, p, hours):
-        theirs = f"{hours:.2f} h {hours / full_hours:5.0%}" if hours else "-"
-        return (f"{route:<14}{stage:<15}{steps:>6}{p['flops'] / 1e18:>9,.1f}{p['flops'] / full:>9.0%}{theirs:>16}"
-                f"{p['hours']:>11,.1f}{p['peak'] / 1e9:>10.0f}")
+    def row(what, steps, p, theirs):
+        paper = f"{theirs:.2f} h, {theirs / full_hours:.0%}" if theirs else "–"
+        return (what, steps, f"{p['flops'] / 1e18:,.1f}", f"{p['flops'] / full:.0%}", paper, f"{p['hours']:,.1f}",
+                f"{p['peak'] / 1e9:.0f}")
 
-    lines = [f"{'route':<14}{name:<15} steps   EFLOPs  of full  paper: of full  GPU-hours  GB a GPU"]
-    for r in table:
+    rows = []
+    for r in three:
         theirs = {stage: hours.get(stage, 0) for stage in r["stages"] if r["route"] != "LoRA"}
-        for stage, p in r["stages"].items():
-            lines.append(row(r["route"], stage, f"{p['recipe'].steps:,}", p, theirs.get(stage)))
-        lines += [row("", "sum", "", r, sum(theirs.values())), ""]
-    lines.append(f"The surrogate's route saves {saving(table):.1%} of the FLOPs of training the full decoder.")
+        rows += [row(stage, f"{p['recipe'].steps:,}", p, theirs.get(stage)) for stage, p in r["stages"].items()]
+        rows.append(row(f"**{r['route']}**", "", r, sum(theirs.values())))
+    lines = [table((name, "steps", "EFLOPs", "of full", "the paper's: of full", "GPU-hours", "GB a GPU"), rows), "",
+             f"The surrogate's route saves {saving(three):.1%} of the FLOPs of training the full decoder."]
     if hours:
-        ours, theirs = ([hours[stage] for stage in r["stages"]] for r in table[:2])
-        lines += [f"The paper saves {1 - sum(ours) / full_hours:.1%} of the hours: "
-                  f"1 - ({' + '.join(map(str, ours))}) / ({' + '.join(map(str, theirs))}).",
-                  "The sums agree better than the stages: hours also hold what FLOPs do not (sharded weights on their",
-                  "way, padding, small micro-batches, text that costs as much as images)."]
-    lines += ["", assumptions(*list(table[0]["stages"].values())[::2]), ""]
+        ours, theirs = ([hours[stage] for stage in r["stages"]] for r in three[:2])
+        lines.append(f"The paper saves {1 - sum(ours) / full_hours:.1%} of the hours: "
+                     f"1 - ({' + '.join(map(str, ours))}) / ({' + '.join(map(str, theirs))}).")
     what_if = {"text 30 % shorter": dict(text=0.7), "text 30 % longer": dict(text=1.3),
                "no activation checkpointing": dict(checkpointing=False),
                "text sends gradients through the trunk, too, as in the paper's code": dict(text_gradients=True),
                "the decoder reads LLaVA without its conversations that have no image": dict(sharegpt=False)}
-    lines.append("Were it otherwise, the surrogate's route would save:")
+    lines += ["What is assumed is listed in docs/real-size.md. Were it otherwise, it would save:"]
     return "\n".join(lines + [f"- {k}: {saving(routes(name, ranks, **v)):.1%}" for k, v in what_if.items()])
-
-
-def assumptions(translator, decoder):
-    """What `show_routes` assumes, given the plans of two stages."""
-    (n, T, N), n_text = translator["images"], translator["texts"][0]
-    return f"""Assumed:
-- an image sample has {T} positions, {N} of them targets ({decoder['images'][2]} if only answers count); a text
-  instruction {GENQA[1]} and {GENQA[2]}, a conversation {SHAREGPT[1]} and {SHAREGPT[2]} (estimates); no padding
-- the translator's batch has {n:.0f} images and {n_text:.0f} texts; encoder and adapter read LLaVA's images alone
-- FLOPs: 2 for each weight and position, forward, again for checkpointing (on, as in the paper), for gradients of
-  activations, of trained weights; half of the scores; no gradient of text below the translator; LM head at targets
-- memory: {decoder['ranks']} GPUs, decoder layers sharded, embeddings and LM head whole, Adam on float32 copies,
-  micro-batches of {translator['recipe'].micro_batch} ({decoder['recipe'].micro_batch} for decoder, LoRA)
-- LoRA of rank {LORA_RANK} on q and v; GPU-hours: {UTILIZATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s"""
 
 
 def plot_routes():
@@ -307,17 +280,17 @@ def plot_routes():
     fig = Figure(figsize=(8.4, 5.4), dpi=140, facecolor="white")
     axes = fig.subplots(len(PAPER), 1, sharex=True)
     for ax, name in zip(axes, PAPER):
-        table = routes(name)
-        for y, r in enumerate(table):
+        three = routes(name)
+        for y, r in enumerate(three):
             left = 0
             for stage, p in r["stages"].items():
-                width, (color, ink) = 100 * p["flops"] / table[1]["flops"], looks[stage]
+                width, (color, ink) = 100 * p["flops"] / three[1]["flops"], looks[stage]
                 ax.barh(y, width, 0.8, left, color=color, edgecolor="white")
                 ax.text(left + width / 2, y, f"{stage}\n{width:.0f}", ha="center", va="center", color=ink, size=7.5)
                 left += width
             if y != 1:
                 ax.text(left + 1, y, f"{100 - left:.0f} % less", va="center", weight="normal" if y else "bold")
-        ax.set_yticks(range(len(table)), [r["route"] for r in table], fontsize=9.5)
+        ax.set_yticks(range(len(three)), [r["route"] for r in three], fontsize=9.5)
         ax.set_title(name.title().replace("b", "B"), loc="left", fontsize=10.5, fontweight="bold", pad=3)
         ax.invert_yaxis()
         ax.tick_params(length=0)
@@ -328,12 +301,11 @@ def plot_routes():
     return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Which stage fits on which GPUs
+# ---- 6. Which stage fits on which GPUs -------------------------------------------------------------------------------
 
 GPUS, CARDS = (1, 8, 32), (24, 40, 80, 141)     # how many; GB of each: 4090, A100 40, A100 or H100 80, H200
 COLUMNS = {     # of the table: the parts of `memory` that each sums
-    "weights": ("weights", "whole layers"), "gradients": ("gradients",), "optimizer": ("float32 copies, Adam",),
+    "weights": ("weights", "whole layers"), "gradients": ("gradients",), "optimizer": ("float32 weights, Adam",),
     "activations": ("activations of the decoder", "activations before it"), "logits": ("logits",)}
 
 
@@ -358,74 +330,63 @@ def fits(name, gpus=GPUS, cards=CARDS):
 
 
 def show_fits(name):
-    """The table of `fits` in Markdown."""
-    rows = fits(name)
-    heads = [name, "GPUs", *COLUMNS, "sum", *(f"{card} GB" for card in CARDS), "EFLOPs", "hours"]
-    lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-    for r in rows:
-        cells = [r["stage"], str(r["gpus"]), *(f"{r[k] / 1e9:.1f}" for k in (*COLUMNS, "sum")),
-                 *(str(r["micro"][card] or "–") for card in CARDS), f"{r['flops'] / 1e18:.1f}", f"{r['hours']:,.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """The table of `fits`; docs/real-size.md says what its columns are."""
+    head = (name, "GPUs", *COLUMNS, "sum", *(f"{card} GB" for card in CARDS), "EFLOPs", "hours")
+    return table(head, [(r["stage"], r["gpus"], *(f"{r[k] / 1e9:.1f}" for k in (*COLUMNS, "sum")),
+                         *(r["micro"][card] or "–" for card in CARDS), f"{r['flops'] / 1e18:.1f}", f"{r['hours']:,.2f}")
+                        for r in fits(name)])
 
 
-FITS = f"""GB of each GPU, one sample at a time; the columns 24 GB to 141 GB: the largest micro-batch that fits, – for
-none. On more than one GPU the decoder's layers are shared out (--fsdp). Activation checkpointing, samples of average
-length. EFLOPs (1e18) of the whole stage; hours if training gets {UTILIZATION:.0%} of an H100's
-{PEAK / 1e12:.0f} TFLOP/s."""
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Command line
+# ---- 7. Command line -------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("stage", nargs="?", help=f"plan one stage: {', '.join(PLANS)} (default: show the three routes)")
+    add("stage", nargs="?", choices=PLANS, help="plan this stage (default: show the three routes)")
     add("settings", nargs="*", metavar="key=value", help="changes a number of the stage's recipe, see below")
-    add("--recipe", help=f"{', '.join(PAPER)} (default: the routes of all of them)")
+    add("--recipe", choices=PAPER, help="(default: all of them)")
     add("--gpus", type=number(int, 1, 10**6),
         help="how many GPUs share the work (default: 8 for a stage, 16 for the routes)")
     add("--fsdp", action="store_true", help="a stage: shard the decoder's layers over the GPUs")
     add("--lora", type=number(int, 1, 1024), metavar="RANK",
         help="stage decoder: low-rank updates in place of the whole decoder")
-    add("--replace", help="a stage: layers to replace, e.g. 16-26, or none (default: the recipe's)")
+    add("--replace", help="a stage with a surrogate: layers to replace, e.g. 16-26, or none (default: the recipe's)")
     add("--memory", action="store_true", help="tables: which stage fits on which GPUs")
-    add("--out", default="runs/routes.png", help="the routes: where their plot goes (default: %(default)s)")
+    add("--out", help="the routes: where their plot goes (default: runs/routes.png)")
     parser.epilog = f"key=value, with the values of stage encoder:\n{help_text(RECIPES[PAPER[0]]['encoder'])}"
     args = parser.parse_intermixed_args(argv)
-    stage, name = args.stage, args.recipe
+    stage, names = args.stage, [args.recipe] if args.recipe else PAPER
+    takes, what = ["recipe"], stage and f"stage {stage}" or "the three routes"
     if args.memory:
-        if stage or args.gpus or args.fsdp or args.lora is not None or args.replace:
-            raise UserError("--memory prints all stages on all GPUs: give nothing else but --recipe")
-        for n in [name] if name else PAPER:
-            if n not in PAPER:
-                raise UserError(f"there is no plan of the recipe {n!r}: choose one of {', '.join(PAPER)}")
-            print(show_fits(n), end="\n\n")
-        print(FITS)
-        return
-    if not stage:
-        check_out_file(args.out)
-        if args.fsdp or args.lora is not None or args.replace:
-            raise UserError(f"--fsdp, --lora and --replace plan one stage: say which, of {', '.join(PLANS)}")
-        print("\n\n".join(show_routes(n, args.gpus or 16) for n in ([name] if name else PAPER)))
+        what = "--memory"
+    elif stage:
+        more = {"decoder": ["lora"], "translator": ["replace"], "encoder": ["replace"]}
+        takes += ["stage", "settings", "gpus", "fsdp", *more.get(stage, [])]
+    else:
+        takes += ["gpus", "out"]
+    if odd := [name for name, x in vars(args).items() if x and name not in (*takes, "memory")]:
+        raise UserError(f"{what} cannot go with {odd[0]}, only with {', '.join(takes)}")
+    if args.memory:
+        print("\n\n".join(map(show_fits, names)))
+    elif stage:
+        for name in names:
+            recipe, target = override(recipe_of(stage, name), args.settings), TARGETS[name]
+            if args.replace:
+                ranges = check_ranges(parse_ranges(args.replace), target.llm_config.num_hidden_layers)
+                if stage == "translator" and not ranges:
+                    raise UserError("--replace none: without a surrogate there is no translator to train")
+                target = replace(target, ranges=ranges)
+            # sharded layers work in step: there text, too, sends gradients through the trunk (extras/parallel.py)
+            fsdp, lora = args.fsdp, args.lora or 0
+            print(show_plan(stage_plan(stage, name, args.gpus or 8, fsdp, lora, fsdp, target, recipe)), end="\n\n")
+    else:
+        out = args.out or "runs/routes.png"
+        check_out_file(out)
+        print("\n\n".join(show_routes(name, args.gpus or 16) for name in names))
         figure = plot_routes()
-        write_whole(args.out, lambda part: figure.savefig(part, format="png"))
-        print(f"\nplot: {args.out}")
-        return
-    if not name:
-        raise UserError(f"stage {stage} of which recipe? Give --recipe, one of {', '.join(PAPER)}")
-    recipe, target = override(recipe_of(stage, name), args.settings), TARGETS[name]
-    if args.lora is not None and stage != "decoder":
-        raise UserError(f"--lora {args.lora}: only stage decoder trains low-rank updates")
-    if args.replace:
-        if stage in ("decoder", "adapter"):
-            raise UserError(f"--replace: stage {stage} runs the full LLM, of which nothing is replaced")
-        target = replace(target, ranges=check_ranges(parse_ranges(args.replace), target.llm_config.num_hidden_layers))
-        if stage == "translator" and not target.ranges:
-            raise UserError("--replace none: without a surrogate there is no translator to train")
-    # sharded layers work in step: there text, too, sends gradients through the trunk (extras/parallel.py)
-    print(show_plan(stage_plan(stage, name, args.gpus or 8, args.fsdp, args.lora or 0, args.fsdp, target, recipe)))
+        write_whole(out, lambda part: figure.savefig(part, format="png"))
+        print(f"\nplot: {out}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ What teaches the encoder? Arms that differ in one thing each: trained, grafted, 
 Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen. What an
 arm has finished is not done again, and what was interrupted goes on.
 """
+import itertools
 import json
 import math
 import re
@@ -183,23 +184,18 @@ def show_kept(checkpoint, n=20):
 # ---- Tables and figures ---------------------------------------------------------------------------------------------
 
 
-def score(result, system, measure, trained):
-    """In %, the mean over the trained or the never-trained tasks; None if there is no such system."""
+MEASURES = {        # title: (what of a row counts, of the trained tasks?)
+    "what the image brings": ("brings", None), "trained, ranked": ("ranked", True), "trained, said": ("said", True),
+    "never trained, ranked": ("ranked", False), "never trained, said": ("said", False)}
+
+
+def value(result, system, title):
+    """One of MEASURES, in nats a token or in %; None if there is no such system."""
+    measure, trained = MEASURES[title]
+    if measure == "brings":
+        return next((r["brings"] for r in result["brings"] if r["system"] == system), None)
     pool = evaluate.pooled([r for r in result["rows"] if r["trained"] == trained], measure, system)
     return None if pool is None else 100 * pool[0]
-
-
-def brought(result, system):
-    return next((r["brings"] for r in result["brings"] if r["system"] == system), None)
-
-
-MEASURES = {        # title: function of (result, system)
-    "what the image brings": brought,
-    "trained, ranked": lambda r, s: score(r, s, "ranked", True),
-    "trained, said": lambda r, s: score(r, s, "said", True),
-    "never trained, ranked": lambda r, s: score(r, s, "ranked", False),
-    "never trained, said": lambda r, s: score(r, s, "said", False),
-}
 
 
 def read_result(file):
@@ -214,10 +210,9 @@ def read_result(file):
 
 def by_arm(results):
     """{(arm, steps): results of all seeds}, in the order of ARMS."""
-    out = {}
-    for r in sorted(results, key=lambda r: ([*ARMS].index(r["arm"]), r["steps"], r["seed"])):
-        out.setdefault((r["arm"], r["steps"]), []).append(r)
-    return out
+    order = lambda r: ([*ARMS].index(r["arm"]), r["steps"], r["seed"])
+    return {key: list(group) for key, group in
+            itertools.groupby(sorted(results, key=order), lambda r: (r["arm"], r["steps"]))}
 
 
 def spread(values, digits):
@@ -232,8 +227,9 @@ def table(results):
     rows = []
     for (arm, steps), group in by_arm(results).items():
         cells = []
-        for title, measure in MEASURES.items():
-            pair, graft = (spread([measure(r, s) for r in group], 2 * (measure is brought)) for s in ("pair", "graft"))
+        for title, (measure, _) in MEASURES.items():
+            digits = 2 * (measure == "brings")
+            pair, graft = (spread([value(r, s, title) for r in group], digits) for s in ("pair", "graft"))
             cells.append(f"{pair} → {graft}" if pair else graft)
         tera = " + ".join(f"{mean(x):.0f}" for x in zip(*(r["tera"] for r in group)))
         rows.append([arm, steps, len(group), tera, *cells])
@@ -250,7 +246,7 @@ def plot(results, measures=("what the image brings", "trained, ranked", "never t
     for ax, title in zip(fig.subplots(1, len(measures)), measures):
         for k, arm in enumerate(dict.fromkeys(a for a, _ in grouped)):
             points = [(mean(r["tera"][-1] for r in g), mean(sum(r["tera"]) for r in g),
-                       mean(MEASURES[title](r, "graft") for r in g)) for (a, _), g in grouped.items() if a == arm]
+                       mean(value(r, "graft", title) for r in g)) for (a, _), g in grouped.items() if a == arm]
             style = dict(color=COLORS[k % len(COLORS)], marker=SHAPES[k % len(SHAPES)], ms=5)
             alone, whole, y = zip(*points)
             ax.plot(alone, y, **style, label=arm)

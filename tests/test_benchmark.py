@@ -1,85 +1,170 @@
-"""studies/benchmark.py and decoding.py: what is compared computes the same; the rows show what they should."""
-import contextlib
+"""studies/benchmark.py: systems take turns, what is compared computes the same, and the tables say what they should."""
+import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from studies import benchmark, decoding
+import kernels
+from cli import run_cli
+from model import LlamaConfig, ViTConfig
+from recipes import STAGES, Target
+from studies import benchmark, cost
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def test_the_two_steps_are_the_same_step():
-    ours, naive = (benchmark.encoder_step_memory(how, vocab=300, batch=2, width=32) for how in (False, True))
-    assert ours["loss"] == pytest.approx(naive["loss"], rel=1e-5)
-    assert ours["gradient"] == pytest.approx(naive["gradient"], rel=1e-4) and ours["gradient"] > 0
-    assert ours["targets"] == 2 * 60 and ours["positions"] == 2 * (579 + 100)
+def target(vocab=300):
+    """Layers of almost no size: 9 patches, so 112 positions."""
+    return Target("tiny", "tiny", ((1, 2),), LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16), ViTConfig(
+        image_size=336, patch_size=112, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2))
 
 
-def test_a_fresh_process_shows_what_the_logits_of_every_position_take(capsys):
-    assert benchmark.compare_step_memory(vocab=32768, batch=1, width=32) < 0.7      # 0.2, and room for what wanders
-    rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 and all(row.startswith("| ") and row.count("|") == 5 for row in rows)
-
-
-def test_a_surrogate_is_built_alone_and_out_of_the_llm(monkeypatch, capsys):
-    seen = []       # in this process, which is quick, but has held more before: its peak says nothing
-
-    def here(call):
-        seen.append(eval(f"benchmark.{call}") | dict(peak=2**20))
-        return seen[-1]
-    monkeypatch.setattr(benchmark, "in_fresh_process", here)
-    benchmark.compare_surrogate_memory(ranges=((2, 4),), layers=6, width=192, vocab=64, shards=2)
-    assert "of 4 layers" in capsys.readouterr().out
-    layer = 2 * 192 * 192 + 2 * 64 * 192 + 3 * 192 * 512 + 2 * 192                       # q, o; k, v; MLP; two norms
-    assert [s["layers"] for s in seen] == [4, 4]
-    assert [s["size"] for s in seen] == [2 * (4 * layer + 64 * 192 + 192)] * 2        # two bytes a weight, tied head
-
-
-def test_memory_option_runs_only_the_memory(monkeypatch):
-    seen = []
-    for name in ("graft_memory", "compare_step_memory", "compare_surrogate_memory", "encoder_step"):
-        monkeypatch.setattr(benchmark, name, lambda *_, name=name, **__: seen.append(name))
-    benchmark.main(["--memory"])
-    assert seen == ["compare_step_memory", "compare_surrogate_memory"]
-
-
-def test_a_step_of_the_encoder_is_timed(smollm, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.Llama, "from_pretrained", lambda **_: smollm)
-    benchmark.encoder_step("cpu", torch.float32, batch=2, rounds=1, replace=((2, 28),))
-    assert "4-layer surrogate, batch 2" in capsys.readouterr().out
-
-
-def test_the_kernels_peers_compute_the_same():
-    """On a GPU they are timed; here each system's results, and rows as they would be printed."""
-    sizes = (24, 64, 96, 12, 50, (2, 9, 4, 2, 16))
-    torch._dynamo.config.suppress_errors = False
-    for kernel, _, inputs, systems, *_ in benchmark.kernel_cases(sizes, "cpu", torch.float32):
-        first = lambda y: y[0] if isinstance(y, tuple) else y
-        results = [first(f(*inputs)) for name, f in systems.items() if name not in ("flash", "cuDNN", "torch.compile")]
-        for y in results[1:]:
-            torch.testing.assert_close(y, results[0], rtol=1e-4, atol=1e-5, msg=kernel)
-
-
-def test_rows_of_the_kernels(monkeypatch):
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """A function: the rows of a command, on tiny models; on the CPU unless it says something else."""
+    monkeypatch.setitem(benchmark.SIZES, "small", target())
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    monkeypatch.setattr(benchmark, "sdpa_kernel", lambda backend: contextlib.nullcontext())
-    sizes, seen = (24, 64, 96, 12, 50, (2, 9, 4, 2, 16)), []
-    rows = list(benchmark.kernel_rows("tiny", sizes, lambda f: seen.append(f()) or 2.0, device="cpu",
-                                      dtype=torch.float32))
-    assert [row[1] for row in rows] == ["attention"] * 2 + ["attention, a step"] + ["RoPE"] * 2 + [
-        "RMSNorm + residual"] * 2 + ["SwiGLU"] * 2 + ["LM head + loss", "int8 weights"]
-    assert rows[0][3:5] == ("forward", "2.000") and rows[0][6] == "flash 1.00, cuDNN 1.00"
+
+    def rows(command, more=()):
+        for name, sizes in more:
+            monkeypatch.setitem(benchmark.SIZES, name, sizes)
+        device = ["--device", "cpu"] * ("--device" not in command)
+        benchmark.main([*command.split(), *device, "--json", str(tmp_path / "table.json")])
+        return json.loads((tmp_path / "table.json").read_text())["rows"]
+
+    return rows
 
 
-def test_decoding_compares_the_same_answers(tiny_llm, monkeypatch, capsys):
-    load = decoding.Llama.from_pretrained
-    monkeypatch.setattr(decoding.Llama, "from_pretrained", lambda **options: load(tiny_llm, **options))
-    monkeypatch.setattr(decoding, "in_fresh_process", lambda *_: dict(peak=2**20, held=2**20))
-    monkeypatch.setattr(torch, "randint", lambda low, high, *a, randint=torch.randint, **k: randint(500, *a, **k))
-    monkeypatch.setattr(decoding, "default_dtype", lambda device: torch.bfloat16)       # on any chip
-    decoding.main(["--rounds", "1", "--length", "9", "--batch", "1", "2", "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert "with their trunk shared" in printed
-    rows = [row.split("|") for row in printed.splitlines() if "tokens/s" not in row and "x |" in row]
-    assert [row[1].strip() for row in rows] == [*decoding.THEIRS, *decoding.OURS] * 2
-    same = {row[1].strip(): row[5].strip() for row in rows}
-    assert same["transformers, static cache"] == same["float32"] == "100%" and same["int8"] != "100%"
+# ---- The harness ----------------------------------------------------------------------------------------------------
+
+
+def test_systems_take_turns(capsys):
+    turns, times = [], iter([9, 9, 1, 5, 3, 6, 2, 7])
+
+    def broken():
+        raise RuntimeError("no such backend\nand more")
+
+    systems = {"ours": lambda: turns.append("ours"), "peer": lambda: turns.append("peer"), "broken": broken}
+    seen = benchmark.in_turns(systems, 3, "cpu", lambda run: next(times))
+    assert turns == ["ours", "peer"] * 4 and "broken is left out: no such backend\n" == capsys.readouterr().err
+    assert {name: m.seconds for name, m in seen.items()} == {"ours": 2, "peer": 6}      # the first round warms up
+    with pytest.raises(RuntimeError, match="no such backend"):
+        benchmark.in_turns({"ours": broken}, 1, "cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process cannot be reset elsewhere")
+def test_peaks_are_those_of_one_run():
+    fill = lambda mib: lambda: torch.ones(mib, 2**18).shape
+    seen = benchmark.in_turns({"large": fill(256), "small": fill(64)}, 1, "cpu")
+    above = {name: (m.peak - m.held) / 2**20 for name, m in seen.items()}
+    assert 250 < above["large"] < 300 and 60 < above["small"] < 100
+
+
+def test_json_and_markdown_say_the_same(table, tmp_path, capsys):
+    rows = table("step --batch 1 --rounds 1")
+    about, printed = json.loads((tmp_path / "table.json").read_text()), capsys.readouterr().out.splitlines()
+    assert about["machine"] in printed[0] and about["command"] in printed[0] and "torch" in about["machine"]
+    assert printed[-1] == f"| {' | '.join(map(str, rows[-1].values()))} |" and printed[2].count("|") == len(rows[0]) + 1
+
+
+# ---- A step, and its memory -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.skipif(
+    kernels.triton is None, reason="needs Triton"))])
+def test_the_two_steps_are_the_same_step(backend):
+    """One loss and one gradient, on the very same parameters; with the kernels and without."""
+    vlm, optimizer = benchmark.stage_of("encoder", target(), torch.float32, DEVICE)
+    learns = [p for group in optimizer.param_groups for p in group["params"]]
+    batch, seen = benchmark.llava_batch(vlm.n_visual, 300, 1, 336), []       # one row: interpreted, Triton is slow
+    assert (batch["targets"] >= 0).sum() == benchmark.ANSWER and batch["tokens"].shape == (1, 112)
+    for loss in (vlm.loss, benchmark.TransformersVLM(vlm).loss):
+        with kernels.backend(backend):
+            value = loss(batch)
+            seen.append((value.detach(), *torch.autograd.grad(value, learns)))
+    for ours, theirs in zip(*seen):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert seen[0][0] > 1 and all(p.is_leaf and p.requires_grad for p in learns)
+
+
+def test_both_steps_compute_in_bfloat16_and_learn_in_float32():
+    vlm, optimizer = benchmark.stage_of("encoder", target(), torch.bfloat16, "cpu")
+    theirs, batch = benchmark.TransformersVLM(vlm), benchmark.llava_batch(vlm.n_visual, 300, 1, 336)
+    assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.float32}
+    before = vlm.adapter[0].weight.clone()
+    ours, theirs = (benchmark.take_step(loss, optimizer, batch) for loss in (vlm.loss, theirs.loss))
+    assert ours == pytest.approx(theirs, rel=1e-3) and torch.equal(before, vlm.adapter[0].weight)       # lr=0
+
+
+def test_logits_of_every_position_take_memory(table):
+    ours, theirs, *_ = table(f"step --batch 2 --rounds 1 --model wide --dtype float32 --device {DEVICE}",
+                             [("wide", target(vocab=32768))])
+    assert (ours["system"], theirs["system"]) == ("ours", "transformers, all logits")
+    assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-5)
+    if sys.platform == "linux":
+        assert float(ours["of it the step's"]) < 0.7 * float(theirs["of it the step's"])
+
+
+def test_the_measured_step_has_the_parameters_of_the_formula(table, monkeypatch):
+    calls = []
+    libc = SimpleNamespace(mallopt=lambda *a: calls.append(a), malloc_trim=lambda n: 0)     # or all tests become slow
+    monkeypatch.setattr(benchmark.ctypes, "CDLL", lambda name: libc)
+    rows = table(f"memory {' '.join(STAGES)} --model small")
+    assert [row["stage"] for row in rows] == ["translator", "encoder", "decoder, LoRA 8"]
+    assert calls == [(-1, 2**16), (-3, 2**16)] * (sys.platform == "linux")
+    for stage, row in zip(STAGES, rows):
+        lora = benchmark.LORA * (stage == "decoder")
+        parameters, loss = benchmark.two_steps(stage, target(), "cpu")
+        parts = cost.trained_and_frozen(stage, target(), benchmark.STEP, lora)
+        assert parameters == sum(map(sum, parts.values())) and loss > 0
+        formula = cost.memory(stage, target(), benchmark.STEP, 1, 112, 60, lora=lora)
+        assert row["formula, GB"] == f"{sum(formula.values()) / 1e9:.2f}" and row["apart"].endswith("%")
+
+
+# ---- Decoding and kernels -------------------------------------------------------------------------------------------
+
+
+def test_decoding_compares_the_same_answers(table, monkeypatch):
+    monkeypatch.setattr(kernels, "default_dtype", lambda device: torch.bfloat16)        # on any chip
+    rows = table("decode --rounds 1 --length 9 --batch 1 2 --new 15")
+    assert [row["system"] for row in rows] == ["ours", "transformers", "ours, int8", "ours, bfloat16"] * 2
+    assert all(row["same"] == "100%" for row in rows if row["system"] in ("ours", "transformers"))
+
+
+def test_what_a_decoding_step_reads():
+    llm = benchmark.random_model(lambda: benchmark.Llama(target().llm_config), torch.bfloat16, "cpu")
+    layer = 32 * (64 + 32 + 32) + 64 * 32 + 3 * 32 * 48 + 2 * 32        # q, k, v; o; MLP; norms
+    assert benchmark.weight_bytes(llm) == 2 * (4 * layer + 32 + 300 * 32)       # the head is the embeddings
+    matrices, rows = 4 * (layer - 2 * 32) + 300 * 32, 4 * (64 + 32 + 32 + 32 + 48 + 48 + 32) + 300
+    assert benchmark.weight_bytes(benchmark.int8.quantize(llm)) == matrices + 2 * rows + 2 * (4 * 2 * 32 + 32)
+
+
+def test_the_kernels_peers_compute_the_same(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    for kernel, _, inputs, systems, works, _ in benchmark.kernel_cases(target(), 2, 9, "cpu", torch.float32):
+        first = lambda y: y[0] if isinstance(y, tuple) else y
+        results = [first(f(*inputs)) for name, f in systems.items() if name != "cuDNN"]
+        assert len(results) > 1
+        off = 0.1 if kernel == "int8 weights" else 1e-4         # on a CPU ours multiplies these in bfloat16
+        for y in results[1:]:
+            torch.testing.assert_close(y, results[0], rtol=1e-4, atol=off, msg=kernel)
+
+
+def test_rows_of_the_kernels(table):
+    rows = table("kernels --batch 2 --length 9 --rounds 1")
+    both = lambda kernel: [(kernel, "forward"), (kernel, "backward")]
+    assert [(row["kernel"], row["direction"]) for row in rows] == [
+        *both("attention") * 2, ("attention, a decoding step", "forward"), *both("RoPE"),
+        *both("RMSNorm + residual") * 2, *both("SwiGLU"), ("LM head + loss", "both"),
+        *[("int8 weights", "forward")] * 2]
+    assert all(float(row["ms"]) > 0 and row["peer's time / ours"] for row in rows)
+
+
+@pytest.mark.parametrize("command", ["memory nonsense", "", "decode --new 1", "step --model qwen3-4b"])
+def test_what_cannot_be_measured(command):
+    assert run_cli(lambda: benchmark.main(command.split())) == 2

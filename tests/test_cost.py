@@ -8,7 +8,6 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from cli import UserError
 from extras.lora import add_lora
 from formats.tokenizer import IMAGE
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
@@ -136,7 +135,7 @@ def test_memory_by_hand():
     n = 8_030_261_248 + sum(sum(counts) for part, counts in parts.items() if "ViT" in part or "projector" in part)
     frozen = parts["ViT, frozen part"][1]
     whole = cost.memory("decoder", EIGHT, recipe, **sizes)
-    assert whole["weights"] == 2 * n and whole["float32 copies, Adam"] == 12 * (n - frozen) == 2 * whole["gradients"]
+    assert whole["weights"] == 2 * n and whole["float32 weights, Adam"] == 12 * (n - frozen) == 3 * whole["gradients"]
     layers = 32 * 218_112_000
     shared = cost.memory("decoder", EIGHT, recipe, **sizes, ranks=8, fsdp=True)
     assert shared["weights"] == whole["weights"] - 2 * layers * 7 / 8 and shared["whole layers"] == 10 * 218_112_000
@@ -154,7 +153,8 @@ def test_stage_plan():
     assert 4393 * positions == pytest.approx(624_610 * 799 + 500_000 * 400, rel=1e-5)
     assert p["flops"] == pytest.approx(4393 * sum(p["step_flops"].values()))
     text = cost.show_plan(p)
-    assert "x 4 times x 8 GPU(s)" in text and f"{sum(c[0] for c in p['parts'].values()):,}" in text
+    trained, frozen = (sum(counts) for counts in zip(*p["parts"].values()))
+    assert "x 4 times x 8 GPU(s)" in text and f"| sum | {trained:,} | {frozen:,} |" in text
     assert "1,124,608 samples, 699 M positions" in text and "3.05%" in text
     other = dict(target=TINY, recipe=Recipe(steps=0, batch=6), data=((13, 9, 5), cost.NOTHING))
     tiny = cost.stage_plan("encoder", "tiny", ranks=2, **other)
@@ -163,21 +163,12 @@ def test_stage_plan():
     assert cost.stage_plan("encoder", "llama-3.1-8b", recipe=short)["images"][1] == 700
 
 
-def test_bad_plans_say_what_is_wrong():
-    with pytest.raises(UserError, match=r"batch of 128 .* 8 samples at a time in 3 .* 24, which does not divide 128"):
-        cost.stage_plan("encoder", "llama-3.1-8b", ranks=3)
-    with pytest.raises(UserError, match="llama-2-7b.*llama-3.2-3b, llama-3.1-8b, llama-3.1-70b"):
-        cost.recipe_of("encoder", "llama-2-7b")
-    with pytest.raises(UserError, match="'vit'.*translator, encoder, decoder"):
-        cost.stage_plan("vit", "llama-3.1-8b")
-
-
 def test_the_surrogate_saves_what_the_paper_says():
     paper = 1 - (9.36 + 4.25 + 5.56) / (7.01 + 27.78)
     assert abs(cost.saving(cost.routes("llama-3.1-70b")) - paper) < 0.05
     table = cost.show_routes("llama-3.1-70b")
     assert "44.9%" in table and "19.17 h" in table and "34.79 h" in table
-    assert " h " not in cost.show_routes("llama-3.1-8b").split("Assumed")[0]
+    assert " h, " not in cost.show_routes("llama-3.1-8b")
     for name in cost.PAPER:
         surrogate, full, lora = cost.routes(name)
         assert surrogate["flops"] < lora["flops"] < full["flops"]           # LoRA saves memory more than time
@@ -186,7 +177,7 @@ def test_the_surrogate_saves_what_the_paper_says():
 
 def test_what_fits_where(capsys):
     cost.main(["--memory"])
-    printed, docs = capsys.readouterr().out, (ROOT / "docs" / "real-size.md").read_text()
+    printed, docs = capsys.readouterr().out, (ROOT / "docs" / "real-size.md").read_text(encoding="utf-8")
     for name in cost.PAPER:
         assert cost.show_fits(name) in printed and cost.show_fits(name) in docs
         for r in cost.fits(name):
@@ -225,6 +216,7 @@ def test_plan_of_a_stage(tmp_path, capsys, monkeypatch):
     one, two = (plan("translator", "--recipe", "llama-3.1-8b", *r) for r in ([], ["--replace", "17-22,23-30"]))
     assert "218,112,000" in one and "436,224,000" in two
     sharded = plan("translator", "--recipe", "llama-3.1-8b", "--fsdp")      # text's gradients go through the trunk
-    row = lambda text: next(r for r in text.splitlines() if r.startswith("gradients of activations"))
-    assert float(row(sharded).split()[-2]) > float(row(one).split()[-2])
+    petaflops = lambda text: float(text.split("| gradients of activations | ")[1].split()[0])
+    assert petaflops(sharded) > petaflops(one)
+    assert all(f"{name}, stage encoder: " in plan("encoder") for name in cost.PAPER)
     assert not list(tmp_path.iterdir())                                     # a plan writes nothing

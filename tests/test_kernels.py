@@ -610,31 +610,6 @@ def test_which_chips_are_given_bfloat16(monkeypatch, device, chip, fast):
     kernels.default_dtype.cache_clear()
 
 
-@needs_triton
-def test_the_benchmarks_step_is_the_same_in_all_systems():
-    """Ours, with the kernels and without, and transformers with all logits: one loss."""
-    from recipes import RECIPES, Target
-    from studies import gpu
-    target = Target("", "", ((1, 2),), LlamaConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16), ViTConfig(
-        image_size=336, patch_size=112, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2))
-    rows = gpu.step_rows(target, RECIPES["llama-3.2-3b"]["encoder"], 1, DEVICE, torch.float32, steps=1)
-    assert [row[0] for row in rows] == ["ours", "ours, PyTorch only", "transformers, all logits"]
-    losses = [float(row[-1]) for row in rows]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5) and losses[0] > 1
-
-
-def test_the_benchmark_of_decoding():
-    from studies import gpu
-    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    rows = gpu.decode_rows("tiny", config, 1e12, length=5, new=15, batches=(2,), rounds=1, device=DEVICE)
-    assert [row[1] for row in rows] == ["ours", "transformers", "ours, int8"]
-    assert all(float(row[3]) > 0 for row in rows if row[1] != "transformers")   # theirs is a difference of two times
-
-
 def run(code, **environment):
     """Run Python code in a fresh process: (exit status, what it printed)."""
     environment = {**{k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")}, **environment}
