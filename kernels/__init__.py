@@ -249,7 +249,7 @@ def int8_linear(x, weight, scale):
     shape = "few" if 0 < rows <= FEW else "many"
     if _kernel("int8", x, shape) == "triton":
         return _int8.int8_matmul(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
-    if shape == "few" and x.device.type == "cpu":
+    if shape == "few" and x.device.type == "cpu" and x.shape[-1] % 16 == 0:  # of others PyTorch reads beyond the end
         y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight, scale)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
     return reference.int8_linear(x, weight, scale, default_dtype(x.device))

@@ -82,7 +82,7 @@ def _load(x, stride_t, start, end, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D
     """Tokens start .. start + BLOCK - 1 of one head as a (BLOCK, BLOCK_D) tile. MASKED: zeros from token `end` on."""
     row = tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_D)
-    # The start may lie beyond 2^31 elements, which takes 64 bits; the way within a tile does not (`_near` sees to it).
+    # The start may lie beyond 2^31 elements, which takes 64 bits; the way within a tile does not (see `_with_strides`).
     x += tl.cast(start, tl.int64) * stride_t
     pointers = x + (row[:, None] * stride_t + channel[None, :])
     if not MASKED and D == BLOCK_D:
@@ -298,9 +298,11 @@ def _dq(Q, stride_qb, stride_qt, stride_qh, K, stride_kb, stride_kt, stride_kh, 
 # PyTorch operators around the kernels
 
 
-def _near(x):
-    """x, or a copy where neighbouring channels are not neighbours in memory, or 128 tokens span 2^31 elements."""
-    return x if x.stride(3) == 1 and 128 * x.stride(1) < 2**31 else x.contiguous()
+def _with_strides(*tensors):
+    """Each tensor and its first three strides, as kernels take them; of a copy where neighbouring channels are not
+    neighbours in memory, or 128 tokens span 2^31 elements."""
+    near = (x if x.stride(3) == 1 and 128 * x.stride(1) < 2**31 else x.contiguous() for x in tensors)
+    return [argument for x in near for argument in (x, *x.stride()[:3])]
 
 
 @operator("attention(Tensor q, Tensor k, Tensor v, bool causal) -> (Tensor, Tensor)", lambda q, k, v, causal: (
@@ -308,9 +310,8 @@ def _near(x):
 def _forward_op(o, lse, q, k, v, causal):
     """-> o (B, T, H, D), lse (B, H, T)."""
     (B, T, H, D), Hkv, options = q.shape, k.shape[2], config("forward", q)
-    inputs = [a for x in map(_near, (q, k, v)) for a in (x, *x.stride()[:3])]
-    _forward[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](*inputs, o, lse, T, H, H // Hkv, D**-0.5 * LOG2E, causal, D,
-                                                            **options)
+    _forward[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](*_with_strides(q, k, v), o, lse, T, H, H // Hkv,
+                                                            D**-0.5 * LOG2E, causal, D, **options)
 
 
 @operator("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, bool need_q,"
@@ -321,7 +322,7 @@ def _backward_op(dq, dk, dv, do, q, k, v, o, lse, causal, need_q, need_kv):
     (B, T, H, D), Hkv = q.shape, k.shape[2]
     T_padded = triton.cdiv(T, 128) * 128
     lse_padded, delta = (lse.new_empty((B, H, T_padded)) for _ in range(2))
-    inputs = [a for x in map(_near, (q, k, v, do)) for a in (x, *x.stride()[:3])]
+    inputs = _with_strides(q, k, v, do)
     sizes = (T, T_padded, H, H // Hkv, D**-0.5, D**-0.5 * LOG2E, causal, D)
     _prepare[(T_padded // 64 * H * B,)](o, *inputs[-4:], lse, lse_padded, delta, T, T_padded, H, D, 64,
                                         64 if D <= 64 else 128, num_warps=4)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import LOG2E, _dot, _load, _near
+from .attention import LOG2E, _dot, _load, _with_strides
 from .operators import operator
 
 BLOCK_N = 64  # keys of a tile
@@ -99,14 +99,13 @@ def decode_attention(o, q, k, v, causal, lengths):
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
     if Tk == 0:
         return o.zero_()
-    q, k, v, G, rows = _near(q), _near(k), _near(v), H // Hkv, B * Tq * H
+    G, rows = H // Hkv, B * Tq * H
     lengths = None if lengths is None else lengths.contiguous()
     BLOCK_M, BLOCK_D = 16 if Tq * G <= 16 else 64, 64 if D <= 64 else 128
     programs = triton.cdiv(Tq * G, BLOCK_M) * Hkv * B
     splits = max(1, min(PROGRAMS // programs, triton.cdiv(Tk, SHORTEST)))
     chunk = triton.cdiv(triton.cdiv(Tk, splits), BLOCK_N) * BLOCK_N
     parts, lse = (torch.empty((splits, rows, *more), dtype=torch.float32, device=q.device) for more in ((D,), ()))
-    _attend[(programs, splits)](q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], lengths, parts, lse, Tq, Tk,
-                                chunk, H, G, D**-0.5 * LOG2E, causal, D, BLOCK_M, BLOCK_N, BLOCK_D, num_warps=4,
-                                num_stages=2)
+    _attend[(programs, splits)](*_with_strides(q, k, v), lengths, parts, lse, Tq, Tk, chunk, H, G, D**-0.5 * LOG2E,
+                                causal, D, BLOCK_M, BLOCK_N, BLOCK_D, num_warps=4, num_stages=2)
     _combine[(rows,)](parts, lse, o, rows, splits, D, triton.next_power_of_2(splits), BLOCK_D, num_warps=4)

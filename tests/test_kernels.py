@@ -354,11 +354,12 @@ def test_activations(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (5,), (2, 8), (2, 9), (70,)], ids=str)  # either side of FEW
-def test_int8_linear(backend, dtype, rows):
+@pytest.mark.parametrize("rows, K", [  # either side of FEW; no whole number of tiles; and no multiple of 16
+    ((1,), 8208), ((1, 1), 8208), ((5,), 8200), ((2, 8), 8208), ((2, 9), 8208), ((70,), 8200)], ids=str)
+def test_int8_linear(backend, dtype, rows, K):
     """Before its scale a sum of 8,200 products by integers up to 127 is larger than float16's largest number."""
-    linear = Int8Linear(torch.randn(97, 8200)).to(DEVICE)  # no whole number of tiles
-    x = randn(*rows, 8200, dtype=dtype).detach() * 20
+    linear = Int8Linear(torch.randn(97, K)).to(DEVICE)
+    x = randn(*rows, K, dtype=dtype).detach() * 20
     y, weight = linear(x), linear.weight.double() * linear.scale.double()[:, None]
     few = x.shape[:-1].numel() <= kernels.FEW
     bf16 = dtype == torch.float32 and (backend == "torch" or not few)  # in which a CPU multiplies a few rows
