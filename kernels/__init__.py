@@ -8,15 +8,11 @@
     swiglu.py            swiglu, quick_gelu    silu(gate) * up of Llama's MLP, x sigmoid(1.702 x) of CLIP's
     cross_entropy.py     linear_cross_entropy  LM head and cross-entropy together, without the (N, vocabulary) logits
     int8_matmul.py       int8_linear           a product by weights in 8 bits (int8.py rounds them), to decode faster
+    operators.py                               how a launch becomes an operator of PyTorch
     graph.py             record                a decoding step's hundreds of launches, replayed as one
 
-What runs where says TABLE below. (A laptop without Triton never imports it.) To force one, set KERNELS=torch or
-KERNELS=triton in the environment, or
-
-    with kernels.backend("torch"):
-        ...
-
-`python -m studies.benchmark kernels` times them on a GPU beside their peers.
+What runs where says TABLE below. To force one: KERNELS=torch or KERNELS=triton in the environment, or
+`with kernels.backend("torch"):`. `python -m studies.benchmark kernels` times them on a GPU beside their peers.
 """
 
 import functools
@@ -45,7 +41,7 @@ try:
     from . import rope as _rope
     from . import swiglu as _swiglu
 except ImportError:
-    triton = None
+    triton = _cross_entropy = _rms_norm = _rope = _swiglu = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which kernel runs where
@@ -67,16 +63,15 @@ BACKENDS = ("auto", "triton", "torch", "cudnn")
 _choice = os.environ.get("KERNELS") or "auto"
 
 
-def check_choice():
+def check_choice(on_gpu=torch.cuda.is_available):
     """UserError if KERNELS names no backend, or one that is not here: a model that is built asks, before it loads."""
     if _choice not in BACKENDS:
-        raise UserError(f"KERNELS={_choice:.40}: expected 'triton', 'torch', 'cudnn' or nothing (Triton for CUDA, else "
-                        "PyTorch)")
+        raise UserError(f"KERNELS={_choice:.40}: expected 'triton', 'torch', 'cudnn' or nothing")
     if _choice == "triton" and triton is None:
         raise UserError("the backend is 'triton', but Triton is not installed: pip install triton, or choose 'torch'")
-    if _choice == "triton" and not torch.cuda.is_available() and not _attention.INTERPRET.value:
-        raise UserError("the backend is 'triton', but without a GPU Triton only runs in its interpreter: start Python "
-                        "with TRITON_INTERPRET=1, or choose 'torch'")
+    if _choice == "triton" and not on_gpu() and not _attention.INTERPRET.value:
+        raise UserError("the backend is 'triton', but on a CPU Triton only runs in its interpreter: start Python with "
+                        "TRITON_INTERPRET=1, or choose 'torch'")
 
 
 @contextmanager
@@ -95,19 +90,14 @@ def backend(name):
 
 def _kernel(operation, x, shape="any"):
     """"triton", "split", "cudnn" or "torch", for this operation on a tensor like x."""
-    if _choice not in ("auto", "cudnn"):
-        check_choice()
-        if _choice == "triton" and not x.is_cuda and not _attention.INTERPRET.value:
-            raise ValueError("the backend is 'triton', but a tensor is on the CPU, where Triton only runs in its "
-                             "interpreter: start Python with TRITON_INTERPRET=1, or choose 'torch'")
-        wanted = dict(few="split" if operation == "attention" else "triton", trained="torch", many="torch")
-        return wanted.get(shape, "triton") if _choice == "triton" else "torch"
-    if triton is None or not x.is_cuda:
+    forced = _choice == "triton"  # any chip and dtype then
+    if forced or _choice not in BACKENDS:
+        check_choice(lambda: x.is_cuda)
+    if _choice == "torch" or not forced and (triton is None or not x.is_cuda):
         return "torch"
-    chip = _capability(x.device)
-    fits = lambda name, first, last, dtypes, what: (
-        name == operation and first <= chip <= last and x.dtype in dtypes and what == shape)
-    return next((kernel for *row, kernel in TABLE if fits(*row)), "torch")
+    chip = None if forced else _capability(x.device)
+    return next((kernel for name, first, last, dtypes, what, kernel in TABLE if (name, what) == (operation, shape)
+                 and (forced or first <= chip <= last and x.dtype in dtypes)), "torch")
 
 
 @torch.compiler.assume_constant_result
@@ -129,6 +119,34 @@ def default_dtype(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What is wrong with an argument, said in one line
+
+
+def _check(first, x0, *others):
+    """ValueError unless the others, (name, tensor or None, its shape[, dtype, ...]), have that shape, and lie where the
+    first does; in its dtype, if none is given."""
+    dtype, device = x0.dtype, x0.device
+    if dtype not in FLOAT and (dtype != torch.float64 or _choice == "triton"):
+        raise ValueError(f"{first} is {dtype}, expected bfloat16, float16 or float32")
+    for name, x, shape, *dtypes in others:
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)} beside {first} "
+                             f"{tuple(x0.shape)}")
+        if x.dtype not in (dtypes or (dtype,)):
+            expected = " or ".join(map(str, dtypes)) or f"{dtype} as {first}"
+            raise ValueError(f"{name} is {x.dtype}, expected {expected}")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}, {first} is on {device}: they must be the same")
+
+
+def _check_dimensions(name, x, *letters):
+    if x.ndim != len(letters):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({', '.join(letters)})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The operations
 
 
@@ -143,11 +161,16 @@ def attention(q, k, v, causal=True, lengths=None):
     Returns (B, Tq, Hq, D), contiguous. A query that sees no key at all gives zeros.
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit together.
     """
-    _check_attention(q, k, v, lengths)
-    (_, Tq, Hq, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    _check_dimensions("q", q, "B", "Tq", "Hq", "D")
+    _check_dimensions("k", k, "B", "Tk", "Hkv", "D")
+    (B, Tq, Hq, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    _check("q", q, ("k", k, (B, Tk, Hkv, D)), ("v", v, k.shape), ("lengths", lengths, (B,), torch.int32, torch.int64))
+    if D % 8 or not 8 <= D <= 128:
+        raise ValueError(f"q has head dim {D}, supported are the multiples of 8 up to 128")
+    if Hkv == 0 or Hq % Hkv:
+        raise ValueError(f"k has {Hkv} heads, which does not divide the {Hq} heads of q")
     if lengths is not None or Tq != Tk:
-        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        shape = "trained" if learns else "few"
+        shape = "trained" if _learns(q, k, v) else "few"
     else:
         shape = "long" if _choice == "cudnn" and Tq >= 512 and D in (64, 128) else "square"
     kernel = _kernel("attention", q, shape)
@@ -163,24 +186,28 @@ def attention(q, k, v, causal=True, lengths=None):
     return o.transpose(1, 2).contiguous()  # (B, Hq, Tq, D) -> (B, Tq, Hq, D)
 
 
+def _learns(*tensors):
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _elementwise(x, triton_kernels):
+    """Where the operations are that read and write tensors like x once: in that module, or in plain PyTorch."""
+    return triton_kernels if _kernel("elementwise", x) == "triton" else reference
+
+
 def apply_rope(x, cos, sin):
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) in the layout of the Hugging Face Llama weights.
 
     x: (B, T, H, D); cos, sin: (T, D/2) or (B, T, D/2) float32. Channel i turns with channel i + D/2 (not with its
     neighbour, as in Meta's files). Computed in float32, returned as x.dtype.
     """
-    _check_dtype("x", x)
-    if x.ndim != 4 or x.shape[3] % 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, T, H, D) with an even D")
+    _check_dimensions("x", x, "B", "T", "H", "D")
     B, T, _, D = x.shape
-    for name, c in (("cos", cos), ("sin", sin)):
-        if tuple(c.shape) not in ((T, D // 2), (B, T, D // 2)) or c.shape != cos.shape:
-            raise ValueError(f"{name} has shape {tuple(c.shape)}, expected (T, D/2) = {(T, D // 2)} for x "
-                             f"{tuple(x.shape)}")
-        if c.dtype != torch.float32 and x.dtype != torch.float64:
-            raise ValueError(f"{name} is {c.dtype}, expected torch.float32")
-        _check_like(name, c, "x", x, "device")
-    return (_rope.rope if _kernel("elementwise", x) == "triton" else reference.apply_rope)(x, cos, sin)
+    if D % 2:
+        raise ValueError(f"x has head dim {D}, expected an even one")
+    angles = (B, T, D // 2) if cos.ndim == 3 else (T, D // 2)
+    _check("x", x, ("cos", cos, angles, torch.float32), ("sin", sin, angles, torch.float32))
+    return _elementwise(x, _rope).apply_rope(x, cos, sin)
 
 
 def rms_norm(x, weight, eps, residual=None):
@@ -190,26 +217,24 @@ def rms_norm(x, weight, eps, residual=None):
     Returns y, or (y, s) with s = x + residual and y = norm(s) when a residual is given.
     Rounding as in the official Llama: normalise in float32, cast to x.dtype, then multiply by the weight.
     """
-    _check_dtype("x", x)
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},), the last dimension of x")
-    _check_like("weight", weight, "x", x, "dtype", "device")
-    if residual is not None:
-        _check_like("residual", residual, "x", x)
-    return (_rms_norm if _kernel("elementwise", x) == "triton" else reference).rms_norm(x, weight, eps, residual)
+    _check("x", x, ("weight", weight, x.shape[-1:]), ("residual", residual, x.shape))
+    ours = _elementwise(x, _rms_norm)
+    if _learns(x, weight, residual):
+        return reference.RMSNorm.apply(x, weight, eps, residual, ours.norm_forward, ours.norm_backward)
+    y, s, _ = ours.norm_forward(x, weight, eps, residual)
+    return y if residual is None else (y, s)
 
 
 def swiglu(gate, up):
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), the activation of Llama's MLP. Same shape, any strides."""
-    _check_dtype("gate", gate)
-    _check_like("up", up, "gate", gate)
-    return (_swiglu if _kernel("elementwise", gate) == "triton" else reference).swiglu(gate, up)
+    _check("gate", gate, ("up", up, gate.shape))
+    return _elementwise(gate, _swiglu).swiglu(gate, up)
 
 
 def quick_gelu(x):
     """x sigmoid(1.702 x), the activation of CLIP's MLP: a cheap approximation of GELU (Hendrycks & Gimpel 2016)."""
-    _check_dtype("x", x)
-    return (_swiglu if _kernel("elementwise", x) == "triton" else reference).quick_gelu(x)
+    _check("x", x)
+    return _elementwise(x, _swiglu).quick_gelu(x)
 
 
 FEW = 16  # rows up to which int8 weights have kernels of their own: one and eight were measured to be faster
@@ -224,7 +249,7 @@ def int8_linear(x, weight, scale):
     shape = "few" if 0 < rows <= FEW else "many"
     if _kernel("int8", x, shape) == "triton":
         return _int8.int8_matmul(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
-    if shape == "few" and x.device.type == "cpu":
+    if shape == "few" and x.device.type == "cpu" and x.shape[-1] % 16 == 0:  # of others PyTorch reads beyond the end
         y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight, scale)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
     return reference.int8_linear(x, weight, scale, default_dtype(x.device))
@@ -242,58 +267,11 @@ def linear_cross_entropy(hidden, weight, targets):
     The N x V logits are the largest tensor of a training step (4,096 x 128,256 in float32 are 2 GB, their gradient as
     much again). Here they are there a chunk of rows at a time.
     """
-    _check_dtype("hidden", hidden)
-    if hidden.ndim != 2:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, expected (N, d): select the target positions first")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, {hidden.shape[1]})")
-    _check_like("weight", weight, "hidden", hidden, "dtype", "device")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets is {targets.dtype} {tuple(targets.shape)}, expected torch.int64 ({len(hidden)},)")
-    _check_like("targets", targets, "hidden", hidden, "device")
+    _check_dimensions("hidden", hidden, "N", "d")
+    _check("hidden", hidden, ("weight", weight, (len(weight), hidden.shape[1])),
+           ("targets", targets, hidden.shape[:1], torch.int64))
     rows = max(1, CHUNK // len(weight))
     if hidden.is_cuda:  # to be busy a GPU wants longer chunks, in whole tiles of 128 rows
         rows = max(128, 4 * rows // 128 * 128)
-    step = (_cross_entropy if _kernel("elementwise", hidden) == "triton" else reference).loss_and_gradient
-    grad = torch.is_grad_enabled()
-    return reference.LinearCrossEntropy.apply(hidden, weight, targets, step, rows, grad and hidden.requires_grad,
-                                              grad and weight.requires_grad)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is wrong with an argument, said in one line
-
-
-def _check_like(name, x, other_name, other, *what):
-    """x must have the same shape, dtype and device as another tensor, or what of these is named."""
-    for quality in what or ("shape", "dtype", "device"):
-        a, b = getattr(x, quality), getattr(other, quality)
-        if a != b:
-            verb = "has shape" if quality == "shape" else "is on" if quality == "device" else "is"
-            said = [tuple(v) if quality == "shape" else v for v in (a, b)]
-            raise ValueError(f"{name} {verb} {said[0]}, {other_name} {verb} {said[1]}: they must be the same")
-
-
-def _check_dtype(name, x):
-    if x.dtype not in FLOAT and (x.dtype != torch.float64 or _choice == "triton"):
-        raise ValueError(f"{name} is {x.dtype}, expected bfloat16, float16 or float32")
-
-
-def _check_attention(q, k, v, lengths):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (B, T, H, D)")
-    (B, _, Hq, D), (Bk, _, Hkv, Dk) = q.shape, k.shape
-    _check_dtype("q", q)
-    if D % 8 or not 8 <= D <= 128:
-        raise ValueError(f"q has head dim {D}, supported are the multiples of 8 up to 128")
-    if Bk != B or Dk != D:
-        raise ValueError(f"k has shape {tuple(k.shape)}, expected batch {B} and head dim {D} as in q {tuple(q.shape)}")
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(f"k has {Hkv} heads, which does not divide the {Hq} heads of q")
-    _check_like("k", k, "q", q, "dtype", "device")
-    _check_like("v", v, "k", k)
-    if lengths is not None:
-        if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"lengths is {lengths.dtype} {tuple(lengths.shape)}, expected {B} integers")
-        _check_like("lengths", lengths, "q", q, "device")
+    step = _elementwise(hidden, _cross_entropy).loss_and_gradient
+    return reference.LinearCrossEntropy.apply(hidden, weight, targets, step, rows, _learns(hidden), _learns(weight))

@@ -6,18 +6,16 @@
              [ ][ ][ ][ ]               reads its queries once, walks over the keys and values up to the diagonal, and
        q [ ] [x]                        writes o and one number a query. S and P exist as one tile each, in registers.
          [ ] [ ][x]                     Of the backward's two kernels dq walks in the same way, dk and dv down a column:
-         [ ] [ ][ ][x]                  each number is summed by one program, so there are no atomics, and two runs
-         [ ] [ ][ ][ ][x]               agree to the bit.
+         [ ] [ ][ ][x]                  each number is summed by one program, so two runs agree to the bit.
 
 Arithmetic. Forward 4 T^2 D operations a head, half of that if causal; the backward, which computes P anew, 2.5 times as
 many. Read and written, with 16 bits and as many key heads as query heads: 8 T D bytes. T / 2 operations a byte, where
 an H200 does 190 while it moves one: from some 400 positions on arithmetic is the bound. (Written out, P alone would be
 2 T^2 bytes, there and back again: T / D times as much as q, k, v and o together.)
 
-Forward: the online softmax. It needs the row's maximum and sum over *all* keys, of which only some have been seen. So
-keep a running maximum m, a running sum l, and an accumulator acc of exp(s - m) v. When a tile brings a larger maximum
-m', everything so far was scaled by exp(-m) and should have been by exp(-m'): multiply l and acc by exp(m - m'). After
-the last tile o = acc / l. One number per row is kept for the backward: the log-sum-exp, lse = m + log(l).
+Forward: the online softmax keeps, of the keys seen so far, the maximum m, the sum l of exp(s - m), and acc, the sum of
+exp(s - m) v. When a tile brings a larger maximum m', l and acc are multiplied by exp(m - m'). After the last tile
+o = acc / l; and for the backward the log-sum-exp is kept, lse = m + log(l), one number a query.
 
 Backward: recompute instead of remember. With lse, a tile of P is recovered in one step, p = exp(s - lse). Then
 
@@ -27,9 +25,8 @@ where delta_i = sum_j P_ij dP_ij is the softmax's own coupling along a row; as s
 it is known before the walk begins. A gradient nobody asked for costs nothing: its kernel is not launched.
 
 - Grouped-query attention: query head h reads key/value head h // G, by address; nothing is repeated.
-- exp2 instead of exp, since that is the GPU's instruction: the scores carry a factor log2(e), and lse is in base 2.
-- Masks cost only where they cut: the diagonal and the ragged end of a sequence have one loop, the tiles that every
-  query sees in full have another without any mask. So length 577 or 579 runs like 576.
+- exp2 is the GPU's instruction, not exp: the scores carry a factor log2(e), and lse is in base 2.
+- Masks cost only where they cut: the tiles that every query sees in full have a loop of their own without any.
 - T varies from batch to batch: `do_not_specialize`, or Triton would compile anew for multiples of 16.
 
 Few queries against a long cache are another problem: decode_attention.py.
@@ -40,18 +37,18 @@ import os
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
+
+from .operators import operator
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # Triton's debugger: Python and NumPy, no GPU
 LOG2E = 1.4426950408889634
 
 # Tile shapes, (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages) for head dims up to 64 and up to 128. Chosen from
-# the compiler's reports; "large" by its times on an H200. Fixed rather than left to @triton.autotune, so that nobody
-# waits at the first call with a new shape and every run sums in the same order.
+# the compiler's reports; "large" by its times on an H200. Fixed, not @triton.autotune's: nobody waits at a new shape,
+# and every run sums in the same order.
 CONFIGS = {
-    # chips with 228 KB of shared memory: H100, H200, B200. With three stages the copy of the next tile overlaps with
-    # the current one: it was begun a whole tile ago. With two it is begun only when the current one has been used.
+    # chips with 228 KB of shared memory: H100, H200, B200. Of three stages the next tile's copy was begun a whole tile
+    # ago, of two only when the current one has been used.
     "large": dict(forward=((128, 64, 4, 3), (64, 64, 4, 3)), dkdv=((64, 128, 8, 3), (64, 128, 8, 3)),
                   dq=((128, 64, 8, 3), (128, 64, 8, 3))),
     # all others that the kernels run on: they have 99 KB at least
@@ -63,18 +60,17 @@ CONFIGS = {
 }
 
 
-def config(kernel, D, dtype, large=True):
-    """Launch options of `kernel` ("forward", "dkdv" or "dq") for head dim D."""
-    chip = "float32" if dtype == torch.float32 and not INTERPRET.value else "large" if large else "small"
+def config(kernel, q):
+    """Launch options of `kernel` ("forward", "dkdv" or "dq") for queries like q."""
+    D, chip = q.shape[3], "large"
+    if q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < 220 * 1024:
+        chip = "small"
+    if q.dtype == torch.float32 and not INTERPRET.value:
+        chip = "float32"
     BLOCK_M, BLOCK_N, num_warps, num_stages = CONFIGS[chip][kernel][D > 64]
     assert 128 % BLOCK_M == 0, f"{kernel} reads lse and delta, padded to a multiple of 128, by {BLOCK_M}"
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=64 if D <= 64 else 128, num_warps=num_warps,
                 num_stages=num_stages)
-
-
-def _config(kernel, q):
-    large = not q.is_cuda or torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin >= 220 * 1024
-    return config(kernel, q.shape[3], q.dtype, large)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +82,7 @@ def _load(x, stride_t, start, end, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D
     """Tokens start .. start + BLOCK - 1 of one head as a (BLOCK, BLOCK_D) tile. MASKED: zeros from token `end` on."""
     row = tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_D)
-    # The start may lie beyond 2^31 elements, which takes 64 bits; the way within a tile does not (`_near` sees to it).
+    # The start may lie beyond 2^31 elements, which takes 64 bits; the way within a tile does not (see `_with_strides`).
     x += tl.cast(start, tl.int64) * stride_t
     pointers = x + (row[:, None] * stride_t + channel[None, :])
     if not MASKED and D == BLOCK_D:
@@ -299,61 +295,43 @@ def _dq(Q, stride_qb, stride_qt, stride_qh, K, stride_kb, stride_kt, stride_kh, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PyTorch operators around the kernels. As custom operators, torch.compile treats each as one opaque step.
+# PyTorch operators around the kernels
 
 
-def _near(x):
-    """x, or a copy where neighbouring channels are not neighbours in memory, or 128 tokens span 2^31 elements."""
-    return x if x.stride(3) == 1 and 128 * x.stride(1) < 2**31 else x.contiguous()
+def _with_strides(*tensors):
+    """Each tensor and its first three strides, as kernels take them; of a copy where neighbouring channels are not
+    neighbours in memory, or 128 tokens span 2^31 elements."""
+    near = (x if x.stride(3) == 1 and 128 * x.stride(1) < 2**31 else x.contiguous() for x in tensors)
+    return [argument for x in near for argument in (x, *x.stride()[:3])]
 
 
-@custom_op("kernels::attention", mutates_args=())
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """-> o (B, T, H, D), lse (B, H, T)."""
-    (B, T, H, D), Hkv = q.shape, k.shape[2]
-    o, lse = q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
-    if q.numel() > 0:
-        q, k, v = _near(q), _near(k), _near(v)
-        options = _config("forward", q)
-        with torch.cuda.device_of(q):
-            _forward[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](
-                q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, lse,
-                T, H, H // Hkv, D**-0.5 * LOG2E, causal, D, **options)
-    return o, lse
-
-
-_forward_op.register_fake(lambda q, k, v, causal: (
+@operator("attention(Tensor q, Tensor k, Tensor v, bool causal) -> (Tensor, Tensor)", lambda q, k, v, causal: (
     q.new_empty(q.shape), q.new_empty((len(q), q.shape[2], q.shape[1]), dtype=torch.float32)))
+def _forward_op(o, lse, q, k, v, causal):
+    """-> o (B, T, H, D), lse (B, H, T)."""
+    (B, T, H, D), Hkv, options = q.shape, k.shape[2], config("forward", q)
+    _forward[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](*_with_strides(q, k, v), o, lse, T, H, H // Hkv,
+                                                            D**-0.5 * LOG2E, causal, D, **options)
 
 
-@custom_op("kernels::attention_backward", mutates_args=())
-def _backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, need_q: bool,
-                 need_kv: bool) -> tuple[Tensor, Tensor, Tensor]:
+@operator("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, bool need_q,"
+          " bool need_kv) -> (Tensor, Tensor, Tensor)", lambda do, q, k, v, o, lse, causal, need_q, need_kv: tuple(
+              x.new_empty(x.shape if need else 0) for x, need in ((q, need_q), (k, need_kv), (v, need_kv))))
+def _backward_op(dq, dk, dv, do, q, k, v, o, lse, causal, need_q, need_kv):
     """-> dq, dk, dv (empty where not needed)."""
     (B, T, H, D), Hkv = q.shape, k.shape[2]
-    dq, dk, dv = (x.new_empty(x.shape if need else 0) for x, need in ((q, need_q), (k, need_kv), (v, need_kv)))
-    if q.numel() == 0:
-        return dq, dk, dv
-    do, q, k, v = _near(do), _near(q), _near(k), _near(v)
     T_padded = triton.cdiv(T, 128) * 128
     lse_padded, delta = (lse.new_empty((B, H, T_padded)) for _ in range(2))
-    inputs = [a for x in (q, k, v, do) for a in (x, *x.stride()[:3])]
+    inputs = _with_strides(q, k, v, do)
     sizes = (T, T_padded, H, H // Hkv, D**-0.5, D**-0.5 * LOG2E, causal, D)
-    with torch.cuda.device_of(q):
-        _prepare[(T_padded // 64 * H * B,)](o, *inputs[-4:], lse, lse_padded, delta, T, T_padded, H, D, 64,
-                                            64 if D <= 64 else 128, num_warps=4)
-        if need_q:
-            options = _config("dq", q)
-            _dq[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](*inputs, lse_padded, delta, dq, *sizes, **options)
-        if need_kv:
-            options = _config("dkdv", q)
-            _dkdv[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](*inputs, lse_padded, delta, dk, dv, *sizes,
-                                                                   **options)
-    return dq, dk, dv
-
-
-_backward_op.register_fake(lambda do, q, k, v, o, lse, causal, need_q, need_kv: tuple(
-    x.new_empty(x.shape if need else 0) for x, need in ((q, need_q), (k, need_kv), (v, need_kv))))
+    _prepare[(T_padded // 64 * H * B,)](o, *inputs[-4:], lse, lse_padded, delta, T, T_padded, H, D, 64,
+                                        64 if D <= 64 else 128, num_warps=4)
+    if need_q:
+        options = config("dq", q)
+        _dq[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](*inputs, lse_padded, delta, dq, *sizes, **options)
+    if need_kv:
+        options = config("dkdv", q)
+        _dkdv[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](*inputs, lse_padded, delta, dk, dv, *sizes, **options)
 
 
 def _setup(ctx, inputs, output):
@@ -373,6 +351,5 @@ def _backward(ctx, do, _):
 _forward_op.register_autograd(_backward, setup_context=_setup)
 
 
-def flash_attention(q, k, v, causal=True):
-    """`kernels.attention` on Triton, of as many queries as keys; arguments are checked there."""
+def flash_attention(q, k, v, causal):
     return _forward_op(q, k, v, causal)[0]

@@ -9,18 +9,16 @@ For one row of logits x (V,) with target t,
     d logits [ ............... ]                gradient, which needs nothing but x and that.
 
 Arithmetic: one exponential a number and pass, so memory is the bound: 4 to 6 bytes a logit with 16 bits. As PyTorch
-operations it is a float32 copy of the logits, a softmax, a scatter and a conversion back, a dozen passes over the
-largest tensor of the training step.
+operations it is a dozen passes over the largest tensor of the training step.
 
-`kernels.linear_cross_entropy` calls this chunk by chunk, between the product that makes the logits and the products
-that turn their gradient into those of hidden and weight.
+`reference.LinearCrossEntropy` calls this chunk by chunk, between the products before and after.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
+
+from .operators import operator
 
 BLOCK = 8192
 
@@ -55,22 +53,16 @@ def _cross_entropy(Logits, stride, Targets, Losses, V, NEED_GRAD: tl.constexpr, 
             tl.store(Logits + start + i, p.to(Logits.dtype.element_ty), mask=start + i < V)
 
 
-@custom_op("kernels::cross_entropy", mutates_args={"logits"})
-def _cross_entropy_op(logits: Tensor, targets: Tensor, need_grad: bool) -> Tensor:
-    """logits (n, V), targets (n,) -> the n losses, float32; logits become d loss / d logits if that is needed."""
+@operator("cross_entropy(Tensor(a!) logits, Tensor targets, bool need_grad) -> Tensor",
+          lambda logits, targets, need_grad: logits.new_empty(len(logits), dtype=torch.float32),
+          mutates={"logits"})
+def _losses(losses, logits, targets, need_grad):
     n, V = logits.shape
-    losses = logits.new_empty(n, dtype=torch.float32)
-    if n > 0:
-        with torch.cuda.device_of(logits):
-            _cross_entropy[(n,)](logits, logits.stride(0), targets.contiguous(), losses, V, need_grad,
-                                 min(BLOCK, triton.next_power_of_2(V)), num_warps=16 if V >= BLOCK else 4)
-    return losses
-
-
-_cross_entropy_op.register_fake(lambda logits, targets, need_grad: logits.new_empty(len(logits), dtype=torch.float32))
+    _cross_entropy[(n,)](logits, logits.stride(0), targets.contiguous(), losses, V, need_grad,
+                         min(BLOCK, triton.next_power_of_2(V)), num_warps=16 if V >= BLOCK else 4)
 
 
 def loss_and_gradient(logits, targets, need_grad):
     """As `reference.loss_and_gradient`; the gradient takes the place of the logits."""
-    losses = _cross_entropy_op(logits, targets, need_grad)
+    losses = _losses(logits, targets, need_grad)
     return losses, logits if need_grad else None

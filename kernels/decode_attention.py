@@ -10,19 +10,15 @@
 Arithmetic. A decoding step has one query a row, and a key and its value, 4 D bytes, take part in 4 G D operations only,
 G query heads to a key head: the bound is reading the cache. One program a head, as in attention.py, would be 24 for
 Llama-3.2-3B, and leave 108 of an H200's 132 processors idle; so the keys are split, and all queries of a key head share
-a tile, padded to the 16 rows that a tensor core wants.
-
-Rows of the batch may differ in length: row b has lengths[b] keys, and what lies beyond is never read. There is no
-backward: nobody trains through a cache.
+a tile, padded to the 16 rows that a tensor core wants. No backward: nobody trains through a cache.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
 
-from .attention import LOG2E, _dot, _load, _near
+from .attention import LOG2E, _dot, _load, _with_strides
+from .operators import operator
 
 BLOCK_N = 64  # keys of a tile
 PROGRAMS = 264  # two for each of an H200's processors
@@ -96,26 +92,20 @@ def _combine(Parts, Lse, O, rows, splits, D: tl.constexpr, BLOCK_S: tl.constexpr
     tl.store(O + row * D + channel, o.to(O.dtype.element_ty), mask=channel < D)
 
 
-@custom_op("kernels::decode_attention", mutates_args=())
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None) -> Tensor:
-    """`kernels.attention` for any Tq and Tk, without gradients; arguments are checked there."""
+@operator("decode_attention(Tensor q, Tensor k, Tensor v, bool causal, Tensor? lengths) -> Tensor",
+          lambda q, k, v, causal, lengths: q.new_empty(q.shape))
+def decode_attention(o, q, k, v, causal, lengths):
+    """`kernels.attention` for any Tq and Tk, without gradients."""
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
-    o = q.new_empty((B, Tq, H, D))
-    if q.numel() == 0 or k.numel() == 0:
+    if Tk == 0:
         return o.zero_()
-    q, k, v, G, rows = _near(q), _near(k), _near(v), H // Hkv, B * Tq * H
+    G, rows = H // Hkv, B * Tq * H
     lengths = None if lengths is None else lengths.contiguous()
     BLOCK_M, BLOCK_D = 16 if Tq * G <= 16 else 64, 64 if D <= 64 else 128
     programs = triton.cdiv(Tq * G, BLOCK_M) * Hkv * B
     splits = max(1, min(PROGRAMS // programs, triton.cdiv(Tk, SHORTEST)))
     chunk = triton.cdiv(triton.cdiv(Tk, splits), BLOCK_N) * BLOCK_N
     parts, lse = (torch.empty((splits, rows, *more), dtype=torch.float32, device=q.device) for more in ((D,), ()))
-    with torch.cuda.device_of(q):
-        _attend[(programs, splits)](
-            q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], lengths, parts, lse, Tq, Tk, chunk, H, G,
-            D**-0.5 * LOG2E, causal, D, BLOCK_M, BLOCK_N, BLOCK_D, num_warps=4, num_stages=2)
-        _combine[(rows,)](parts, lse, o, rows, splits, D, triton.next_power_of_2(splits), BLOCK_D, num_warps=4)
-    return o
-
-
-decode_attention.register_fake(lambda q, k, v, causal, lengths: q.new_empty(q.shape))
+    _attend[(programs, splits)](*_with_strides(q, k, v), lengths, parts, lse, Tq, Tk, chunk, H, G, D**-0.5 * LOG2E,
+                                causal, D, BLOCK_M, BLOCK_N, BLOCK_D, num_warps=4, num_stages=2)
+    _combine[(rows,)](parts, lse, o, rows, splits, D, triton.next_power_of_2(splits), BLOCK_D, num_warps=4)

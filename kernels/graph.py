@@ -4,12 +4,10 @@
     Python: launch launch launch launch …       Python: replay
     GPU:      run    run    run    run          GPU:    run run run run run …
 
-To launch a kernel from Python takes 5 to 20 microseconds, and a decoding step of a Llama with 28 layers launches four
-hundred: on a fast GPU most of them run for a shorter time than that, and the GPU waits for Python. A replayed graph
-starts all of them at once. It uses the very same memory every time, so whatever changes from step to step must be a
-tensor's contents, never a shape or a number of Python's (see `fix` of model.KVCache).
-
-Recording takes as long as a dozen steps. So what was recorded is kept, together with the memory that it uses.
+To launch a kernel from Python takes 5 to 20 microseconds, longer than most of the four hundred kernels in a decoding
+step of a Llama run on a fast GPU. A replayed graph starts all of them at once. It uses the very same memory every time:
+what changes from step to step must be a tensor's contents, never a shape or a number (see `fix` of model.KVCache).
+Recording takes as long as a dozen steps, so what was recorded is kept, together with its memory.
 """
 import threading
 from contextlib import contextmanager

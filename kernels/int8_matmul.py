@@ -13,10 +13,9 @@ is that of reading W, 1 byte a number, where bfloat16 has 2.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
 
 from .attention import _dot
+from .operators import channels_last, operator
 
 # BLOCK_N, BLOCK_K, warps, pipeline stages: for one row of x, and for several
 CONFIGS = {"one": (2, 1024, 2, 4), "several": (32, 256, 4, 4)}
@@ -46,18 +45,12 @@ def _matmul(X, stride_x, Weight, Scale, Y, M, N, K: tl.constexpr,
     tl.store(Y + m[:, None] * N + n[None, :], y, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@custom_op("kernels::int8_matmul", mutates_args=())
-def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+@operator("int8_matmul(Tensor x, Tensor weight, Tensor scale) -> Tensor",
+          lambda x, weight, scale: x.new_empty((len(x), len(weight))))
+def int8_matmul(y, x, weight, scale):
     """x (M, K), M <= 16; weight (N, K) int8, contiguous; scale (N,) bfloat16 -> (M, N) of x's dtype."""
-    (M, K), N = x.shape, len(weight)
-    y = x.new_empty((M, N))
-    x = x if x.stride(1) == 1 else x.contiguous()
+    (M, K), N, x = x.shape, len(weight), channels_last(x)
     BLOCK_N, BLOCK_K, num_warps, num_stages = CONFIGS["one" if M == 1 else "several"]
     num_stages = 2 if x.dtype == torch.float32 else num_stages  # within the 99 KB of shared memory that any chip has
-    with torch.cuda.device_of(x):
-        _matmul[(triton.cdiv(N, BLOCK_N),)](x, x.stride(0), weight, scale, y, M, N, K, 1 if M == 1 else 16, BLOCK_N,
-                                            BLOCK_K, num_warps=num_warps, num_stages=num_stages)
-    return y
-
-
-int8_matmul.register_fake(lambda x, weight, scale: x.new_empty((len(x), len(weight))))
+    _matmul[(triton.cdiv(N, BLOCK_N),)](x, x.stride(0), weight, scale, y, M, N, K, 1 if M == 1 else 16, BLOCK_N,
+                                        BLOCK_K, num_warps=num_warps, num_stages=num_stages)

@@ -31,20 +31,18 @@ def attention_by_products(q, k, v, causal):
 
 def attention(q, k, v, causal=True, lengths=None):
     """The same by PyTorch's own attention, and with all that `kernels.attention` allows."""
-    (_, Tq, Hq, _), (Tk, Hkv) = q.shape, k.shape[1:3]
+    (_, Tq, Hq, _), Hkv = q.shape, k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     if lengths is not None:
         k, v = _drop_invalid_keys(k, v, lengths)
-        Tk = k.shape[1]
-    mask = empty = None
+    Tk, mask, empty = k.shape[1], None, None
     if lengths is not None or (causal and Tq != Tk and Tq > 1):
         length = lengths.clamp(0, Tk)[:, None] if lengths is not None else torch.full((1, 1), Tk, device=q.device)
-        key = torch.arange(Tk, device=q.device)
-        mask = key < length[..., None]  # (B or 1, 1, Tk)
+        last = length - 1  # (B or 1, 1): the key that a query sees last
         if causal:
-            position = length - Tq + torch.arange(Tq, device=q.device)  # (B or 1, Tq) where each query sits
-            mask = mask & (key <= position[..., None])  # (B or 1, Tq, Tk)
+            last = length - Tq + torch.arange(Tq, device=q.device)  # (B or 1, Tq)
+        mask = torch.arange(Tk, device=q.device) <= last[..., None]  # (B or 1, Tq or 1, Tk)
         empty = ~mask.any(-1, keepdim=True)  # (B or 1, Tq or 1, 1)
         mask = (mask | empty)[:, None]  # softmax over no key at all would be NaN: let it run over all, drop it below
     elif not q.is_cuda and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
@@ -95,41 +93,44 @@ class Rotation(torch.autograd.Function):
             return Rotation.apply(dy, cos, -sin), None, None
 
 
-def rms_norm(x, weight, eps, residual=None):
-    """x / sqrt(mean(x^2) + eps) * weight, after x + residual if there is one, which is then returned, too."""
+def norm_forward(x, weight, eps, residual=None):
+    """-> y = s r weight, s = x + residual, r = 1 / sqrt(mean(s^2) + eps); in float32 but for s and y."""
     s = x if residual is None else x + residual
-    if torch.is_grad_enabled() and (s.requires_grad or weight.requires_grad):
-        y = RMSNorm.apply(s, weight, eps)
-    elif s.dtype == torch.float32:  # nothing is rounded in between: PyTorch's own is the same, in fewer steps
-        y = F.rms_norm(s, weight.shape, weight, eps)
-    else:
-        y = (s.float() * torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + eps)).to(s.dtype) * weight
-    return y if residual is None else (y, s)
+    wide = s if s.dtype == torch.float64 else s.float()
+    r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(s.shape[-1]).add_(eps).rsqrt_()  # (…, 1)
+    return (wide * r).mul_(weight) if wide is s else (wide * r).to(s.dtype) * weight, s, r
+
+
+def norm_backward(dy, ds, s, weight, r, need_weight):
+    """With n = s r and g = dy weight: d s = r (g - n mean(g n)) + what reaches s directly, d weight = sum over rows of
+    dy n. Of its own tensors each step overwrites the one before."""
+    wide, dy = s.to(r.dtype), dy.to(r.dtype)
+    g = dy * weight
+    mean = torch.linalg.vecdot(g, wide)[..., None] * r.pow(3) / s.shape[-1]  # (…, 1): r^2 mean(g n), as n is s r
+    dx = g.mul_(r).addcmul_(wide, mean, value=-1).to(s.dtype)
+    dx = dx if ds is None else dx.add_(ds)
+    return dx, (dy * (wide * r).to(s.dtype)).flatten(0, -2).sum(0).to(weight.dtype) if need_weight else None
 
 
 class RMSNorm(torch.autograd.Function):
-    """r = 1 / sqrt(mean(s^2) + eps), n = s r, y = n weight; with g = dy weight: ds = r (g - n mean(g n)), dweight =
-    sum over rows of dy n. In float32 but for y; of its own tensors each step overwrites the one before."""
+    """The two above for autograd, or their kernels: (x, weight, eps, residual or None, the two) -> y, or y and s."""
 
     @staticmethod
-    def forward(ctx, s, weight, eps):
-        wide = s if s.dtype == torch.float64 else s.float()
-        r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(s.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(s, weight, r)
-        return (wide * r).mul_(weight) if wide is s else (wide * r).to(s.dtype) * weight
+    def forward(ctx, x, weight, eps, residual, forward, backward):
+        y, s, r = forward(x, weight, eps, residual)
+        ctx.save_for_backward(x if residual is None else s, weight, r)
+        ctx.norm_backward = backward
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, s)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        s, weight, r = ctx.saved_tensors
-        wide, dy_wide = s.to(r.dtype), dy.to(r.dtype)
-        g = dy_wide * weight
-        mean = torch.linalg.vecdot(g, wide)[..., None] * r.pow(3) / s.shape[-1]  # (…, 1): r^2 mean(g n), as n is s r
-        ds = g.mul_(r).addcmul_(wide, mean, value=-1).to(s.dtype)
-        dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = (dy_wide * (wide * r).to(s.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
-        return ds, dweight, None
+    def backward(ctx, dy, ds=None):
+        dx, dweight = ds, None
+        need_x, need_weight, _, need_residual, *_ = ctx.needs_input_grad
+        if dy is not None:  # else only the sum was used
+            dx, dweight = ctx.norm_backward(dy, ds, *ctx.saved_tensors, need_weight)
+        return dx if need_x else None, dweight if need_weight else None, None, dx if need_residual else None, None, None
 
 
 def swiglu(gate, up):

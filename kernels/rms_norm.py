@@ -12,8 +12,7 @@ The backward, with g = dy * weight, along each row:
     dx = dresidual = ds              (one tensor for both)
     dweight = sum over rows of dy * n
 
-dweight, if anyone trains the weight, is summed by a fixed number of programs, each over its own rows in order, and
-their partial sums then in one more step: no atomics, the same bits on every run.
+dweight is summed by a fixed number of programs, each over its own rows, then once more: the same bits on every run.
 
 Arithmetic: some five operations a number, so memory is the bound: 8 bytes a number with 16 bits, forward as backward
 (two in, two out; three in, one out). PyTorch's own lines read and write s five times.
@@ -22,8 +21,8 @@ Arithmetic: some five operations a number, so memory is the bound: 8 bytes a num
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
+
+from .operators import operator, rows
 
 # Rows are short (d = 576 .. 8192) and many: a program keeps one row in its registers. With this many programs at most,
 # all of them are on the chip at once and each walks over its share of the rows.
@@ -77,74 +76,24 @@ def _options(d):
     return dict(BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))  # 16 numbers a thread
 
 
-def _rows(x):
-    """(..., d) -> (rows (n, d) of neighbouring channels, a view wherever the strides allow one; a row's stride)."""
-    if x is None:
-        return None, 0
-    x = x.reshape(-1, x.shape[-1])
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, x.stride(0)
+@operator("rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor, Tensor)",
+          lambda x, weight, eps, residual: (
+              x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0),
+              x.new_empty(x.shape[:-1], dtype=torch.float32)))
+def norm_forward(y, s, r, x, weight, eps, residual):
+    _forward[(r.numel(),)](*rows(x), *rows(residual), weight.contiguous(), y, s, r, x.shape[-1], eps,
+                           **_options(x.shape[-1]))
 
 
-@custom_op("kernels::rms_norm", mutates_args=())
-def _forward_op(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """-> y, s = x + residual (empty without one), and 1 / rms of each row."""
-    y, s = x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0)
-    r = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    if len(r) > 0:
-        with torch.cuda.device_of(x):
-            _forward[(len(r),)](*_rows(x), *_rows(residual), weight.contiguous(), y, s, r, x.shape[-1], eps,
-                                **_options(x.shape[-1]))
-    return y, s, r
-
-
-_forward_op.register_fake(lambda x, weight, eps, residual: (
-    x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0),
-    x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)))
-
-
-@custom_op("kernels::rms_norm_backward", mutates_args=())
-def _backward_op(dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, r: Tensor, need_weight: bool
-                 ) -> tuple[Tensor, Tensor]:
-    """-> dx (which is dresidual too), dweight (0 if not needed)."""
-    dx, rows, d = s.new_empty(s.shape), len(r), s.shape[-1]
+@operator("rms_norm_backward(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor r, bool need_weight)"
+          " -> (Tensor, Tensor)",
+          lambda dy, ds, s, weight, r, need_weight: (
+              s.new_empty(s.shape), weight.new_zeros(weight.shape if need_weight else 0)))
+def norm_backward(dx, dweight, dy, ds, s, weight, r, need_weight):
+    n, d = r.numel(), s.shape[-1]
     # without dweight a program has nothing to carry from row to row: one row each, and the chip fills itself
-    programs = min(rows, MAX_PROGRAMS) if need_weight else rows
-    dweight = s.new_empty((programs, d) if need_weight else 0, dtype=torch.float32)
-    if rows > 0:
-        with torch.cuda.device_of(s):
-            _backward[(programs,)](*_rows(dy), *_rows(ds), *_rows(s), weight.contiguous(), r, dx,
-                                   dweight if need_weight else None, rows, d, **_options(d))
-    return dx, dweight.sum(0).to(weight.dtype)
-
-
-_backward_op.register_fake(lambda dy, ds, s, weight, r, need_weight: (
-    s.new_empty(s.shape), weight.new_empty(weight.shape if need_weight else ())))
-
-
-def _setup(ctx, inputs, output):
-    x, weight, _, residual = inputs
-    _, s, r = output
-    ctx.save_for_backward(x if residual is None else s, weight, r)
-    ctx.has_residual = residual is not None
-    ctx.set_materialize_grads(False)
-
-
-def _backward_formula(ctx, dy, ds, _):
-    s, weight, r = ctx.saved_tensors
-    need_x, need_weight, _, need_residual = ctx.needs_input_grad
-    if not ctx.has_residual:
-        ds = None  # of the empty placeholder
-    if dy is None:  # only the sum was used
-        return ds if need_x else None, None, None, ds if need_residual else None
-    dx, dweight = _backward_op(dy, ds, s, weight, r, need_weight)
-    return dx if need_x else None, dweight if need_weight else None, None, dx if need_residual else None
-
-
-_forward_op.register_autograd(_backward_formula, setup_context=_setup)
-
-
-def rms_norm(x, weight, eps, residual=None):
-    """`kernels.rms_norm` on Triton; arguments are checked there."""
-    y, s, _ = _forward_op(x, weight, eps, residual)
-    return y if residual is None else (y, s)
+    programs = min(n, MAX_PROGRAMS) if need_weight else n
+    parts = s.new_empty((programs, d), dtype=torch.float32) if need_weight else None
+    _backward[(programs,)](*rows(dy), *rows(ds), *rows(s), weight.contiguous(), r, dx, parts, n, d, **_options(d))
+    if need_weight:
+        dweight.copy_(parts.sum(0))

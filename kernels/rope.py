@@ -9,11 +9,10 @@ Arithmetic: 3 operations a number that is moved twice, so memory is the bound: 4
 the attention kernel queries are read once less, but to rotate them there took longer than that: docs/gpu.md.)
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
+
+from .operators import channels_last, operator
 
 
 @triton.jit(do_not_specialize=["rows", "T"])
@@ -37,22 +36,14 @@ def _rope(X, stride_xb, stride_xt, stride_xh, Cos, Sin, stride_cb, Y, rows, T, H
     tl.store(y + D // 2, (x2 * cos + x1 * sin).to(Y.dtype.element_ty), mask=mask)
 
 
-@custom_op("kernels::rope", mutates_args=())
-def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """`kernels.apply_rope` on Triton; arguments are checked there."""
-    (B, T, H, D), rows = x.shape, x.shape[0] * x.shape[1] * x.shape[2]
-    y = x.new_empty((B, T, H, D))
-    if rows > 0:
-        x, cos, sin = x if x.stride(3) == 1 else x.contiguous(), cos.contiguous(), sin.contiguous()
-        BLOCK_D = max(16, triton.next_power_of_2(D))
-        BLOCK = 4096 // BLOCK_D
-        with torch.cuda.device_of(x):
-            _rope[(triton.cdiv(rows, BLOCK),)](x, *x.stride()[:3], cos, sin, cos.stride(0) if cos.ndim == 3 else 0, y,
-                                               rows, T, H, inverse, D, BLOCK, BLOCK_D, num_warps=4)
-    return y
-
-
-rope.register_fake(lambda x, cos, sin, inverse=False: x.new_empty(x.shape))
+@operator("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+          lambda x, cos, sin, inverse: x.new_empty(x.shape))
+def _rotate(y, x, cos, sin, inverse):
+    (B, T, H, D), cos, sin, x = x.shape, cos.contiguous(), sin.contiguous(), channels_last(x)
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    BLOCK = 4096 // BLOCK_D
+    _rope[(triton.cdiv(B * T * H, BLOCK),)](x, *x.stride()[:3], cos, sin, cos.stride(0) if cos.ndim == 3 else 0, y,
+                                            B * T * H, T, H, inverse, D, BLOCK, BLOCK_D, num_warps=4)
 
 
 def _setup(ctx, inputs, output):
@@ -60,5 +51,9 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(cos, sin)
 
 
-rope.register_autograd(lambda ctx, dy: (rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None),
-                       setup_context=_setup)
+_rotate.register_autograd(lambda ctx, dy: (_rotate(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None),
+                          setup_context=_setup)
+
+
+def apply_rope(x, cos, sin):
+    return _rotate(x, cos, sin, False)

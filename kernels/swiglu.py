@@ -8,17 +8,13 @@
     y     [ . . . . | . . . . | . . ]
 
 Arithmetic: some ten operations a number, so memory is the bound. SwiGLU moves 6 bytes a number forward and 10 backward
-with 16 bits: each input is read once, each output written once, and the backward computes the sigmoid again rather than
-reading back what the forward would have had to write. (Separate PyTorch operations: five passes forward, seven back.)
+with 16 bits; the backward computes the sigmoid anew. (Separate PyTorch operations: five passes forward, seven back.)
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.library import custom_op
 
-from .rms_norm import _rows
+from .operators import operator, rows
 
 BLOCK = 2048  # numbers per program
 
@@ -50,33 +46,20 @@ def _backward(dY, stride_dy, Gate, stride_g, Up, stride_u, dGate, dUp, d, FACTOR
     tl.store(dGate + row * d + i, dgate.to(dGate.dtype.element_ty), mask=i < d)
 
 
-def _launch(kernel, inputs, outputs, factor):
-    """Run `kernel` over all rows of the inputs (..., d), any row stride, into the outputs, contiguous."""
-    rows, d = inputs[0].numel() // inputs[0].shape[-1], inputs[0].shape[-1]
-    if rows > 0:
-        arguments = [a for x in inputs for a in _rows(x)]
-        with torch.cuda.device_of(inputs[0]):
-            kernel[(rows, triton.cdiv(d, BLOCK))](*arguments, *outputs, d, factor, BLOCK, num_warps=4)
+def _grid(x):
+    return x.shape[:-1].numel(), triton.cdiv(x.shape[-1], BLOCK)
 
 
-@custom_op("kernels::gated", mutates_args=())
-def _gated(gate: Tensor, up: Tensor | None, factor: float) -> Tensor:
-    y = gate.new_empty(gate.shape)
-    _launch(_forward, (gate, up), (y,), factor)
-    return y
+@operator("gated(Tensor gate, Tensor? up, float factor) -> Tensor", lambda gate, up, factor: gate.new_empty(gate.shape))
+def _gated(y, gate, up, factor):
+    _forward[_grid(gate)](*rows(gate), *rows(up), y, gate.shape[-1], factor, BLOCK, num_warps=4)
 
 
-@custom_op("kernels::gated_backward", mutates_args=())
-def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
-    """-> dgate, dup (empty without up)."""
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
-    _launch(_backward, (dy, gate, up), (dgate, None if up is None else dup), factor)
-    return dgate, dup
-
-
-_gated.register_fake(lambda gate, up, factor: gate.new_empty(gate.shape))
-_gated_backward.register_fake(lambda dy, gate, up, factor: (
-    gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)))
+@operator("gated_backward(Tensor dy, Tensor gate, Tensor? up, float factor) -> (Tensor, Tensor)",
+          lambda dy, gate, up, factor: (gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)))
+def _gated_backward(dgate, dup, dy, gate, up, factor):
+    _backward[_grid(gate)](*rows(dy), *rows(gate), *rows(up), dgate, None if up is None else dup, gate.shape[-1],
+                           factor, BLOCK, num_warps=4)
 
 
 def _setup(ctx, inputs, output):
@@ -94,10 +77,8 @@ _gated.register_autograd(_gradients, setup_context=_setup)
 
 
 def swiglu(gate, up):
-    """`kernels.swiglu` on Triton; arguments are checked there."""
     return _gated(gate, up, 1.0)
 
 
 def quick_gelu(x):
-    """`kernels.quick_gelu` on Triton."""
     return _gated(x, None, 1.702)
