@@ -39,58 +39,75 @@ FRESH_SEED = 4242       # the stream of training samples over which cross-entrop
 
 
 def sum_logp(decoder, before, tokens, real, chunk=256):
-    """log p of the tokens (n, T) of each row, of which `real` (n, T) count; before (n, T, C): what predicts them."""
-    logp = torch.zeros(tokens.shape, device=tokens.device)
-    pieces = zip(before[real].split(chunk), tokens[real].split(chunk))              # logits are large: a few at a time
-    logits = lambda x: check_logits(decoder.logits(x).float())
-    logp[real] = torch.cat([logits(x).log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in pieces])
-    return logp.sum(1)
+    """(log p (n,), whether each of them is the likeliest (n,)) of the tokens (n, T) of each row, of which `real` (n, T)
+    count; before (n, T, C): the states that predict them."""
+    logp, likeliest = torch.zeros(tokens.shape, device=tokens.device), torch.ones_like(real)
+    parts = []
+    for x, t in zip(before[real].split(chunk), tokens[real].split(chunk)):          # logits are large: a few at a time
+        logits = check_logits(decoder.logits(x).float())                            # (chunk, vocab)
+        parts.append((logits.log_softmax(-1).gather(1, t[:, None])[:, 0], logits.argmax(-1) == t))
+    logp[real], likeliest[real] = (torch.cat(part) for part in zip(*parts))
+    return logp.sum(1), likeliest.all(1)
 
 
-def rank(options, tokenizer, run, decoders, caches, last, row=0):
-    """log p (K,) of each of K options behind the prompt in a row of the caches, for every decoder.
+class Reading:
+    """Prompts that were read once, by the LLM or, through their common trunk, by the surrogate and the LLM: from here
+    options are ranked and answers said. Results: {"pair": …, "graft": …}, without a surrogate only the latter."""
 
-    run(x, caches): the decoders' hidden states. last: theirs (C,) at the end of the prompt, which predict the first
-    tokens.
-    """
-    ids = [torch.tensor(tokenizer.encode_text(o) + tokenizer.turn_end) for o in options]
-    tokens = pad_sequence(ids, batch_first=True).to(decoders[0].device)                         # (K, L)
-    n = torch.tensor([len(i) for i in ids], device=tokens.device)                               # (K,)
-    hidden = run(decoders[0].embed(tokens), [c.repeat(*tokens.shape, rows=[row]) for c in caches])
-    before = [torch.cat([x.expand(len(n), 1, -1), h[:, :-1]], dim=1) for x, h in zip(last, hidden)]     # (K, L, C) each
-    real = torch.arange(tokens.shape[1], device=tokens.device) < n[:, None]                     # (K, L)
-    return [sum_logp(decoder, b, tokens, real) for decoder, b in zip(decoders, before)]
+    @torch.no_grad()
+    def __init__(self, embeds, lengths, llm, surrogate=None):
+        """embeds (B, T, d), padded on the right; lengths (B,)."""
+        B, T, _ = embeds.shape
+        self.decoders = {"graft": llm} if surrogate is None else {"pair": surrogate, "graft": llm}
+        self.caches = [KVCache(decoder, B, T) for decoder in self.decoders.values()]
+        self.last = [x[torch.arange(B), lengths - 1] for x in self.run(embeds, self.caches)]        # (B, C) each
+        for cache in self.caches:
+            cache.advance(T, None if int(lengths.min()) == T else lengths)
+
+    def run(self, x, caches):
+        """The hidden states (B, T, C) of each decoder, in a list."""
+        if len(caches) == 1:
+            return [self.decoders["graft"].run(x, cache=caches[0])]
+        return run_both(self.decoders["pair"], self.decoders["graft"], x, caches)
+
+    @torch.no_grad()
+    def option_logp(self, options, chunk=16):
+        """options: for each prompt K lists of token ids. Of each decoder ([log p (K,) of each prompt's options], [would
+        they be said greedily? (K,)]). chunk: how many at a time, since each needs a copy of its prompt's cache."""
+        pairs = [(row, ids) for row, lists in enumerate(options) for ids in lists]
+        scores = {name: [] for name in self.decoders}
+        for i in range(0, len(pairs), chunk):
+            rows, ids = map(list, zip(*pairs[i:i + chunk]))
+            tokens = pad_sequence([torch.tensor(t) for t in ids], batch_first=True)                 # (n, L)
+            real = torch.arange(tokens.shape[1]) < torch.tensor([len(t) for t in ids])[:, None]     # (n, L)
+            tokens, real = tokens.to(self.last[0].device), real.to(self.last[0].device)
+            x = self.decoders["graft"].embed(tokens)                                                # (n, L, d)
+            hidden = self.run(x, [cache.repeat(1, tokens.shape[1], rows) for cache in self.caches])
+            for (name, decoder), last, h in zip(self.decoders.items(), self.last, hidden):
+                before = torch.cat([last[rows][:, None], h[:, :-1]], dim=1)                         # (n, L, C)
+                scores[name].append(sum_logp(decoder, before, tokens, real))
+        sizes = [len(lists) for lists in options]
+        return {name: [torch.cat(part).split(sizes) for part in zip(*parts)] for name, parts in scores.items()}
+
+    def say(self, max_new_tokens, stop):
+        """{decoder: [token ids of its greedy answer to each prompt]}"""
+        return {name: collect(decoder.decode(x, cache.repeat(1, max_new_tokens), max_new_tokens), stop)
+                for (name, decoder), x, cache in zip(self.decoders.items(), self.last, self.caches)}
 
 
-@torch.no_grad()
+def option_ids(tokenizer, options):
+    """Answers -> their token ids, the end of the turn included."""
+    return [tokenizer.encode_text(option) + tokenizer.turn_end for option in options]
+
+
 def answer(embeds, lengths, samples, llm, surrogate=None, tokenizer=None, max_new_tokens=40):
-    """Answers of the LLM, and with `surrogate` of the surrogate, to the same prompts: embeds (B, T, d), lengths (B,).
-
-    Returns {"pair": …, "graft": …} (only the latter without a surrogate), each a list of (index of the likeliest of the
-    sample's options, greedy answer). Prompts and options go through the trunk once for both decoders.
-    """
-    B, T, _ = embeds.shape
-    ragged = None if int(lengths.min()) == T else lengths
-    decoders = {"graft": llm} if surrogate is None else {"pair": surrogate, "graft": llm}
-    caches = [KVCache(d, B, T) for d in decoders.values()]
-
-    def run(x, caches):
-        return [llm.run(x, cache=caches[0])] if surrogate is None else run_both(surrogate, llm, x, caches)
-
-    last = [x[torch.arange(B), lengths - 1] for x in run(embeds, caches)]           # (B, C): behind the prompt
-    for cache in caches:
-        cache.advance(T, ragged)
-
-    # one sample's options at a time: there may be many or few of them, and so they take little memory
-    scores = [rank(sample.options, tokenizer, run, [*decoders.values()], caches, [x[i] for x in last], i)
-              for i, sample in enumerate(samples)]
-
-    out = {}
-    for (name, decoder), x, cache, logps in zip(decoders.items(), last, caches, zip(*scores)):
-        stream = decoder.decode(x, cache.repeat(1, max_new_tokens), max_new_tokens)
-        texts = [tokenizer.decode(t).strip() for t in collect(stream, tokenizer.stop_tokens)]
-        out[name] = [(int(logp.argmax()), text) for logp, text in zip(logps, texts)]
-    return out
+    """Answers to prompts embeds (B, T, d) about samples: {"pair": …, "graft": …} (only the latter without a surrogate),
+    each a list of (index of the likeliest of the sample's options, greedy answer)."""
+    reading = Reading(embeds, lengths, llm, surrogate)
+    ranked = reading.option_logp([option_ids(tokenizer, s.options) for s in samples])
+    said = reading.say(max_new_tokens, tokenizer.stop_tokens)
+    return {name: [(int(logp.argmax()), tokenizer.decode(ids).strip()) for logp, ids in zip(logps, said[name])]
+            for name, (logps, _) in ranked.items()}
 
 
 def told(sample):
@@ -98,13 +115,13 @@ def told(sample):
     return [m | dict(content=m["content"].replace("<image>", " " + sample.caption)) for m in sample.messages]
 
 
-def systems(vlm, surrogate, samples, before=None, direct=None, text=True):
+def systems(vlm, surrogate, samples, before=None, direct=None, text=True, max_new_tokens=40):
     """Yield (name, [(choice, said), …]) of every system that is there, about the same samples; text: captions, too."""
     images, chats = [s.image for s in samples], [s.messages[:-1] for s in samples]
 
     def ask_all(vlm, chats, images, surrogate=None):
         embeds, lengths = vlm.embed_prompts([vlm.prompt(c) for c in chats], images)
-        return answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer)
+        return answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer, max_new_tokens)
 
     if before is not None:
         yield "before", ask_all(before, chats, images)["graft"]
@@ -190,7 +207,7 @@ def cross_entropies(vlm, samples, batch=16, progress=None):
         b = collate([samples[i] for i in rows], vlm.tokenizer, vlm.n_visual, size)
         real = (b["targets"] >= 0).to(vlm.decoder.device)                               # (B, T)
         x = vlm.decoder.run(vlm.embed(b["tokens"], b["pixels"]))                        # (B, T, C)
-        logp = sum_logp(vlm.decoder, x, b["targets"].to(x.device), real)                # (B,)
+        logp, _ = sum_logp(vlm.decoder, x, b["targets"].to(x.device), real)                # (B,)
         losses |= zip(rows, (-logp).tolist())
         counts |= zip(rows, real.sum(1).tolist())
         if progress:
@@ -285,16 +302,9 @@ def demo(vlm, surrogate, before=None):
 
 def say(vlm, surrogate, samples, before=None, max_new_tokens=40):
     """The free answers of all three to samples: [(sample, {"before": text, "pair": text, "graft": text}), …]."""
-    prompts, images = [vlm.prompt(s.messages[:-1]) for s in samples], [s.image for s in samples]
-    words, out = lambda tokens: " ".join(vlm.tokenizer.decode(tokens).split()), {}
-    if before is not None:              # as training starts: a random projector
-        out["before"] = before.generate(prompts, images, max_new_tokens=max_new_tokens)
-    llm = vlm.decoder
-    vlm.decoder = surrogate             # the pair: what was trained
-    out["pair"] = vlm.generate(prompts, images, max_new_tokens=max_new_tokens)
-    vlm.decoder = llm                   # the graft: the same encoder, the full LLM, no training
-    out["graft"] = vlm.generate(prompts, images, max_new_tokens=max_new_tokens)
-    return [(s, {name: words(tokens) for name, tokens in zip(out, said)}) for s, *said in zip(samples, *out.values())]
+    said = {name: [" ".join(text.split()) for _, text in answers] for name, answers in
+            systems(vlm, surrogate, samples, before, text=False, max_new_tokens=max_new_tokens)}
+    return [(s, {name: texts[i] for name, texts in said.items()}) for i, s in enumerate(samples)]
 
 
 def question_of(sample):

@@ -32,31 +32,25 @@ from surrogate import load_surrogate
 # Ask
 
 
-def ask(vlm, image, messages, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=0, show=print):
+def ask(vlm, image, messages, max_new_tokens=128, seed=0, show=print, **sampling):
     """Answer a conversation about an image, handing pieces of text to `show` as they come. Returns (answer, timing).
-    seed: of the sampling."""
-    start = time.perf_counter()
+    sampling: temperature and top_p; seed: of its chances."""
+    start, times, pieces = time.perf_counter(), [], []
     generator = torch.Generator(vlm.decoder.device).manual_seed(seed)
     embeds, _ = vlm.embed_prompts([vlm.prompt(messages)], [image] if image is not None else [])
-    first, count = None, 0
 
     def ids():
-        nonlocal first, count
-        for token in vlm.decoder.stream(embeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                                        generator=generator):
-            first = first or time.perf_counter()
+        for token in vlm.decoder.stream(embeds, max_new_tokens=max_new_tokens, generator=generator, **sampling):
+            times.append(time.perf_counter())
             if int(token) in vlm.tokenizer.stop_tokens:
                 return
-            count += 1
             yield int(token)
 
-    text = ""
     for piece in vlm.tokenizer.decode_stream(ids()):
-        text += piece
+        pieces.append(piece)
         show(piece)
-    end = time.perf_counter()
-    rate = f", then {(count - 1) / (end - first):.1f} tokens/s" if count > 1 else ""
-    return text.strip(), f"first token after {first - start:.2f} s{rate}"
+    rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
+    return "".join(pieces).strip(), f"first token after {times[0] - start:.2f} s{rate}"
 
 
 def show_piece(piece):
@@ -155,17 +149,17 @@ def converse(args, vlm, image):
 
 def show(args, vlm, llm, about, name, command):
     """The demo, then the comparison: printed, and saved as demo.png and results.json. llm: as it was published."""
-    start, out = time.perf_counter(), Path(args.out)
+    start, out, before, direct = time.perf_counter(), Path(args.out), None, None
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
-    before = None
     if about.get("vit"):
         before = VLM.untrained(about["vit"], llm, vlm.tokenizer, vlm.like_words, about.get("seed", 0), args.encoder)
         before = before.to(llm.device, llm.dtype).requires_grad_(False).eval()
     file = checkpoints.locate(args.direct or "assets/direct.safetensors")
-    same = (args.direct or file.is_file()) and checkpoints.open_checkpoint(file)[1].get("llm") == name
-    if args.direct and not same:
-        raise UserError(f"--direct {args.direct}: it was trained for another LLM than {name}")
-    direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer) if same else None
+    if args.direct or file.is_file():
+        if checkpoints.open_checkpoint(file)[1].get("llm") == name:
+            direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer)
+        elif args.direct:
+            raise UserError(f"--direct {args.direct}: it was trained for another LLM than {name}")
     if surrogate is None:
         print("graft:  encoder + the full LLM, with which it was trained: there is no surrogate")
     else:
@@ -174,8 +168,7 @@ def show(args, vlm, llm, about, name, command):
               f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full LLM, zero-shot")
         examples = evaluate.demo(vlm, surrogate, before)
         evaluate.show_demo(examples)
-        figure = evaluate.plot_demo(examples)
-        write_whole(out / "demo.png", lambda part: figure.savefig(part, format="png"))
+        write_whole(out / "demo.png", lambda part: evaluate.plot_demo(examples).savefig(part, format="png"))
     others = dict(before=before, direct=direct)
     brings = evaluate.image_brings(vlm, surrogate, min(512, 10 * args.eval), **others)
     rows = [row for split in args.splits
@@ -188,15 +181,10 @@ def show(args, vlm, llm, about, name, command):
     results = dict(command=command, encoder=args.encoder, about=about, llm=name, samples=args.eval, seed=args.seed,
                    dtype=args.dtype, int8=args.int8, device=args.device, torch=torch.__version__,
                    python=platform.python_version(), seconds=seconds)
-    text = as_lines(results, brings, rows)
+    lines = lambda rows: "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]"           # a row of the tables a line
+    text = f'{json.dumps(results, indent=1)[:-2]},\n "brings": {lines(brings)},\n "rows": {lines(rows)}\n}}\n'
     write_whole(out / "results.json", lambda part: part.write_text(text, encoding="utf-8"))
     print(f"{seconds} s; see {out}/{'demo.png and ' if surrogate else ''}results.json")
-
-
-def as_lines(results, brings, rows):
-    """JSON with a row of the tables a line."""
-    lines = lambda rows: "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]"
-    return json.dumps(results, indent=1)[:-2] + f',\n "brings": {lines(brings)},\n "rows": {lines(rows)}\n}}\n'
 
 
 def main(argv=None):
@@ -204,8 +192,8 @@ def main(argv=None):
     args = parse(argv)
     image = None if args.image is None else open_image(args.image)
     if args.web:
-        from extras import web  # only here: it imports this file, and Gradio
-        web.need_gradio()
+        from extras import page  # only here: it takes a second, and it needs Gradio
+        page.need_gradio()
     _, about = checkpoints.open_checkpoint(args.encoder)
     name = args.llm or about.get("llm", official.DEFAULT_LLM)
     asked = image is not None or args.chat or args.web
@@ -214,7 +202,7 @@ def main(argv=None):
     llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device, quantize="int8" if args.int8 else None)
     vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)), vit=args.vit)
     if args.web:
-        web.serve(vlm, load_surrogate(llm, args.encoder))
+        page.serve(vlm, load_surrogate(llm, args.encoder))
     elif asked:
         converse(args, vlm, image)
     else:

@@ -9,6 +9,7 @@ benchmarks, as in the paper. Takes all options of `python -m lmms_eval`:
 model_args: llm (default: the encoder's), encoder, dtype, decoder=llm or surrogate; `pair` is `graft` with
 decoder=surrogate. Questions are put as graft.py puts them. One image a question, one process.
 """
+import re
 import sys
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from cli import MissingFile, UserError, run_cli
 from data.batches import without_image, wrap
+from evaluate import Reading, option_ids
 from formats import checkpoints, official
 from model import VLM
 from surrogate import load_surrogate
@@ -53,48 +55,39 @@ class Graft(lmms or object):
         groups = {}
         for i, r in enumerate(requests):
             groups.setdefault(repr(r.args[1]) if isinstance(r.args[1], dict) else "", []).append(i)
-        bar = tqdm(total=len(requests), desc=type(self).__name__.lower(), unit="request")
-        for places in groups.values():
-            for i in range(0, len(places), self.batch_size):
-                batch = places[i:i + self.batch_size]
-                prompts, images, given = zip(*(self.ask(requests[j]) for j in batch))
-                yield batch, list(prompts), sum(images, []), given
-                bar.update(len(batch))
-        bar.close()
+        with tqdm(total=len(requests), desc=type(self).__name__.lower(), unit="request") as bar:
+            for places in groups.values():
+                for i in range(0, len(places), self.batch_size):
+                    batch = places[i:i + self.batch_size]
+                    prompts, images, given = zip(*(self.ask(requests[j]) for j in batch))
+                    yield batch, list(prompts), sum(images, []), given
+                    bar.update(len(batch))
 
     def generate_until(self, requests):
         """The answer to each request, a string that ends before the first of its `until`."""
-        answers, decode = [None] * len(requests), self.vlm.tokenizer.decode
+        answers, vlm = [None] * len(requests), self.vlm
         for places, prompts, images, (options, *_) in self.batches(requests):
             if (options.get("num_beams") or 1) > 1:
                 raise UserError("num_beams: there is no beam search here, give --gen_kwargs num_beams=1")
-            greedy = options.get("do_sample") is False
-            said = self.vlm.generate(
-                prompts, images, max_new_tokens=options.get("max_new_tokens") or 128, top_p=options.get("top_p") or 1.0,
-                temperature=0.0 if greedy else options.get("temperature") or 0.0)
+            temperature = 0.0 if options.get("do_sample") is False else options.get("temperature") or 0.0
+            said = vlm.generate(prompts, images, max_new_tokens=options.get("max_new_tokens") or 128,
+                                temperature=temperature, top_p=options.get("top_p") or 1.0)
             until = options.get("until") or []
+            ends = "|".join(re.escape(end) for end in ([until] if isinstance(until, str) else until) if end)
             for i, tokens in zip(places, said):
-                text = decode(tokens)
-                for stop in [until] if isinstance(until, str) else until:
-                    text = text.split(stop)[0] if stop else text
-                answers[i] = text.strip()
+                text = vlm.tokenizer.decode(tokens)
+                answers[i] = (re.split(ends, text)[0] if ends else text).strip()
         return answers
 
-    @torch.no_grad()
     def loglikelihood(self, requests):
         """(-log p, would it be said greedily?) of each request's answer, its end of turn included. lmms-eval's models
         return a loss here, and its multiple choice takes the least."""
-        out, llm, tok = [None] * len(requests), self.vlm.decoder, self.vlm.tokenizer
+        out, vlm = [None] * len(requests), self.vlm
         for places, prompts, images, answers in self.batches(requests):
-            answers = [tok.encode_text(a.strip()) + tok.turn_end for a in answers]
-            embeds, _ = self.vlm.embed_prompts([p + a for p, a in zip(prompts, answers)], images)
-            hidden = llm.run(embeds)                                                        # (B, T, C)
-            for i, x, prompt, answer in zip(places, hidden, prompts, answers):
-                before = x[len(prompt) - 1:len(prompt) - 1 + len(answer)]                   # (n, C) predict the answer
-                logp = llm.logits(before).float().log_softmax(-1)                           # (n, vocab)
-                wanted = torch.tensor(answer, device=logp.device)
-                loss = -logp.gather(1, wanted[:, None]).sum().item()
-                out[i] = loss, bool((logp.argmax(-1) == wanted).all())
+            ids = option_ids(vlm.tokenizer, [a.strip() for a in answers])
+            reading = Reading(*vlm.embed_prompts(prompts, images), vlm.decoder)
+            for i, logp, greedy in zip(places, *reading.option_logp([[row] for row in ids])["graft"]):
+                out[i] = -logp.item(), greedy.item()
         return out
 
     def generate_until_multi_round(self, requests):
