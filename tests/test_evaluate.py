@@ -17,32 +17,46 @@ from model import VLM
 
 
 def brute_force(vlm, sample):
-    """log p of every option: one forward pass for each, over the whole sequence, without batch, padding or cache."""
-    out = []
-    for option in sample.options:
+    """(log p, whether all of its tokens are the likeliest) of every option: one forward pass for each, over the whole
+    sequence, without batch, padding or cache."""
+    logps, greedy = [], []
+    for ids in evaluate.option_ids(vlm.tokenizer, sample.options):
         prompt = vlm.prompt(sample.messages[:1])
-        ids = vlm.tokenizer.encode_text(option) + vlm.tokenizer.turn_end
         embeds, _ = vlm.embed_prompts([prompt + ids], [sample.image])
-        logp = vlm.decoder(embeds=embeds)[0].double().log_softmax(-1)  # (T, vocab)
-        out.append(sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)))
-    return out
+        logp = vlm.decoder(embeds=embeds)[0, len(prompt) - 1:-1].double().log_softmax(-1)           # (n, vocab)
+        logps.append(logp[torch.arange(len(ids)), ids].sum())
+        greedy.append(logp.argmax(-1).tolist() == ids)
+    return torch.stack(logps), torch.tensor(greedy)
 
 
 EVEN = [world.world("color", i, 3, "test") for i in range(2)]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1], EVEN], ids=["ragged", "one", "even"])
-def test_ranking_equals_brute_force(vlm, surrogate, samples, monkeypatch):
-    scores = []
-    monkeypatch.setattr(evaluate, "sum_logp", lambda *a, f=evaluate.sum_logp: scores.append(f(*a)) or scores[-1])
-    got = answers(vlm, surrogate, samples)
-    assert list(got) == ["pair", "graft"] and len(scores) == 2 * len(samples)
-    for (name, results), own, system in zip(got.items(), (scores[::2], scores[1::2]), (as_pair(vlm, surrogate), vlm)):
-        with torch.no_grad():
-            expected = [torch.tensor(brute_force(system, s)) for s in samples]  # (options,) of each
-        assert all((a - b).abs().max() < 1e-3 for a, b in zip(own, expected, strict=True)), name
-        assert [choice for choice, _ in results] == [int(e.argmax()) for e in expected]
-    assert (scores[0] - scores[1]).abs().max() > 0.1  # pair and graft are two
+def test_ranking_equals_brute_force(vlm, surrogate, samples):
+    embeds, lengths = vlm.embed_prompts([vlm.prompt(s.messages[:1]) for s in samples], [s.image for s in samples])
+    options, got = [evaluate.option_ids(vlm.tokenizer, s.options) for s in samples], answers(vlm, surrogate, samples)
+    pair = as_pair(vlm, surrogate)
+    expected = {name: [brute_force(system, s) for s in samples] for name, system in (("pair", pair), ("graft", vlm))}
+    for chunk in (3, 16):
+        ranked = evaluate.Reading(embeds, lengths, vlm.decoder, surrogate).option_logp(options, chunk)
+        assert list(ranked) == list(got) == ["pair", "graft"]
+        for name, (logps, greedy) in ranked.items():
+            for k, (own, greedily) in enumerate(expected[name]):
+                assert (logps[k] - own).abs().max() < 1e-3 and torch.equal(greedy[k], greedily), name
+                assert got[name][k][0] == int(own.argmax())
+    assert (ranked["pair"][0][0] - ranked["graft"][0][0]).abs().max() > 0.1         # pair and graft are two
+
+
+@torch.no_grad()
+def test_what_would_be_said_greedily_is_marked(vlm):
+    """The greedy answer itself, as an option among others."""
+    embeds, lengths = vlm.embed_prompts([vlm.prompt(RAGGED[0].messages[:1])], [RAGGED[0].image])
+    reading = evaluate.Reading(embeds, lengths, vlm.decoder)
+    (said,) = reading.say(5, ())["graft"]
+    (logps,), (greedy,) = reading.option_logp([[said, [*said[:-1], 7], said[:2]]])["graft"]
+    assert greedy.tolist() == [True, said[-1] == 7, True] and logps[0] < logps[2] < 0
 
 
 def test_greedy_answers_equal_generate(vlm, surrogate):
@@ -60,7 +74,8 @@ def test_sum_logp_by_hand():
     decoder = types.SimpleNamespace(logits=lambda hidden: hidden)
     before = torch.stack([torch.stack([p[0].log() + 3, p[1].log() - 1])] * 2)  # logits: any constant may be added
     real = torch.tensor([[True, False], [True, True]])
-    got = evaluate.sum_logp(decoder, before, torch.tensor([[2, 0], [0, 1]]), real, chunk=2)
+    got, likeliest = evaluate.sum_logp(decoder, before, torch.tensor([[2, 0], [0, 1]]), real, chunk=2)
+    assert likeliest.tolist() == [False, True]
     assert torch.allclose(got, torch.tensor([math.log(0.2), math.log(0.5 * 0.7)]))
 
 

@@ -44,7 +44,7 @@ def make_samples(questions, options):
 
 RAGGED = make_samples(["What?", "What word is on the sign, and what is the color of the sign?", "Which animal is it?"],
                       [["Yes.", "The word is Bread.", "Not at all, it is a cat."], ["It is a fish.", "No.", "A."],
-                       ["A sign.", "The capital is Paris."]])  # fmt: skip
+                       ["A sign.", "The capital is Paris."]])
 
 
 def answers(vlm, surrogate, samples, **options):
@@ -81,10 +81,9 @@ def test_comparison_from_the_command_line(stages, tiny_llm, tmp_path, capsys):
     graft.main([*argv, "--batch", "3"])
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == results["rows"]
     graft.main(["--encoder", stages["full"], "--eval", "3", "--out", str(tmp_path)])
-    alone = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [{k: v for k, v in r.items() if k != "system"} for r in alone] == \
-        [{k: v for k, v in r.items() if k != "system"} for r in results["rows"] if r["system"] in ("direct", "text")
-         or r["system"] == "before"]
+    alone = json.loads((tmp_path / "results.json").read_text())["rows"]         # there the direct one is the graft
+    assert alone == [r | dict(system={"direct": "graft"}.get(r["system"], r["system"])) for r in results["rows"]
+                     if r["system"] in ("before", "direct", "text")]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -92,7 +91,9 @@ def test_trained_decoder_is_what_answers(stages, tiny_llm, tmp_path, capsys):
     """A checkpoint of stage 3 brings its own decoder."""
     graft.main(["--encoder", stages["decoder"], "--eval", "2", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert {r["system"] for r in rows} == {"before", "text", "graft"} and "no surrogate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert {r["system"] for r in rows} == {"before", "text", "graft"}
+    assert "there is no surrogate" in printed and "zero-shot" not in printed
     trained = VLM.from_pretrained(tiny_llm, stages["decoder"])
     samples = [world.world("read", i, evaluate.EVAL_SEED, "test") for i in range(2)]
     expected = answers(trained, None, samples)["graft"]
@@ -103,13 +104,10 @@ def test_trained_decoder_is_what_answers(stages, tiny_llm, tmp_path, capsys):
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_seeds_use(stages, tiny_llm, tmp_path):
-    """Load, give an image and a question, print the answer."""
+def test_a_file_or_an_image_is_asked(vlm, tmp_path):
     world.world("read", 0).image.save(tmp_path / "sign.png")
-    vlm = VLM.from_pretrained(tiny_llm, encoder=stages["encoder"])
     text = vlm.chat(str(tmp_path / "sign.png"), "What word is on the sign?")
-    assert isinstance(text, str) and text
-    assert text == vlm.chat(world.world("read", 0).image, "what word is on the sign?")  # wrap lowers the w
+    assert text and text == vlm.chat(world.world("read", 0).image, "what word is on the sign?")     # wrap lowers the w
 
 
 def test_released_layout_grafts(stages, tiny_llm, tmp_path):
@@ -122,7 +120,7 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
     share.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4"])
     llm = Llama.from_pretrained(tiny_llm)
     for a, b in [(VLM.from_pretrained(tiny_llm, file) for file in (trained, back)),
-                 (load_surrogate(llm, file) for file in (trained, back))]:  # fmt: skip
+                 (load_surrogate(llm, file) for file in (trained, back))]:
         a, b = dict(a.named_parameters()), dict(b.named_parameters())
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     with pytest.raises(ValueError, match="does not belong.*layers.2.* is of none of its translators"):
@@ -159,7 +157,7 @@ def test_conversation_remembers(vlm, monkeypatch, capsys):
     printed = capsys.readouterr().out
     first = vlm.chat(RAGGED[0].image, Q, max_new_tokens=8)
     turns = [{"role": "user", "content": wrap(Q)}, {"role": "assistant", "content": first},
-             {"role": "user", "content": "Are you sure?"}]  # fmt: skip
+             {"role": "user", "content": "Are you sure?"}]
     assert heard == [turns[:1], turns]
     second = vlm.tokenizer.decode(vlm.generate([vlm.prompt(turns)], [RAGGED[0].image], max_new_tokens=8)[0]).strip()
     assert printed.index(printable(first)) < printed.rindex(printable(second))
@@ -170,22 +168,19 @@ def test_conversation_remembers(vlm, monkeypatch, capsys):
 def test_question_from_the_command_line(vlm, surrogate, stages, tmp_path, capsys, system):
     RAGGED[1].image.save(tmp_path / "sign.png")
     graft.main(["--encoder", stages["encoder"], "--image", str(tmp_path / "sign.png"), "--question", Q,
-                "--max-new-tokens", "9", "--no-int8", *system])  # fmt: skip
+                "--max-new-tokens", "9", "--no-int8", *system])
     expected = (as_pair(vlm, surrogate) if system else vlm).chat(RAGGED[1].image, Q, max_new_tokens=9)
     printed = capsys.readouterr().out
     assert printed.split("\n[first token after")[0].strip() == printable(expected)
 
 
 def test_stage_3_answers_in_floating_point(stages, tiny_llm, tmp_path, capsys):
-    """Its LLM is its own: without an option it is not asked in int8. In the table it is not called zero-shot."""
+    """Its LLM is its own: without an option it is not asked in int8."""
     RAGGED[1].image.save(tmp_path / "sign.png")
     graft.main(["--encoder", stages["decoder"], "--image", str(tmp_path / "sign.png"), "--max-new-tokens", "9"])
     expected = VLM.from_pretrained(tiny_llm, stages["decoder"]).chat(
         RAGGED[1].image, "Describe the image.", max_new_tokens=9)
     assert capsys.readouterr().out.startswith(printable(expected))
-    graft.main(["--encoder", stages["decoder"], "--eval", "1", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "there is no surrogate" in printed and "zero-shot" not in printed
 
 
 def test_conversation_as_a_user_sees_it(stages, tmp_path):
