@@ -202,7 +202,7 @@ def main(argv=None):
     llm = Llama.from_pretrained(name, getattr(torch, args.dtype), args.device, quantize="int8" if args.int8 else None)
     vlm = VLM.from_pretrained(llm, args.encoder, tokenizer=Tokenizer.from_pretrained(official.find(name)), vit=args.vit)
     if args.web:
-        page.serve(vlm, load_surrogate(llm, args.encoder))
+        page.serve(page.page(vlm, load_surrogate(llm, args.encoder)), inbrowser=True)
     elif asked:
         converse(args, vlm, image)
     else:

@@ -3,9 +3,8 @@ A page to play with: what the pair and the graft say about the same image, side 
 
     pip install gradio && python graft.py --web
 
-It is for this machine alone: no other can open the page, and the page fetches nothing from any. Its look inside is
-nostalgebraist's logit lens (2020): every layer's hidden state through the final norm and the LM head. The paper's
-prediction trajectory (section 3.1) sums the same up in a number for each layer.
+It is for this machine alone: no other can open the page, and the page fetches nothing from any. Its look inside is the
+logit lens (nostalgebraist, 2020); the paper's prediction trajectory sums the same up in a number for each layer.
 """
 import contextlib
 import gc
@@ -130,8 +129,8 @@ def sample_of(question, subject):
         if task in world.KNOWLEDGE_TASKS:
             asked, fits = world.KNOWLEDGE_QUESTIONS[task][kind == "flag"], kind != "shape" and name in world.FACTS
         else:
-            asked, of = sum(world.QUESTIONS[task], []), dict(read="sign", flag="flag", color="shape", shape="shape")
-            fits = subject in world.SUBJECTS and kind == of.get(task, kind)
+            of = dict(read="sign", flag="flag", color="shape", shape="shape").get(task, kind)
+            asked, fits = sum(world.QUESTIONS[task], []), subject in world.SUBJECTS and kind == of
         if fits and question in asked:
             return world.sample_of(random.Random(f"web/{subject}"), task, subject)
 
@@ -287,16 +286,12 @@ CSP = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob
        "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'")
 
 
-class Guard:
+def guard(app):
     """
     Around the whole application (ASGI): a request must name this machine as Host, and may come from this page alone.
     Else any web site that is open in the browser could read it (DNS rebinding) or fill its folder of uploads.
     """
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
+    async def guarded(scope, receive, send):
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
                 message = message | dict(headers=[*message["headers"], (b"content-security-policy", CSP.encode())])
@@ -306,18 +301,19 @@ class Guard:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         here = re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", host) and origin in (None, f"http://{host}")
         if here or scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send_with_policy)
+            await app(scope, receive, send_with_policy)
         elif scope["type"] == "websocket":
             await send(dict(type="websocket.close", code=1008))
         else:
             await send(dict(type="http.response.start", status=403, headers=[(b"content-type", b"text/plain")]))
             await send(dict(type="http.response.body", body=b"this page is for this machine alone"))
+    return guarded
 
 
 @contextlib.asynccontextmanager
-async def guarded(app):
+async def lifespan(app):
     """When the server starts: nothing of it answers before the guard does."""
-    app.middleware_stack = Guard(app.middleware_stack)
+    app.middleware_stack = guard(app.middleware_stack)
     yield
 
 
@@ -326,18 +322,13 @@ def need_gradio():
         raise MissingFile("--web needs Gradio: pip install gradio")
 
 
-def serve(vlm, surrogate):
-    """Open the page in the browser, until Ctrl-C."""
-    launch(page(vlm, surrogate), inbrowser=True)
-
-
-def launch(blocks, **options):
-    """Serve the page to this machine alone."""
+def serve(blocks, **options):
+    """Serve the page to this machine alone, until Ctrl-C."""
     keep = ("GRADIO_TEMP_DIR", "GRADIO_SERVER_PORT", "GRADIO_ANALYTICS_ENABLED")
     for name in [n for n in os.environ if n.startswith("GRADIO_") and n not in keep]:
         del os.environ[name]            # by these it could be shared, served to others, or serve other files
     blocks.root_path = ""
     return blocks.queue(default_concurrency_limit=1, max_size=16, api_open=False).launch(
         server_name="127.0.0.1", share=False, max_file_size="20mb", footer_links=[], run_history=False, ssr_mode=False,
-        mcp_server=False, allowed_paths=[], enable_monitoring=False, css=CSS, app_kwargs=dict(lifespan=guarded),
+        mcp_server=False, allowed_paths=[], enable_monitoring=False, css=CSS, app_kwargs=dict(lifespan=lifespan),
         theme=gr.themes.Base(font=["system-ui"], font_mono=["monospace"]), **options)

@@ -178,7 +178,7 @@ def url(tmp_path_factory):
     for name in ENVIRONMENT:        # whatever it says, not one file more
         patch.setenv(name, "/")
     blocks = web.page(None, None)
-    _, url, _ = web.launch(blocks, prevent_thread_lock=True, quiet=True)
+    _, url, _ = web.serve(blocks, prevent_thread_lock=True, quiet=True)
     yield urlsplit(url)
     blocks.close()
     patch.undo()
