@@ -152,10 +152,18 @@ def test_lens_ends_where_the_models_do(vlm, surrogate):
         torch.testing.assert_close(logp[-1].exp(), probs.gather(1, ids[:, None])[:, 0])
 
 
-def test_without_gradio(stages, tmp_path, monkeypatch, capsys):
+def test_graft_py_starts_it(stages, tmp_path, monkeypatch, capsys):
+    """With the graft and its surrogate; without Gradio a line says so."""
+    argv, served = ["--web", "--encoder", stages["encoder"], "--out", str(tmp_path)], []
     monkeypatch.setattr(web, "gr", None)
-    assert run_cli(lambda: graft.main(["--web", "--encoder", stages["encoder"], "--out", str(tmp_path)])) == 2
+    assert run_cli(lambda: graft.main(argv)) == 2
     assert capsys.readouterr().err == "error: --web needs Gradio: pip install gradio\n"
+    monkeypatch.setattr(web, "gr", "there")
+    monkeypatch.setattr(web, "page", lambda *models: models)
+    monkeypatch.setattr(web, "serve", lambda models, inbrowser: served.append(models))
+    graft.main(argv)
+    ((vlm, surrogate),) = served
+    assert surrogate.model.layers[0] is vlm.decoder.model.layers[0] and len(surrogate.model.layers) == 4
 
 
 # ---- attacked -------------------------------------------------------------------------------------------------------

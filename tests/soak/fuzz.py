@@ -35,7 +35,7 @@ from formats import official
 from formats.checkpoints import read_checkpoint, save_checkpoint
 from formats.files import read_text
 from formats.tokenizer import BYTE_OF, Tokenizer
-from model import VLM, Llama, ViT, ViTConfig, base_vit
+from model import VLM, Llama, ViT, ViTConfig
 from surrogate import load_surrogate
 from tests.conftest import save_gguf, save_tiny_llm
 
@@ -130,7 +130,7 @@ KINDS = {       # {kind: (file, how it is damaged, how its folder is read)}
     "config": ("llm/config.json", damage_json, read_llm),
     "tokenizer": ("llm/tokenizer.json", damage_json, read_tokenizer),
     "weights": ("llm/model.safetensors", damage_header, read_llm),
-    "vit": ("vit.safetensors", damage_header, lambda folder: base_vit(*[folder / "vit.safetensors"] * 2)),
+    "vit": ("vit.safetensors", damage_header, lambda folder: ViT.from_pretrained(folder / "vit.safetensors")),
     "encoder": ("encoder.safetensors", damage_header, read_encoder),
     "gguf": ("llm.gguf", lambda data, rng: damage(data, rng, 8000), read_gguf),
     "records": ("data.json", damage_json, read_records("data.json")),
@@ -149,8 +149,7 @@ def make_good(folder):
     sizes = ViTConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     weights = VLM(ViT(sizes), llm, tokenizer).state_dict()
     part = lambda *names: {n: t for n, t in weights.items() if n.startswith(names)}
-    save_checkpoint(start, part("encoder.", "adapter."),
-                    dict(stage="vit", llm=path, vit_config=vars(sizes), start=None, seed=0))
+    save_checkpoint(start, part("encoder."), dict(stage="vit", vit_config=vars(sizes), start=None, seed=0))
     save_checkpoint(folder / "encoder.safetensors", part("encoder.", "adapter.", "embd_", "decoder.model.layers.2."),
                     dict(stage="encoder", llm=path, vit=start, start=start, ranges=[[2, 4]]))
     torch.save(dict(epoch=1, global_step=1, model=part("encoder.", "adapter.", "embd_")), folder / "encoder.pth")
