@@ -361,26 +361,14 @@ def test_the_page_answers(browser, server, tmp_path):
     page.close()
 
 
-def memory_of(pid):
-    """Resident memory in MB."""
-    psutil = pytest.importorskip("psutil")
-    return psutil.Process(pid).memory_info().rss / 2**20
-
-
-def save(page, path):
-    """A screenshot in 256 colors: a fifth of the size."""
-    Image.open(io.BytesIO(page.screenshot(full_page=True))).quantize(256, dither=0).save(path, optimize=True)
-
-
 def test_memory_stays_level(browser, server):
-    """20 questions in a row about the gallery. The first whose capital only the graft says makes the screenshot."""
+    """20 questions in a row about the gallery, after 3 by which every kind has been asked once. The first whose capital
+    only the graft says makes the screenshot, in 256 colors: a fifth of the size."""
+    process = pytest.importorskip("psutil").Process(server.pid)
     page, errors = visit(browser, server.url)
-    target, used, start = os.environ.get("SCREENSHOT"), [], 0
+    target, used = os.environ.get("SCREENSHOT"), []
     for i in range(23):
-        if i == 3:                                                      # every kind of question has been asked once
-            start = time.monotonic()
-        used.append(memory_of(server.pid))
-        print(f"{used[-1]:.0f} MB", end=" ", flush=True)
+        used.append(process.memory_info().rss / 2**20)
         page.locator("#gallery button img").nth(i % len(web.SUBJECTS)).click()
         subject = web.SUBJECTS[i % len(web.SUBJECTS)]
         assert until(lambda: shown(page) == web.picture(subject).tobytes())
@@ -389,10 +377,11 @@ def test_memory_stays_level(browser, server):
         pair, grafted = ask(page, ["What is the capital of the country {}?", "Tell a short story about it.",
                                    "On which continent is the country {}?"][kind].format(told))
         if target and grafted.endswith("✓") and pair.endswith("✗") and kind == 0:
-            save(page, target)
+            picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+            picture.quantize(256, dither=0).save(target, optimize=True)
             target = None
-    used.append(memory_of(server.pid))
-    print(f"\n20 questions in {time.monotonic() - start:.0f} s: {used[3]:.0f} MB before, {used[-1]:.0f} MB after")
+    used.append(process.memory_info().rss / 2**20)
+    print("\n" + " ".join(f"{u:.0f} MB" for u in used))
     assert used[-1] < 1.05 * used[3]        # one figure kept by each question would be more
     assert errors == []
     page.close()
@@ -413,8 +402,8 @@ def test_a_closed_tab_ends_its_answer(browser, vlm, surrogate, monkeypatch):
             ended.append(1)
 
     monkeypatch.setattr(web, "talk", endless)
-    page = web.page(vlm, surrogate).queue(default_concurrency_limit=1)
-    _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    page = web.page(vlm, surrogate)
+    _, url, _ = web.serve(page, prevent_thread_lock=True, quiet=True)
     try:
         tabs = [visit(browser, url)[0] for _ in range(2)]
         for tab in tabs:
