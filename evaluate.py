@@ -207,7 +207,7 @@ def cross_entropies(vlm, samples, batch=16, progress=None):
         b = collate([samples[i] for i in rows], vlm.tokenizer, vlm.n_visual, size)
         real = (b["targets"] >= 0).to(vlm.decoder.device)                               # (B, T)
         x = vlm.decoder.run(vlm.embed(b["tokens"], b["pixels"]))                        # (B, T, C)
-        logp, _ = sum_logp(vlm.decoder, x, b["targets"].to(x.device), real)                # (B,)
+        logp, _ = sum_logp(vlm.decoder, x, b["targets"].to(x.device), real)             # (B,)
         losses |= zip(rows, (-logp).tolist())
         counts |= zip(rows, real.sum(1).tolist())
         if progress:
