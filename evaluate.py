@@ -16,12 +16,11 @@ import random
 import textwrap
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from cli import UserError, printable
 from data import world
-from data.batches import collate
+from data.batches import collate, pad
 from model import KVCache, check_logits, collect
 from surrogate import run_both
 
@@ -78,7 +77,7 @@ class Reading:
         scores = {name: [] for name in self.decoders}
         for i in range(0, len(pairs), chunk):
             rows, ids = map(list, zip(*pairs[i:i + chunk]))
-            tokens = pad_sequence([torch.tensor(t) for t in ids], batch_first=True)                 # (n, L)
+            tokens = pad(ids)                                                                       # (n, L)
             real = torch.arange(tokens.shape[1]) < torch.tensor([len(t) for t in ids])[:, None]     # (n, L)
             tokens, real = tokens.to(self.last[0].device), real.to(self.last[0].device)
             x = self.decoders["graft"].embed(tokens)                                                # (n, L, d)

@@ -31,7 +31,7 @@ from cli import MAX_SEED, Parser, UserError, number, run_cli
 from data.images import preprocess
 from data.llava import LlavaRecords
 from evaluate import markdown
-from formats import official
+from formats import gguf
 from formats.checkpoints import read_checkpoint, save_checkpoint
 from formats.files import read_text
 from formats.tokenizer import BYTE_OF, Tokenizer
@@ -117,7 +117,7 @@ def read_encoder(folder):
 
 
 def read_gguf(folder):
-    official.read_gguf.cache_clear()
+    gguf.read.cache_clear()
     Llama.from_pretrained(folder / "llm.gguf")
     Tokenizer.from_pretrained(folder / "llm.gguf")
 
