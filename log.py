@@ -3,7 +3,6 @@
 import csv
 import errno
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -14,7 +13,6 @@ from tqdm import tqdm
 
 from cli import MissingFile, UserError, write_whole
 from formats.checkpoints import checkpoint_file, open_checkpoint, save_checkpoint
-from formats.files import read_text
 from formats.official import placed
 
 try:
@@ -32,7 +30,7 @@ def check_start(about, out):
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")        # the state of AdamW, for each parameter
 PATHS = ("llm", "vit", "start", "data", "images", "text")
-CHANGE_NOTHING = ("workers", "save_every", "micro_batch", "checkpointing", "read", *PATHS)
+CHANGE_NOTHING = ("workers", "save_every", "micro_batch", "checkpointing", "read")
 
 
 def same_file(was, now):
@@ -45,29 +43,32 @@ def same_file(was, now):
 
 def check_resume(out, about):
     """
-    UserError if the run in `out` is another one: names all that differs. Returns what its state says about it, with the
-    paths of now. The contents of data and text are compared when they have been read (Log).
+    UserError if the run in `out` is another one: names all that differs. Returns its own metadata, with the paths of
+    now. The contents of data and text are compared when they have been read (Log).
     """
     state = Path(out) / "state.safetensors"
     if not state.exists():
         raise MissingFile(f"nothing to resume: {state} is not there (see --out)")
-    said = open_checkpoint(state)[1]
-    if "step" not in said or "about" not in said:
+    saved = open_checkpoint(state)[1]
+    if "step" not in saved or "about" not in saved:
         raise UserError(f"{state} does not say of which run it is: it is damaged; start anew in another --out")
-    was = said["about"]
     flat = lambda d: {k: v for key, value in d.items()
                       for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
-    ours, theirs = flat(about), flat(was)
-    ours |= {"ranges": theirs.get("ranges")} if about.get("ranges", 0) is None else {}     # build finds them anew
-    odd = [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items()
-           if k not in CHANGE_NOTHING and theirs.get(k) != v]
-    odd += [f"{k} was {theirs.get(k)}, is {ours[k]}" for k in PATHS if k in ours and not (
-        bool(theirs.get(k)) == bool(ours[k]) if k in ("data", "images", "text") else same_file(theirs.get(k), ours[k]))]
-    if odd:
-        raise UserError(f"{state} is of another run: {'; '.join(odd)}")
-    if not 0 <= said["step"] <= (ours.get("steps") or 10**9):
-        raise UserError(f"{state} says that {said['step']} steps are done: it is damaged; start anew in another --out")
-    return was | {k: about[k] for k in PATHS if k in about}
+    now, then = flat(about), flat(saved["about"])
+    if about.get("ranges", 0) is None:                      # build finds them anew
+        now["ranges"] = then.get("ranges")
+
+    def same(name):
+        if name in ("data", "images", "text"):
+            return bool(then.get(name)) == bool(now[name])
+        return same_file(then.get(name), now[name]) if name in PATHS else then.get(name) == now[name]
+
+    if changed := [k for k in now if k not in CHANGE_NOTHING and not same(k)]:
+        changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in changed]
+        raise UserError(f"{state} is of another run: {'; '.join(changed)}")
+    if not 0 <= saved["step"] <= (now.get("steps") or 10**9):
+        raise UserError(f"{state} says that {saved['step']} steps are done: it is damaged; start anew in another --out")
+    return saved["about"] | {k: about[k] for k in PATHS if k in about}
 
 
 def process():
@@ -114,13 +115,13 @@ class Log:
         """Give the parameters and the optimizer what they had when the state was saved."""
         for part in self.out.glob(".*.part") if self.first else ():             # what a killed run was writing
             part.unlink()
-        tensors, said = open_checkpoint(self.state)
-        if said["about"].get("read") != self.about.get("read"):
+        tensors, saved = open_checkpoint(self.state)
+        if saved["about"].get("read") != self.about.get("read"):
             raise UserError(f"the files of --data or --text have changed since the run that {self.state} is of: "
                             "give those, or start anew in another --out")
-        held = {n.removeprefix("master.") for n in tensors if n.startswith("master.")}
-        if odd := sorted(held ^ set(self.learns)):
-            raise UserError(f"the state to resume is of another run: {odd[0]} is trained in only one of the two")
+        trained = {n.removeprefix("master.") for n in tensors if n.startswith("master.")}
+        if differ := sorted(trained ^ set(self.learns)):
+            raise UserError(f"the state to resume is of another run: {differ[0]} is trained in only one of the two")
         try:
             with torch.no_grad():
                 for n, p in self.learns.items():
@@ -135,7 +136,10 @@ class Log:
         except (RuntimeError, KeyError) as e:               # a tensor of another shape, or none
             raise UserError(f"{self.state} does not fit this run ({str(e).splitlines()[0]}): it is damaged; "
                             "start anew in another --out") from None
-        self.rows = read_log(self.out / "log.csv", said["step"])
+        self.rows = saved.get("rows")
+        if not isinstance(self.rows, list) or len(self.rows) != saved["step"]:
+            raise UserError(f"{self.state} lacks the log of its {saved['step']} steps: it is damaged; start anew in "
+                            "another --out")
 
     def add(self, step, **values):
         """Note what a step made, and save when it is time."""
@@ -160,7 +164,7 @@ class Log:
             write_whole(self.out / "log.csv", write)
             save_checkpoint(self.out / f"{self.about['stage']}.safetensors", weights, about)
             # last: a run that was killed in here goes on from the state before, and the other two may be ahead of it
-            save_checkpoint(self.state, state, dict(step=len(self.rows), about=self.about))
+            save_checkpoint(self.state, state, dict(step=len(self.rows), about=self.about, rows=self.rows))
 
     def close(self):
         if self.first:
@@ -199,20 +203,6 @@ def unlock():
 
 if fcntl:
     os.register_at_fork(after_in_child=unlock)
-
-
-def read_log(path, steps):
-    """The rows of a log.csv up to the step with which its run goes on."""
-    lines = read_text(path, limit=10**9).splitlines()
-    try:
-        rows = [r | dict(seconds=float(r["seconds"])) for r in csv.DictReader(lines) if int(r["step"]) < steps]
-        whole = len(rows) == steps and [int(r["step"]) for r in rows] == list(range(steps))
-        whole &= all(float(r["loss"]) < math.inf for r in rows)
-    except (ValueError, KeyError, TypeError, csv.Error):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} does not hold the steps 0-{steps - 1}: it is damaged; start anew in another --out")
-    return rows
 
 
 def plot_loss(rows, title="", ylabel="loss"):

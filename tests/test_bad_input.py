@@ -135,9 +135,9 @@ def bad(stages, tiny_llm, tmp_path_factory):
 
     for name in ("log", "short", "step", "shape"):
         shutil.copytree(Path(stages["translator"]).parent, bad / f"run-{name}")
-    (bad / "run-log/log.csv").write_text("step,loss\n0,x\n")
-    (bad / "run-short/log.csv").write_text("step,loss,seconds\n0,1.5,1.0\n")
     state, said = read_checkpoint(bad / "run-step/state.safetensors")
+    save_checkpoint(bad / "run-log/state.safetensors", state, said | dict(rows=3))
+    save_checkpoint(bad / "run-short/state.safetensors", state, said | dict(rows=said["rows"][:1]))
     save_checkpoint(bad / "run-step/state.safetensors", state, dict(about=said["about"]))
     save_checkpoint(bad / "run-shape/state.safetensors", {n: t[..., None] for n, t in state.items()}, said)
 
@@ -258,8 +258,8 @@ CASES = [
     (f"{E} --images {{bad}}/none --data {{bad}}/record-missing.json", "none: no such image folder"),
     ("data.export {out} 0", "must be a whole number between 1"), ("data.check {bad}/gone.json", "gone.json: no such"),
     # going on
-    (f"{T} --resume", "nothing to resume", "--out"), (f"{RESUME}log", "log.csv", "another --out"),
-    (f"{RESUME}short", "log.csv does not hold the steps 0-2"), (f"{RESUME}step", "state.safetensors", "damaged"),
+    (f"{T} --resume", "nothing to resume", "--out"), (f"{RESUME}log", "lacks the log", "another --out"),
+    (f"{RESUME}short", "lacks the log of its 3 steps"), (f"{RESUME}step", "state.safetensors", "damaged"),
     (f"{RESUME}shape", "does not fit this run"),
     (f"{RESUME}log lr=1e-4 --seed 1", "lr was 0.001, is 0.0001", "seed was 0, is 1"),
     ("train encoder --llm {llm} --init {translator} --resume --out {bad}/run-log", "stage was translator, is encoder"),
