@@ -289,8 +289,8 @@ def brings_table(rows):
 
 # Six held-out images, chosen: four that the graft gets right, though no image holds the answer and no training showed
 # it; one that the pair reads and the graft does not; one that both know.
-DEMO = [("capital", ("flag", "China")), ("language", ("flag", "Italy")), ("language", ("sign", "England")),
-        ("continent", ("flag", "Spain")), ("flag", ("flag", "Sweden")), ("color", ("shape", "blue", "hexagon"))]
+DEMO = [("language", ("flag", "Finland")), ("language", ("flag", "Cuba")), ("continent", ("flag", "Austria")),
+        ("capital", ("flag", "China")), ("flag", ("flag", "Sweden")), ("color", ("shape", "blue", "hexagon"))]
 
 
 def demo(vlm, surrogate, before=None):
