@@ -25,6 +25,7 @@ from data.batches import without_image, wrap
 from data.images import open_image
 from formats import checkpoints, official
 from formats.tokenizer import Tokenizer
+from log import same_file
 from model import SAMPLING, VLM, Llama
 from surrogate import load_surrogate
 
@@ -50,7 +51,8 @@ def ask(vlm, image, messages, max_new_tokens=128, seed=0, show=print, **sampling
         pieces.append(piece)
         show(piece)
     rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
-    return "".join(pieces).strip(), f"first token after {times[0] - start:.2f} s{rate}"
+    first = f"first token after {times[0] - start:.2f} s" if times else "no token was asked for"
+    return "".join(pieces).strip(), first + rate
 
 
 def show_piece(piece):
@@ -156,7 +158,7 @@ def show(args, vlm, llm, about, name, command):
         before = before.to(llm.device, llm.dtype).requires_grad_(False).eval()
     file = checkpoints.locate(args.direct or "assets/direct.safetensors")
     if args.direct or file.is_file():
-        if checkpoints.open_checkpoint(file)[1].get("llm") == name:
+        if same_file(checkpoints.open_checkpoint(file)[1].get("llm"), name):
             direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer)
         elif args.direct:
             raise UserError(f"--direct {args.direct}: it was trained for another LLM than {name}")

@@ -30,7 +30,7 @@ def check_start(about, out):
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")        # the state of AdamW, for each parameter
 PATHS = ("llm", "vit", "start", "data", "images", "text")
-CHANGE_NOTHING = ("workers", "save_every", "micro_batch", "checkpointing", "read")
+NOT_COMPARED = ("workers", "save_every", "micro_batch", "checkpointing", "read")       # "read": later, by Log
 
 
 def same_file(was, now):
@@ -63,7 +63,7 @@ def check_resume(out, about):
             return bool(then.get(name)) == bool(now[name])
         return same_file(then.get(name), now[name]) if name in PATHS else then.get(name) == now[name]
 
-    if changed := [k for k in now if k not in CHANGE_NOTHING and not same(k)]:
+    if changed := [k for k in now if k not in NOT_COMPARED and not same(k)]:
         changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in changed]
         raise UserError(f"{state} is of another run: {'; '.join(changed)}")
     if not 0 <= saved["step"] <= (now.get("steps") or 10**9):
@@ -168,11 +168,11 @@ class Log:
 
     def close(self):
         if self.first:
-            unlock()
             figure = plot_loss(self.rows, self.about["stage"])
             write_whole(self.out / "loss.png", lambda part: figure.savefig(part, format="png"))
             print(f"{len(self.rows)} steps, loss {self.rows[0]['loss']} -> {self.rows[-1]['loss']}, "
                   f"{self.rows[-1]['seconds']:.0f} s; see {self.out}/")
+            unlock()
         return self.rows
 
 

@@ -229,8 +229,8 @@ class Llama(nn.Module):
         return self.model.embed_tokens(tokens).to(self.dtype)               # (B, T) -> (B, T, C)
 
     def as_words(self, x):
-        """Directions (…, C) -> points as far from the mean of all word embeddings as words are on average. Where an
-        encoder cannot make its tokens long, it can say only what a word could: a surrogate is easier to keep true."""
+        """Directions (…, C) -> points as far from the mean of all word embeddings as words are on average. A fixed
+        length leaves visual tokens where the surrogate was trained to do what the LLM does."""
         if self.words is None or self.words[0].device != x.device:
             with torch.no_grad():
                 E = self.embed(torch.arange(self.config.vocab_size, device=self.device)).float()        # (vocab, C)

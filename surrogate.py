@@ -174,7 +174,7 @@ def load_surrogate(llm, checkpoint):
 
 
 def load_translators(surrogate, checkpoint):
-    """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 leaves them frozen) names the one
+    """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 without `distill`) names the one
     that it started from. Returns the surrogate."""
     for file, tensors, about in checkpoints.ancestry(checkpoint):
         taught = about.get("stage") == "encoder" and about.get("ranges") and about.get("recipe", {}).get("distill")

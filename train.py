@@ -2,9 +2,9 @@
 Train a vision encoder against the surrogate of an LLM: the paper's three stages.
 
     python train.py translator      # 1: train the surrogate's translator
-    python train.py encoder         # 2: train projector and upper ViT through the frozen surrogate
+    python train.py encoder         # 2: train projector and upper ViT through the surrogate, frozen but for lessons
     python graft.py --encoder runs/encoder/encoder.safetensors  # the graft: the same encoder, the full LLM, no training
-    python train.py decoder         # 3 (optional): go on training the full LLM behind the grafted encoder
+    python train.py decoder         # 3 (optional): train the full LLM, too, behind the grafted encoder
 
 Every stage goes on from the one before, and every number of its recipe (recipes.py) can be changed: python train.py
 encoder steps=600 lr=1e-4. Below: 1) what learns, 2) optimizer, 3) loop, 4) what a stage starts from, 5) command line.
@@ -148,7 +148,7 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
     optimizer = adamw(learns, recipe, rates)
     log = Log(out, about, learns, optimizer, recipe, resume, saved)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
-        for p in learns.values():                           # what no sample of this process meets, another's may
+        for p in learns.values():                           # zeros: all processes have the same gradients to add up
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         targets = torch.full((), count_targets(micro_batches), device=vlm.decoder.device)
         targets = over_processes(targets)                   # in the whole global batch
@@ -156,9 +156,9 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
         noise = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
         for batch in micro_batches:
             if distill and step % distill == 0:
-                trunk, off = teach(vlm, llm, batch, taught, recipe.noise, noise, len(micro_batches))
+                trunk, apart = teach(vlm, llm, batch, taught, recipe.noise, noise, len(micro_batches))
                 loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"]) / targets
-                lesson += off
+                lesson += apart
             else:
                 loss = vlm.loss(batch) / targets
             loss.backward()
@@ -179,10 +179,10 @@ def teach(vlm, llm, batch, translators, noise, generator, parts=1):
     s, tokens = vlm.decoder, batch["tokens"]
     x = vlm.embed(tokens, batch["pixels"])                                              # (B, T, C)
     size = noise * torch.rand(len(tokens), 1, 1, generator=generator) * (tokens == IMAGE)[..., None]    # (B, T, 1)
-    off = size * F.normalize(torch.randn(x.shape, generator=generator), dim=-1)         # (B, T, C)
+    shift = size * F.normalize(torch.randn(x.shape, generator=generator), dim=-1)       # (B, T, C)
     words = s.as_words(torch.zeros_like(x[:1, :1]))                                     # (1, 1, C): the words' mean
     length = (x.detach() - words).norm(dim=-1, keepdim=True)                            # (B, T, 1)
-    trunk = s.run(x + off.to(x) * length, 0, s.trunk)
+    trunk = s.run(x + shift.to(x) * length, 0, s.trunk)
     for p in translators:
         p.requires_grad_(True)
     lesson = sum(surrogate.distillation_loss(s, llm, surrogate.teacher_states(s, llm, trunk.detach(), batch))) / parts
@@ -206,7 +206,7 @@ def dtype_of(recipe, device):
 
 def before(stage, name):
     """The checkpoint that a stage goes on from where none is named: the stage before's, in runs/, else the shipped.
-    None: stage 1 starts, as in the paper, with CLIP."""
+    None: stage 1 starts with a pre-trained ViT alone, in the paper CLIP."""
     if stage == "translator":
         return None
     last = STAGES[STAGES.index(stage) - 1]
@@ -266,7 +266,7 @@ def vit_of(start, parent, vit, target):
     return str(vit or own or ("runs/vit/vit.safetensors" if trained else target.vit))
 
 
-def teacher(about, dtype, device):
+def load_teacher(about, dtype, device):
     """The full LLM, if this run wants it beside the surrogate; else None."""
     if about["stage"] != "encoder" or not about["recipe"]["distill"] or not about["ranges"]:
         return None
@@ -374,7 +374,7 @@ def run(args, shard=None, change=lambda vlm, about: {}):
     if process()[0] == 0:
         print(printable(text))
     dtype = dtype_of(recipe, args.device)
-    llm = teacher(about, dtype, args.device)
+    llm = load_teacher(about, dtype, args.device)
     vlm = build(about, dtype, args.device, shard, llm)
     options = change(vlm, about)
     if recipe.checkpointing:

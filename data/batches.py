@@ -117,7 +117,9 @@ def pad(rows, value=0):
     return pad_sequence([torch.tensor(r, dtype=torch.long) for r in rows], batch_first=True, padding_value=value)
 
 
-LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}  # stages 1-2, stage 3; kinds as in Tokenizer.chat_targets
+# Stages 1 and 2, stage 3; kinds as in Tokenizer.chat_targets. The chat's own tokens carry loss while translator and
+# encoder learn, in user turns, too: they stand right behind the image, and keep the surrogate to the form of a chat.
+LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}
 
 
 def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", max_length=None):

@@ -196,13 +196,13 @@ def test_conversation_as_a_user_sees_it(stages, tmp_path):
 
 
 def test_the_ten_lines_of_the_readme(default_gguf, tmp_path):
-    """As a user runs them, in another folder: the pair does not know the capital, the graft does."""
+    """As a user runs them, in another folder: the pair does not name the language, the graft does."""
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     got = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                          capture_output=True, text=True)
     assert got.returncode == 0, got.stderr[-2000:]
     pair, grafted = got.stdout.split("graft:")
-    assert pair.startswith("pair: ") and "Beijing" not in pair and "Beijing" in grafted
+    assert pair.startswith("pair: ") and "Chinese" not in pair and "Chinese" in grafted
 
 
 def test_the_surrogate_taught_the_encoder(smollm, smollm_tokenizer):
