@@ -124,7 +124,7 @@ def build_surrogate(llm, ranges):
     """The surrogate of an LLM: each range (first, last) of layers, ends included, becomes one translator (section 3.2).
 
     A translator starts as a copy of the range's first layer: that layer expects what the layers before it put out, as
-    the translator will have to. The last layer stays, since it alone writes what the final norm and the LM head read.
+    the translator will have to. The last layer stays, since its output is what the final norm and the LM head read.
     All other layers, the embeddings and the head *are* the LLM's (shared, not copied). `surrogate.translators` lists
     the translators' positions in the surrogate, `surrogate.ranges` what they replace; `surrogate.trunk` says how many
     first layers it has in common with the LLM. ranges = [] gives a surrogate that is the LLM.

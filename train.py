@@ -148,8 +148,6 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
     optimizer = adamw(learns, recipe, rates)
     log = Log(out, about, learns, optimizer, recipe, resume, saved)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
-        for p in learns.values():                           # zeros: all processes have the same gradients to add up
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
         targets = torch.full((), count_targets(micro_batches), device=vlm.decoder.device)
         targets = over_processes(targets)                   # in the whole global batch
         total, lesson = torch.zeros(2, device=vlm.decoder.device)
@@ -163,6 +161,9 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
                 loss = vlm.loss(batch) / targets
             loss.backward()
             total += loss.detach()
+        for p in learns.values():                           # so that all processes have the same gradients to add up
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
         lr = update(optimizer, recipe, step)
         log.add(step, loss=over_processes(total), lr=lr, targets=targets, **({"lesson": lesson} if distill else {}))
     return log.close()

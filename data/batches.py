@@ -117,8 +117,8 @@ def pad(rows, value=0):
     return pad_sequence([torch.tensor(r, dtype=torch.long) for r in rows], batch_first=True, padding_value=value)
 
 
-# Stages 1 and 2, stage 3; kinds as in Tokenizer.chat_targets. The chat's own tokens carry loss while translator and
-# encoder learn, in user turns, too: they stand right behind the image, and keep the surrogate to the form of a chat.
+# Stages 1 and 2, stage 3; kinds as in Tokenizer.chat_targets. As in the paper, the chat's own tokens carry loss in
+# stages 1 and 2, those of user turns, too: behind an image the model learns to go on with the form of a chat.
 LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}
 
 
