@@ -76,10 +76,10 @@ def process():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def over_processes(x):
-    """Sum a tensor over all processes, in place."""
+def over_processes(x, operation="SUM"):
+    """Sum a tensor over all processes, or another of torch.distributed's operations, in place."""
     if process()[1] > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
 
 

@@ -33,6 +33,8 @@ class Recipe:
     warmup: float = option(0.0305, "share of the steps in which the learning rate rises; then a cosine to 0", 0, 1)
     clip: float = option(1.0, "largest norm of the gradient", 1e-6, 1e9)
     loss_on: str = option("answers+special", "which tokens carry loss: answers+special (chat tokens, too) or answers")
+    balance: float = option(0.0, "more loss on short turns about images: exponent of the paper's dynamic loss weights, "
+                            "1 there (appendix A.7; train.py, balance); 0: none", 0, 10)
     like_words: bool = option(False, "visual tokens are as long as words; ours, not the paper's (model.py, as_words)")
     vit_layers: int = option(0, "layers of the ViT that learn, the last ones; 0: its last third", 0, 1000)
     vit_lr: float = option(1.0, "learning rate of the ViT, in units of lr", 0, 1)
@@ -105,8 +107,8 @@ class Distillation(Recipe):
     """Of extras/distillation.py."""
     steps: int = option(400, "optimizer steps", 1, 10**9)
     epochs: int = option(4, "how often the same samples are read; steps / epochs steps of them are fresh", 1, 1000)
-    UNUSED = ("like_words", "vit_layers", "vit_lr", "distill", "distill_lr", "noise", "micro_batch", "checkpointing",
-              "workers")
+    UNUSED = ("balance", "like_words", "vit_layers", "vit_lr", "distill", "distill_lr", "noise", "micro_batch",
+              "checkpointing", "workers")
 
 
 @dataclass(frozen=True)

@@ -151,11 +151,14 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
         targets = torch.full((), count_targets(micro_batches), device=vlm.decoder.device)
         targets = over_processes(targets)                   # in the whole global batch
         total, lesson = torch.zeros(2, device=vlm.decoder.device)
+        if recipe.balance:
+            balance(micro_batches, recipe.balance, targets.device)
         noise = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
         for batch in micro_batches:
             if distill and step % distill == 0:
                 trunk, apart = teach(vlm, llm, batch, taught, recipe.noise, noise, len(micro_batches))
-                loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"]) / targets
+                loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"],
+                                        batch.get("shares")) / targets
                 lesson += apart
             else:
                 loss = vlm.loss(batch) / targets
@@ -195,6 +198,21 @@ def teach(vlm, llm, batch, translators, noise, generator, parts=1):
 
 def count_targets(micro_batches):
     return max(1, sum(int((b["targets"] >= 0).sum()) for b in micro_batches))
+
+
+def balance(micro_batches, exponent, device):
+    """Give each target its share in the loss: the paper's dynamic loss weights (appendix A.7; in the authors' code
+    `_calc_loss_weights_with_batchmean` of src/methods/engine_ar_instruction_llama.py), by which a short answer about an
+    image counts as much as a long one.
+
+    A target in a turn of n targets has the share (log(N + 1) / log(n + 1)) ** exponent, where N is the most that a turn
+    of the global batch has; without an image it is 1.
+    """
+    longest = max([1, *(int(b["turns"].max()) for b in micro_batches)])
+    longest = over_processes(torch.tensor(float(longest), device=device), "MAX").cpu()
+    for batch in micro_batches:
+        n = batch["turns"].float()                                                      # (B, T)
+        batch["shares"] = torch.where(n > 0, (longest.log1p() / n.clamp(min=1).log1p()) ** exponent, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -163,13 +163,14 @@ def loss_and_gradient(logits, targets, need_grad):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """hidden (N, d), weight (V, d), targets (N,) -> the sum of the losses; `rows` of the N x V logits at a time.
+    shares (N,): what each loss is multiplied by, or None.
 
     step: what turns logits into losses and their gradient, `loss_and_gradient` or its kernel. Since d loss / d logits
     needs nothing from later in the network, a chunk's share of both gradients is computed at once, and it is forgotten.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, step, rows, need_hidden, need_weight):
+    def forward(ctx, hidden, weight, targets, shares, step, rows, need_hidden, need_weight):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         # the weight's gradient is summed over all chunks: in float32, whatever the weight is
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
@@ -177,6 +178,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), rows):
             h, t = hidden[i : i + rows], targets[i : i + rows]  # (n, d), (n,)
             losses, d_logits = step(h @ weight.t(), t, need_hidden or need_weight)  # (n,), (n, V)
+            if shares is not None:
+                losses = losses * shares[i : i + rows]
+                d_logits = d_logits if d_logits is None else d_logits.mul_(shares[i : i + rows, None])
             loss = loss + losses.sum()  # not +=: from that, torch.compile of PyTorch 2.11 makes a gradient of zeros
             if need_hidden:
                 d_hidden[i : i + rows] = d_logits @ weight  # (n, d)
@@ -190,4 +194,4 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         # The chain rule's last factor, a scalar, is all that is missing; in float32, to which grad[None], no longer a
         # mere number, raises both: 1/n has no exact bfloat16, and rounded would make the whole gradient longer.
-        return *(None if d is None else (d * grad[None]).to(d.dtype) for d in ctx.saved_tensors), *[None] * 5
+        return *(None if d is None else (d * grad[None]).to(d.dtype) for d in ctx.saved_tensors), *[None] * 6

@@ -40,19 +40,23 @@ from surrogate import build_surrogate, load_surrogate, read_texts
 ASSETS = checkpoints.ROOT / "assets"
 VALIDATION_SEED = 1000                      # of split "test"; evaluate.EVAL_SEED is another stream
 PROGRAMS = {"distillation": distillation.main, "train": train.main}
+BATCH = "batch=8"                           # of stage 2 in all arms: half the recipe's, in half the time
 PAPER = "like_words=false vit_layers=0 vit_lr=1"
 ARMS = {    # each: the commands of stage 1 and stage 2; a stage goes on from the one before
     "ours": ["distillation", "train encoder"],
     "frozen": ["distillation", "train encoder distill=0"],
     "no noise": ["distillation", "train encoder noise=0"],
-    "half of stage 1": ["distillation steps=1000", "train encoder"],
-    "cut at 16": ["distillation --replace 16-21,22-28", "train encoder"],
-    "early layers": ["distillation --replace 1-4,5-9", "train encoder"],
+    "a lesson every 2nd step": ["distillation", "train encoder distill=2"],
+    "a quarter of stage 1": ["distillation steps=500", "train encoder"],
+    "cut at 16": ["distillation steps=500 --replace 16-21,22-28", "train encoder"],
+    "early layers": ["distillation steps=500 --replace 1-4,5-9", "train encoder"],
     "untrained": ["distillation steps=1 lr=0", "train encoder distill=0"],
     "untrained, taught": ["distillation steps=1 lr=0", "train encoder"],
     "random": ["random", "train encoder distill=0"],
     "paper": [f"train translator --replace 20-28 {PAPER}", f"train encoder distill=0 {PAPER} lr=2e-4"],
     "paper, tokens like words": ["train translator --replace 20-28", "train encoder distill=0"],
+    "paper, tokens like words, balanced": ["train translator --replace 20-28 balance=1",
+                                           "train encoder distill=0 balance=1"],
     "direct": ["train encoder --direct"],
     "direct, plain tokens": ["train encoder --direct like_words=false lr=5e-4"],
     "direct, half the rate": ["train encoder --direct lr=5e-4"],
@@ -95,8 +99,9 @@ def run_command(command, start, seed, out, more=()):
 
 
 def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
-    """Train an arm, graft, ask. Returns the result, which is also OUT/NAME-STEPS-seedSEED.json. steps: of stage 2;
-    samples: validation images a task; fresh: samples over which cross-entropy is measured."""
+    """Train an arm, graft, ask. Returns the result, which is also OUT/NAME-STEPS-seedSEED.json. steps, seed: of stage
+    2; stage 1 has seed 0, as one surrogate serves all encoders. samples: validation images a task; fresh: samples over
+    which cross-entropy is measured."""
     if name not in ARMS:
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
     out, start, tera, seconds = Path(out), None, [], []
@@ -104,9 +109,9 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     if file.exists():
         return read_result(file)
     *first, last = ARMS[name]
-    for command, more in [*((c, []) for c in first), (last, [f"steps={steps}"])]:
+    for command, seed_of, more in [*((c, 0, []) for c in first), (last, seed, [f"steps={steps}", BATCH])]:
         print(f"{name}, {steps} steps, seed {seed}: {command}", flush=True)
-        start, t, s = run_command(command, start, seed, out, more)
+        start, t, s = run_command(command, start, seed_of, out, more)
         tera.append(t)
         seconds.append(s)
     about = checkpoints.open_checkpoint(start)[1]

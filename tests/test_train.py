@@ -22,7 +22,7 @@ from data.images import preprocess
 from extras import distillation
 from formats import checkpoints
 from formats.checkpoints import read_checkpoint
-from formats.tokenizer import Tokenizer
+from formats.tokenizer import IMAGE, Tokenizer
 from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import RECIPES, Recipe, override
 from surrogate import build_surrogate
@@ -198,6 +198,26 @@ def test_loss_and_gradients_equal_full_logits(tiny_llm, stage, ranges):
     theirs = grads(parameters)
     assert_close(ours, theirs)
     assert ours.keys() == parameters.keys()
+
+
+def test_short_turns_about_images_weigh_more_in_the_loss(tiny_llm):
+    """balance: the paper's dynamic loss weights, here turn by turn; the same however the samples are cut."""
+    vlm, llm = make_vlm(tiny_llm, [(2, 4)])
+    step = [mixed_batch(vlm), collate([world.world("color", 3, 0)], vlm.tokenizer, vlm.n_visual)]
+    train.balance(step, 2.0, "cpu")
+    end, longest = vlm.tokenizer.turn_end[0], max(int(b["turns"].max()) for b in step)
+    for batch in step:
+        logits = vlm.decoder(embeds=vlm.embed(batch["tokens"], batch["pixels"]))            # (B, T, vocab)
+        losses = F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none")        # (B, T)
+        wanted, sizes = 0, []
+        for tokens, targets, row in zip(batch["tokens"], batch["targets"], losses):
+            start, ends = 0, (targets == end).nonzero()[:, 0] + 1
+            for stop in ends.tolist():
+                n = int((targets[start:stop] >= 0).sum())
+                share = (math.log(longest + 1) / math.log(n + 1)) ** 2 if IMAGE in tokens else 1
+                wanted, sizes, start = wanted + share * row[start:stop].sum(), [*sizes, n], stop
+        assert max(sizes) > 2 * min(sizes) and relative(vlm.loss(batch).item(), wanted.item()) < 1e-5
+    assert max(s for b in step for s in b["turns"].flatten().tolist()) == longest
 
 
 def test_text_alone_needs_no_gradient_below_the_translator(tiny_llm):
