@@ -39,6 +39,16 @@ class Parser(argparse.ArgumentParser):
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.add_argument("--device", type=available_device, default=default, help="default: %(default)s")
 
+    def add_run(self, out):
+        """The options of every training run. out: its folder, if none is given."""
+        self.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
+        self.add_argument("--out", default=out, help="folder for checkpoint, log and plot (default: %(default)s)")
+        self.add_argument("--resume", action="store_true",
+                          help="go on from the checkpoint in --out, exactly as if never stopped")
+        self.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0,
+                          help="of new weights, and of the order and contents of the samples (default: %(default)s)")
+        self.add_device()
+
     def parse_known_args(self, args=None, namespace=None):      # all ways to parse come by here
         known, rest = super().parse_known_args(args, namespace)
         for action in self._actions:        # --data "$DATA" without a DATA: another experiment, in silence

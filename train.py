@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
 import surrogate
-from cli import MAX_SEED, Parser, UserError, check_out, number, printable, run_cli
+from cli import Parser, UserError, check_out, printable, run_cli
 from data.batches import Batches, shares
 from data.sources import CHATS, read_data
 from formats.checkpoints import ancestry, beside, checkpoint_file, held, load_checkpoint, open_checkpoint
@@ -332,7 +332,6 @@ def parse(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("stage", choices=STAGES, help="which stage to run")
-    add("settings", nargs="*", metavar="key=value", help="changes a setting of the recipe, see below")
     add("--recipe", default="small", choices=list(RECIPES), help="LLM, ViT, layers and numbers (default: %(default)s)")
     add("--llm", help="target LLM: folder, .gguf file or hub name (default: the recipe's)")
     add("--vit", help="ViT: a checkpoint of extras/vit.py, or a CLIP folder or hub name (default: that of --init)")
@@ -344,11 +343,7 @@ def parse(argv):
     add("--images", default=".", help="folder of the images that --data names (default: %(default)s)")
     add("--text", help="stage translator: JSON of text instructions (default: assets/chats.json, which the LLM wrote)")
     add("--on-bad-record", default="stop", choices=["stop", "skip"], help="stop at it or go on (default: %(default)s)")
-    add("--out", help="folder for checkpoint, log and plot (default: runs/STAGE)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly as if never stopped")
-    add("--seed", type=number(int, 0, MAX_SEED), default=0,
-        help="of the order and contents of the samples (default: %(default)s)")
-    parser.add_device()
+    parser.add_run("runs/STAGE")
     stage, name = (next((s for s in names if s in argv), names[0]) for names in (STAGES, list(RECIPES)))
     parser.epilog = f"key=value, with the values of {name}, stage {stage}:\n{help_text(RECIPES[name][stage])}"
     return parser.parse_intermixed_args(argv)
@@ -371,7 +366,8 @@ def prepare(args):
     text = args.text or (CHATS if stage == "translator" else None)
     about = plan(stage, recipe, args.recipe, args.llm, args.vit, args.init, args.replace, args.direct, args.seed,
                  data=args.data, images=args.images if args.data else None, text=text)
-    args.out = args.out or f"runs/{'direct' if args.direct else stage}"
+    if args.out == "runs/STAGE":
+        args.out = f"runs/{'direct' if args.direct else stage}"
     check_out(args.out)
     check_start(about, args.out)
     about = check_resume(args.out, about) if args.resume else about

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import surrogate
-from cli import MAX_SEED, Parser, UserError, check_out, number, run_cli
+from cli import Parser, UserError, check_out, run_cli
 from data.batches import collate
 from data.world import TRAINED_SUBJECTS, World, caption
 from formats.official import DEFAULT_LLM, find
@@ -112,16 +112,10 @@ def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resu
 
 def main(argv=None):
     parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
     parser.add_argument("--llm", default=DEFAULT_LLM, help="folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two translators "
                         "(default: the recipe's)")
-    parser.add_argument("--out", default="runs/translator",
-                        help="folder for checkpoint, log and plot (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from the checkpoint in --out, exactly as if never stopped")
-    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help="default: %(default)s")
-    parser.add_device()
+    parser.add_run("runs/translator")
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)

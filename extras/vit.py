@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cli import MAX_SEED, Parser, check_out, number, run_cli
+from cli import Parser, check_out, run_cli
 from data.batches import as_is
 from data.drawing import draw
 from data.images import preprocess
@@ -161,13 +161,8 @@ def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False):
 
 def main(argv=None):
     parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
     parser.add_argument("--init", help="checkpoint to go on from (default: a new ViT)")
-    parser.add_argument("--out", default="runs/vit", help="folder for checkpoint, log and plot (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from the checkpoint in --out, exactly as if never stopped")
-    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help="default: %(default)s")
-    parser.add_device()
+    parser.add_run("runs/vit")
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)

@@ -29,7 +29,7 @@ import evaluate
 import train
 from cli import MAX_SEED, Parser, UserError, check_out, number, run_cli, write_whole
 from data.world import KNOWLEDGE_TASKS, KNOWN_SUBJECTS, SUBJECTS
-from extras import distillation, vit
+from extras import distillation, parallel, vit
 from formats import checkpoints
 from formats.files import read_json
 from formats.official import DEFAULT_LLM, find
@@ -39,10 +39,12 @@ from surrogate import build_surrogate, load_surrogate, read_texts
 
 ASSETS = checkpoints.ROOT / "assets"
 VALIDATION_SEED = 1000                      # of split "test"; evaluate.EVAL_SEED is another stream
-PROGRAMS = {"distillation": distillation.main, "train": train.main}
+PROGRAMS = {"distillation": distillation.main, "train": train.main, "parallel": parallel.main}
+SHARED = ("distillation", "random", "train translator")     # commands of stage 1, which serves many encoders
 BATCH = "batch=8"                           # of stage 2 in all arms: half the recipe's, in half the time
 PAPER = "like_words=false vit_layers=0 vit_lr=1"
-ARMS = {    # each: the commands of stage 1 and stage 2; a stage goes on from the one before
+ADAPTER = "train encoder --direct vit_lr=0 steps=300 batch=8"       # the paper's warm-up: the projector alone learns
+ARMS = {    # each: the commands of its stages, the last with --steps; a stage goes on from the one before
     "ours": ["distillation", "train encoder"],
     "frozen": ["distillation", "train encoder distill=0"],
     "no noise": ["distillation", "train encoder noise=0"],
@@ -61,6 +63,10 @@ ARMS = {    # each: the commands of stage 1 and stage 2; a stage goes on from th
     "direct, plain tokens": ["train encoder --direct like_words=false lr=5e-4"],
     "direct, half the rate": ["train encoder --direct lr=5e-4"],
     "ours, half the rate": ["distillation", "train encoder lr=5e-4"],
+    # the whole route of the paper's figure 2: 20 % of stage 3 behind the graft, or all of it behind a warm-up
+    "ours, then stage 3": ["distillation", "train encoder steps=300 batch=8", "train decoder"],
+    "full decoder": [ADAPTER, "train decoder"],
+    "LoRA": [ADAPTER, "parallel decoder --lora 8"],
 }
 
 # ---- Run ------------------------------------------------------------------------------------------------------------
@@ -78,10 +84,12 @@ def random_translators(argv):
 
 
 def run_command(command, start, seed, out, more=()):
-    """Run a command of an arm in a folder of its own, unless that is done. Returns (checkpoint, TFLOP, seconds)."""
+    """Run a command of an arm in a folder of its own, within that of the stage before, unless that is done. Returns
+    (checkpoint, TFLOP, seconds)."""
     program, *argv = [*command.split(), *more]
-    folder = out / f"{re.sub('[^a-z0-9=.]+', '-', ' '.join([program, *argv]).lower())}-seed{seed}"
-    stage = argv[0] if program == "train" else "translator"
+    parent = Path(start).parent if start else out           # arms that differ in stage 1 share no later stage
+    folder = parent / f"{re.sub('[^a-z0-9=.]+', '-', ' '.join([program, *argv]).lower())}-seed{seed}"
+    stage = "translator" if program in SHARED else argv[0]
     argv += ["--seed", str(seed), *(["--init", str(start)] if start and "--init" not in argv else [])]
     main = PROGRAMS.get(program, random_translators)
     file, done = folder / f"{stage}.safetensors", folder / "cost.json"
@@ -99,9 +107,9 @@ def run_command(command, start, seed, out, more=()):
 
 
 def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
-    """Train an arm, graft, ask. Returns the result, which is also OUT/NAME-STEPS-seedSEED.json. steps, seed: of stage
-    2; stage 1 has seed 0, as one surrogate serves all encoders. samples: validation images a task; fresh: samples over
-    which cross-entropy is measured."""
+    """Train an arm, graft, ask. Returns the result, which is also OUT/NAME-STEPS-seedSEED.json. steps: of the
+    last stage; seed: of all but stage 1, as one surrogate serves all encoders. samples: validation images a task;
+    fresh: samples over which cross-entropy is measured."""
     if name not in ARMS:
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
     out, start, tera, seconds = Path(out), None, [], []
@@ -109,9 +117,9 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     if file.exists():
         return read_result(file)
     *first, last = ARMS[name]
-    for command, seed_of, more in [*((c, 0, []) for c in first), (last, seed, [f"steps={steps}", BATCH])]:
+    for command, more in [*((c, []) for c in first), (last, [f"steps={steps}", BATCH])]:
         print(f"{name}, {steps} steps, seed {seed}: {command}", flush=True)
-        start, t, s = run_command(command, start, seed_of, out, more)
+        start, t, s = run_command(command, start, 0 if command.startswith(SHARED) else seed, out, more)
         tera.append(t)
         seconds.append(s)
     about = checkpoints.open_checkpoint(start)[1]
@@ -238,7 +246,7 @@ def table(results):
             cells.append(f"{pair} → {graft}" if pair else graft)
         tera = " + ".join(f"{mean(x):.0f}" for x in zip(*(r["tera"] for r in group)))
         rows.append([arm, steps, len(group), tera, *cells])
-    return evaluate.markdown(["arm", "steps", "seeds", "TFLOP, stages 1 + 2", *MEASURES], rows)
+    return evaluate.markdown(["arm", "steps", "seeds", "TFLOP, by stage", *MEASURES], rows)
 
 
 # Okabe and Ito's colors, which color-blind readers tell apart. On white: it reads on dark pages, too.
@@ -246,12 +254,14 @@ COLORS, SHAPES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E
 
 
 def plot(results, measures=("what the image brings", "trained, ranked", "never trained, said")):
-    """Score of the graft against FLOPs, every point a run of its own length: a figure. Dashed: stage 1 counted."""
+    """Score of the graft against FLOPs, every point a run of its own length: a figure. Dashed: stage 1 counted, which
+    serves further encoders, too."""
     grouped, fig = by_arm(results), Figure(figsize=(13, 4.4), dpi=120, facecolor="white", layout="constrained")
     for ax, title in zip(fig.subplots(1, len(measures)), measures):
         for k, arm in enumerate(dict.fromkeys(a for a, _ in grouped)):
-            points = [(mean(r["tera"][-1] for r in g), mean(sum(r["tera"]) for r in g),
-                       mean(value(r, "graft", title) for r in g)) for (a, _), g in grouped.items() if a == arm]
+            own = lambda r: sum(t for t, command in zip(r["tera"], r["commands"]) if not command.startswith(SHARED))
+            points = [(mean(map(own, g)), mean(sum(r["tera"]) for r in g), mean(value(r, "graft", title) for r in g))
+                      for (a, _), g in grouped.items() if a == arm]
             style = dict(color=COLORS[k % len(COLORS)], marker=SHAPES[k % len(SHAPES)], ms=5)
             alone, whole, y = zip(*points)
             ax.plot(alone, y, **style, label=arm)
@@ -273,7 +283,7 @@ def main(argv=None):
     add("--run", nargs="+", default=[], metavar="ARM", choices=[*ARMS, "all"], help="train and ask these arms, or all")
     add("--seed", nargs="+", type=number(int, 0, MAX_SEED), default=[0], help="of projector and samples (default: 0)")
     add("--steps", nargs="+", type=number(int, 1, 10**9), default=[500], metavar="N",
-        help="steps of stage 2, each a run of its own (default: 500)")
+        help="steps of the last stage, each a run of its own (default: 500)")
     add("--samples", type=number(int, 1, 10**6), default=12, metavar="N",
         help="validation images a task (default: %(default)s)")
     add("--out", default="runs/results", help="folder for checkpoints, results and figures (default: %(default)s)")
@@ -302,7 +312,8 @@ def main(argv=None):
         write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
     picture = (ASSETS if args.keep else Path(args.out)) / "flops.png"
     write_whole(picture, lambda part: plot(results).savefig(part, format="png"))
-    print(f"\n{table(results)}\n\nIn %, pair → graft, ± standard deviation over seeds. steps: of stage 2.\n{picture}")
+    print(f"\n{table(results)}\n\nIn %, pair → graft, ± standard deviation over seeds. steps: of the last stage.")
+    print(picture)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ def test_an_arm_is_its_commands(out, arms):
     assert {r["system"] for r in direct["rows"]} == {"graft"} and len(direct["tera"]) == 1
     assert [json.loads(f.read_text())["tera"] for f in out.glob("distillation*/cost.json")] == [ours["tera"][0]]
     assert ours["tera"][0] == frozen["tera"][0]                 # one surrogate for both: trained once
-    encoder = next(out.glob("train-encoder*distill=0*steps=4-*/encoder.safetensors"))
-    assert open_checkpoint(encoder)[1]["start"].startswith(str(out / "distillation"))
+    assert load(out, "random")["commands"][1] == frozen["commands"][1]  # each goes on from its own stage 1
+    for first in ("distillation", "random"):
+        encoder = next(out.glob(f"{first}*/train-encoder*distill=0*steps=4-*/encoder.safetensors"))
+        assert open_checkpoint(encoder)[1]["start"].startswith(str(out / first))
 
 
 def test_random_translators_are_of_the_right_size(out, tiny_llm):
