@@ -150,12 +150,13 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
         targets = torch.full((), count_targets(micro_batches), device=vlm.decoder.device)
         targets = over_processes(targets)                   # in the whole global batch
+        teaches = distill and step % distill == 0
         total, lesson = torch.zeros(2, device=vlm.decoder.device)
         if recipe.balance:
             balance(micro_batches, recipe.balance, targets.device)
         noise = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
         for batch in micro_batches:
-            if distill and step % distill == 0:
+            if teaches:
                 trunk, apart = teach(vlm, llm, batch, taught, recipe.noise, noise, len(micro_batches))
                 loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"],
                                         batch.get("shares")) / targets
@@ -168,7 +169,8 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
         lr = update(optimizer, recipe, step)
-        log.add(step, loss=over_processes(total), lr=lr, targets=targets, **({"lesson": lesson} if distill else {}))
+        told = {"lesson": lesson if teaches else ""} if distill else {}
+        log.add(step, loss=over_processes(total), lr=lr, targets=targets, **told)
     return log.close()
 
 
@@ -344,7 +346,8 @@ def parse(argv):
     add("--text", help="stage translator: JSON of text instructions (default: assets/chats.json, which the LLM wrote)")
     add("--on-bad-record", default="stop", choices=["stop", "skip"], help="stop at it or go on (default: %(default)s)")
     parser.add_run("runs/STAGE")
-    stage, name = (next((s for s in names if s in argv), names[0]) for names in (STAGES, list(RECIPES)))
+    words = " ".join(argv).replace("=", " ").split()
+    stage, name = (next((s for s in names if s in words), names[0]) for names in (STAGES, list(RECIPES)))
     parser.epilog = f"key=value, with the values of {name}, stage {stage}:\n{help_text(RECIPES[name][stage])}"
     return parser.parse_intermixed_args(argv)
 
