@@ -25,6 +25,7 @@ from data import TABLE
 from data.batches import pad, wrap
 from data.drawing import COLORS, DYES, FLAGS, SHAPES
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
+from evaluate import Reading
 from formats import official
 from formats.tokenizer import Tokenizer
 from model import Llama
@@ -76,15 +77,14 @@ def in_text(subject, question):
 
 @torch.no_grad()
 def log_p(llm, tokenizer, chats, answers, batch=32):
-    """log p of each answer (with its end of turn) behind its chat: a list."""
+    """log p of each answer behind its chat: a list."""
     out = []
     for i in tqdm(range(0, len(chats), batch), desc="does it depend on the picture?", unit="batch"):
         prompts = [tokenizer.chat(c) for c in chats[i : i + batch]]
-        rows = [p + tokenizer.encode_text(a) for p, a in zip(prompts, answers[i : i + batch])]
-        x = llm.run(llm.embed(pad(rows).to(llm.device)))                                # (B, T, d)
-        for row, p, r in zip(x, prompts, rows):
-            logp = llm.logits(row[len(p) - 1 : len(r) - 1]).float().log_softmax(-1)     # (T of the answer, vocabulary)
-            out.append(logp.gather(1, torch.tensor(r[len(p) :], device=llm.device)[:, None]).sum().item())
+        embeds = llm.embed(pad(prompts).to(llm.device))                                 # (B, T, d)
+        reading = Reading(embeds, torch.tensor([len(p) for p in prompts]), llm)
+        logp, _ = reading.option_logp([[tokenizer.encode_text(a)] for a in answers[i : i + batch]])["graft"]
+        out += torch.cat(logp).tolist()
     return out
 
 
