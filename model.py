@@ -650,13 +650,17 @@ class VLM(nn.Module):
         visual = self.visual_tokens(pixels).to(x.dtype).flatten(0, 1)       # (N * n_visual, d), in order
         return x.flatten(0, 1).index_copy(0, index, visual).view_as(x)      # (B, T, d)
 
-    def loss(self, batch):
+    def loss(self, batch, trunk=None):
         """Sum of -log p over the targets of a batch (see data.batches.collate); divide it by those of the global batch.
+        trunk (B, T, d): what comes out of a surrogate's trunk, where that has run already.
 
         The same in all stages: what learns is a matter of which parameters require a gradient, and which decoder stands
         here.
         """
-        x = self.decoder.run(self.embed(batch["tokens"], batch["pixels"]))  # (B, T, d)
+        if trunk is None:
+            x = self.decoder.run(self.embed(batch["tokens"], batch["pixels"]))              # (B, T, d)
+        else:
+            x = self.decoder.run(trunk, self.decoder.trunk)
         return self.decoder.loss(x, batch["targets"], batch.get("shares"))
 
     @classmethod

@@ -156,13 +156,11 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
             balance(micro_batches, recipe.balance, targets.device)
         noise = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
         for batch in micro_batches:
+            trunk = None
             if teaches:
                 trunk, apart = teach(vlm, llm, batch, taught, recipe.noise, noise, len(micro_batches))
-                loss = vlm.decoder.loss(vlm.decoder.run(trunk, vlm.decoder.trunk), batch["targets"],
-                                        batch.get("shares")) / targets
                 lesson += apart
-            else:
-                loss = vlm.loss(batch) / targets
+            loss = vlm.loss(batch, trunk) / targets
             loss.backward()
             total += loss.detach()
         for p in learns.values():                           # so that all processes have the same gradients to add up
