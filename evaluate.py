@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cli import UserError, printable
 from data import world
 from data.batches import collate, pad
-from model import KVCache, check_logits, collect
+from generation import KVCache, check_logits, collect
 from surrogate import run_both
 
 TASKS = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS

@@ -25,8 +25,9 @@ from data.batches import without_image, wrap
 from data.images import open_image
 from formats import checkpoints, official
 from formats.tokenizer import Tokenizer
+from generation import SAMPLING
 from log import same_file
-from model import SAMPLING, VLM, Llama
+from model import VLM, Llama
 from surrogate import load_surrogate
 
 # ---------------------------------------------------------------------------------------------------------------------

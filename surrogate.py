@@ -23,8 +23,9 @@ from data.llava import LlavaRecords
 from formats import checkpoints, official
 from formats.files import read_text
 from formats.tokenizer import Tokenizer
+from generation import check_logits
 from kernels import default_dtype, int8
-from model import Llama, check_logits
+from model import Llama
 from recipes import TARGETS
 
 # ---------------------------------------------------------------------------------------------------------------------
