@@ -31,6 +31,7 @@ class KVCache:
         self.used = 0               # positions used in the longest row: the host knows it, so slicing needs no sync
         self.lengths = None         # (B,) positions used in each row, where they differ (or the cache is fixed)
         self.places = self.valid = None     # then: where the new tokens go, and the lengths with them
+        self.tables = None          # cos and sin of all positions, held here for CUDA graphs
 
     def positions(self, T):
         """Positions of the next T tokens: (T,), or (B, T) where rows differ. Call it before every `append` of them."""
@@ -68,7 +69,7 @@ class KVCache:
         self.used = self.size
 
     def take(self, other):
-        """Hold what another cache holds, which has no more room. This one is fixed."""
+        """Copy another cache, no larger than this one, into this one, which is fixed."""
         for mine, theirs in zip(self.keys + self.values, other.keys + other.values):
             mine[:, :other.used] = theirs[:, :other.used]
         self.lengths.copy_(other.used if other.lengths is None else other.lengths)
@@ -98,8 +99,8 @@ def collect(stream, stop=()):
 
 
 def check_logits(logits):
-    """Logits (…, vocab), as they are; UserError if they say nothing: nan, or, after a norm of what is too large, all
-    the same. The first option, or the first word, would be the likeliest."""
+    """Logits (…, vocab), unchanged; UserError if they hold nan or inf, or are all equal, as after a norm that
+    overflowed: argmax would then choose the first token, or the first option, in silence."""
     if not logits.isfinite().all() or (logits.amax(-1) == logits.amin(-1)).any():
         raise UserError("the LLM predicts nothing: its weights are damaged, or too large for this dtype")
     return logits

@@ -7,7 +7,7 @@ Zero-shot grafting: plug an encoder that was trained against the surrogate into 
     python graft.py --web                                   # pair and graft side by side in the browser
 
 pair:  encoder + surrogate, what was trained.
-graft: the same encoder + the full LLM, through which no gradient ever reached the encoder.
+graft: the same encoder + the full LLM, whose replaced layers never passed a gradient to the encoder.
 """
 import argparse
 import json
@@ -34,7 +34,11 @@ from surrogate import load_surrogate
 # Ask
 
 
-def ask(vlm, image, messages, max_new_tokens=128, seed=0, show=print, **sampling):
+def show_piece(piece):
+    print(printable(piece), end="", flush=True)
+
+
+def ask(vlm, image, messages, max_new_tokens=128, seed=0, show=show_piece, **sampling):
     """Answer a conversation about an image, handing pieces of text to `show` as they come. Returns (answer, timing).
     sampling: temperature and top_p; seed: of its chances."""
     start, times, pieces = time.perf_counter(), [], []
@@ -54,10 +58,6 @@ def ask(vlm, image, messages, max_new_tokens=128, seed=0, show=print, **sampling
     rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
     first = f"first token after {times[0] - start:.2f} s" if times else "no token was asked for"
     return "".join(pieces).strip(), first + rate
-
-
-def show_piece(piece):
-    print(printable(piece), end="", flush=True)
 
 
 def chat(vlm, image, options):
@@ -83,7 +83,7 @@ def chat(vlm, image, options):
         while not fits(turns):
             del turns[:2]                           # a question and its answer; the image goes into the next question
         print("llm> ", end="")
-        text, timing = ask(vlm, image, messages(turns), show=show_piece, **options)
+        text, timing = ask(vlm, image, messages(turns), **options)
         print(f"\n     [{timing}]")
         turns.append({"role": "assistant", "content": text})
 
@@ -146,7 +146,7 @@ def converse(args, vlm, image):
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     if args.chat:
         return chat(vlm, image, options)
-    _, timing = ask(vlm, image, [{"role": "user", "content": wrap(args.question)}], show=show_piece, **options)
+    _, timing = ask(vlm, image, [{"role": "user", "content": wrap(args.question)}], **options)
     print(f"\n[{timing}]")
 
 

@@ -78,8 +78,8 @@ def rope_frequencies(config):
     return (1 - smooth) * freqs / s["factor"] + smooth * freqs
 
 
-# A weight that learns is float32, so that small updates add up; the stream may be bfloat16, which is faster. So these
-# modules cast their weights to the stream's dtype. Where the two are the same, `to` does nothing.
+# Trained weights stay in float32, so that small updates are not rounded away; activations may be bfloat16, which is
+# faster. So these modules cast their weights to the activations' dtype. Where the two are the same, `to` does nothing.
 
 
 class Linear(nn.Linear):
@@ -168,9 +168,9 @@ class Llama(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope_cache = None      # (cos, sin), built when first needed
         self.told = False           # that a text is too long: said once
-        self.words = None           # mean and length of the word embeddings, see `as_words`
+        self.words = None           # cached, see `word_statistics`
         self.graphs = Graphs()      # decoding steps on a GPU
-        self.stream_dtype = None    # in training: the dtype of hidden states, where some weights are float32
+        self.activation_dtype = None    # in training: the dtype of hidden states, where some weights are float32
         self.checkpointed = ()      # in training: layers that keep only their input, and compute the rest anew backward
 
     @classmethod
@@ -210,7 +210,7 @@ class Llama(nn.Module):
     @property
     def dtype(self):
         """In which it computes: that of the hidden states."""
-        return self.stream_dtype or self.model.norm.weight.dtype
+        return self.activation_dtype or self.model.norm.weight.dtype
 
     @property
     def device(self):
@@ -227,14 +227,18 @@ class Llama(nn.Module):
         return self.model.embed_tokens(tokens).to(self.dtype)               # (B, T) -> (B, T, C)
 
     def as_words(self, x):
-        """Directions (…, C) -> points as far from the mean of all word embeddings as words are on average. A fixed
-        length leaves visual tokens where the surrogate was trained to do what the LLM does."""
-        if self.words is None or self.words[0].device != x.device:
-            with torch.no_grad():
-                E = self.embed(torch.arange(self.config.vocab_size, device=self.device)).float()        # (vocab, C)
-                self.words = E.mean(0), (E - E.mean(0)).norm(dim=-1).mean()
-        mean, length = self.words
-        return (mean + length * F.normalize(x.float(), dim=-1)).to(x.dtype)
+        """Vectors (…, C) -> points in their directions from the mean word embedding, as far from it as a word is on
+        average. So visual tokens stay in the region where the surrogate was distilled."""
+        mean, distance = self.word_statistics()
+        return (mean + distance * F.normalize(x.float(), dim=-1)).to(x.dtype)
+
+    @torch.no_grad()
+    def word_statistics(self):
+        """The mean word embedding (C,), and the words' mean distance from it; cached."""
+        if self.words is None or self.words[0].device != self.device:
+            E = self.embed(torch.arange(self.config.vocab_size, device=self.device)).float()            # (vocab, C)
+            self.words = E.mean(0), (E - E.mean(0)).norm(dim=-1).mean()
+        return self.words
 
     def run(self, x, start=0, stop=None, cache=None):
         """Hidden states (B, T, C) through the layers start … stop-1: in pieces, so that two models can share a trunk.
@@ -528,11 +532,11 @@ class VLM(nn.Module):
         return x.flatten(0, 1).index_copy(0, index, visual).view_as(x)      # (B, T, d)
 
     def loss(self, batch, trunk=None):
-        """Sum of -log p over the targets of a batch (see data.batches.collate); divide it by those of the global batch.
-        trunk (B, T, d): what comes out of a surrogate's trunk, where that has run already.
+        """Sum of -log p over the targets of a batch (see data.batches.collate); divide it by their number in the global
+        batch.
+        trunk (B, T, d): the output of the layers that surrogate and LLM share, where these have run already.
 
-        The same in all stages: what learns is a matter of which parameters require a gradient, and which decoder stands
-        here.
+        The same in all stages: they differ in which parameters require a gradient, and in `self.decoder`.
         """
         if trunk is None:
             x = self.decoder.run(self.embed(batch["tokens"], batch["pixels"]))              # (B, T, d)
@@ -567,6 +571,7 @@ class VLM(nn.Module):
                 raise UserError(f"{encoder} holds weights of the LLM itself (stage decoder): load it without int8, "
                                 "by --no-int8 or quantize=None")
             decoder = copy.deepcopy(decoder)
+            decoder.words = None                    # they will be others
         else:                                       # what other stages hold of a decoder belongs to the surrogate
             tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
         like_words = about.get("recipe", {}).get("like_words", False)

@@ -35,13 +35,13 @@ class Recipe:
     loss_on: str = option("answers+special", "which tokens carry loss: answers+special (chat tokens, too) or answers")
     balance: float = option(0.0, "more loss on short turns about images: exponent of the paper's dynamic loss weights, "
                             "1 there (appendix A.7; train.py, balance); 0: none", 0, 10)
-    like_words: bool = option(False, "visual tokens are as long as words; ours, not the paper's (model.py, as_words)")
+    like_words: bool = option(False, "visual tokens as far from the mean word as words are; ours (model.py, as_words)")
     vit_layers: int = option(0, "layers of the ViT that learn, the last ones; 0: its last third", 0, 1000)
     vit_lr: float = option(1.0, "learning rate of the ViT, in units of lr", 0, 1)
     distill: int = option(0, "stage encoder: on every n-th step the full LLM teaches the translators, on the images as "
                           "the encoder shows them; 0: they stay frozen, as in the paper", 0, 10**9)
     distill_lr: float = option(0.3, "learning rate of these translators, in units of lr", 0, 1)
-    noise: float = option(0.5, "noise on visual tokens while the LLM teaches, up to this part of their length", 0, 10)
+    noise: float = option(0.5, "noise on the visual tokens of these steps, up to this part of their length", 0, 10)
     max_length: int = option(4096, "longest sequence in tokens; longer ones are cut", 32, 10**6)
     checkpointing: bool = option(False, "keep only the layers' inputs for the backward pass, compute the rest again")
     dtype: str = option("auto", "auto, float32 or bfloat16; auto: bfloat16 where the chip multiplies it in hardware")

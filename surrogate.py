@@ -175,8 +175,8 @@ def load_surrogate(llm, checkpoint):
 
 
 def load_translators(surrogate, checkpoint):
-    """Give a surrogate the translators of a checkpoint. One that holds none (stage 2 without `distill`) names the one
-    that it started from. Returns the surrogate."""
+    """Give a surrogate the translators of a checkpoint; if it holds none (stage 2 without `distill`), those of the
+    checkpoint that it started from. Returns the surrogate."""
     for file, tensors, about in checkpoints.ancestry(checkpoint):
         taught = about.get("stage") == "encoder" and about.get("ranges") and about.get("recipe", {}).get("distill")
         if taught or any(n.startswith("decoder.") for n in tensors):
@@ -214,26 +214,26 @@ def teacher_states(surrogate, llm, trunk, batch):
     """The LLM's states behind the common trunk, whose output for a batch is trunk (B, T, C): a dict of tensors that
     `distillation_loss` compares the translators with."""
     after = surrogate.ranges[-1][1] + 1                     # the LLM's layer behind the last replaced range
-    theirs = llm.run(trunk, surrogate.trunk, after)                                     # (B, T, C): what to make
+    theirs = llm.run(trunk, surrogate.trunk, after)                                     # (B, T, C): the target
     index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(trunk.device)     # (N,) positions with a target
     full = llm.run(theirs, after).flatten(0, 1)[index]                                  # (N, C): the LLM's last state
     real = (torch.arange(trunk.shape[1]) < batch["lengths"][:, None]).to(trunk.device)  # (B, T): not padding
     return dict(trunk=trunk, theirs=theirs, full=full, index=index, real=real)
 
 
-def distillation_loss(surrogate, llm, cached):
+def distillation_loss(surrogate, states):
     """KL divergence of the LLM's predictions from the surrogate's, mean over targets; distance of the translators'
-    states from the LLM's, mean over positions."""
+    states from the LLM's, mean over positions. states: the LLM's, of `teacher_states`."""
     last = surrogate.translators[-1] + 1                    # the layer behind the last translator
-    theirs, real = cached["theirs"], cached["real"]
-    ours = surrogate.run(cached["trunk"], surrogate.trunk, last)                        # (B, T, C)
+    theirs, real = states["theirs"], states["real"]
+    ours = surrogate.run(states["trunk"], surrogate.trunk, last)                        # (B, T, C)
     # each position in units of its own length: the first token's state is many times as long as the others' ("massive
     # activations", arXiv 2402.17762), and would be all that a common unit sees
     off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (B, T) each
-    state = surrogate.run(ours, last).flatten(0, 1)[cached["index"]]                    # (N, C)
+    state = surrogate.run(ours, last).flatten(0, 1)[states["index"]]                    # (N, C)
     logp = surrogate.logits(state).float().log_softmax(-1)                              # (N, vocab)
     with torch.no_grad():
-        full_logp = llm.logits(cached["full"]).float().log_softmax(-1)                  # (N, vocab)
+        full_logp = surrogate.logits(states["full"]).float().log_softmax(-1)            # (N, vocab), by the shared head
     kl = F.kl_div(logp, full_logp, log_target=True, reduction="sum") / max(1, len(state))
     return kl, (off / size).masked_fill(~real, 0).sum() / real.sum()
 

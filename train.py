@@ -2,7 +2,7 @@
 Train a vision encoder against the surrogate of an LLM: the paper's three stages.
 
     python train.py translator      # 1: train the surrogate's translator
-    python train.py encoder         # 2: train projector and upper ViT through the surrogate, frozen but for lessons
+    python train.py encoder         # 2: train projector and upper ViT through the surrogate
     python graft.py --encoder runs/encoder/encoder.safetensors  # the graft: the same encoder, the full LLM, no training
     python train.py decoder         # 3 (optional): train the full LLM, too, behind the grafted encoder
 
@@ -123,7 +123,7 @@ def set_dtypes(model, decoder, learns):
 
     bfloat16 has 8 significant bits: most updates of a weight would be rounded away. (model.py casts the weights.)"""
     dtype, learned = decoder.dtype, {id(p) for p in learns.values()}
-    decoder.stream_dtype = dtype
+    decoder.activation_dtype = dtype
     for layer in decoder.model.layers:                      # as a module: one that is sharded has to take notice
         layer.to(torch.float32 if all(id(p) in learned for p in layer.parameters()) else dtype)
     for p in model.parameters():
@@ -141,59 +141,61 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
     distill = recipe.distill if llm else 0
     learns = trained_parameters(vlm, about["stage"], recipe.vit_layers, distill)
     set_dtypes(vlm, vlm.decoder, learns)
-    taught = [p for n, p in learns.items() if n.startswith("decoder.")] if distill else []
-    for p in taught:                                        # frozen, but for the lesson
+    translators = [p for n, p in learns.items() if n.startswith("decoder.")] if distill else []
+    for p in translators:                                   # known to the optimizer, but only `teach` may reach them
         p.requires_grad_(False)
     rates = {"encoder.": recipe.vit_lr, "decoder.": recipe.distill_lr if distill else 1.0}      # in units of lr
     optimizer = adamw(learns, recipe, rates)
     log = Log(out, about, learns, optimizer, recipe, resume, saved)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
-        targets = torch.full((), count_targets(micro_batches), device=vlm.decoder.device)
-        targets = over_processes(targets)                   # in the whole global batch
-        teaches = distill and step % distill == 0
-        total, lesson = torch.zeros(2, device=vlm.decoder.device)
+        n_targets = torch.full((), count_targets(micro_batches), device=vlm.decoder.device)
+        n_targets = over_processes(n_targets)               # in the whole global batch
+        distilling = distill and step % distill == 0
+        total, distance = torch.zeros(2, device=vlm.decoder.device)
+        generator = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
         if recipe.balance:
-            balance(micro_batches, recipe.balance, targets.device)
-        noise = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
+            balance(micro_batches, recipe.balance, vlm.decoder.device)
         for batch in micro_batches:
             trunk = None
-            if teaches:
-                trunk, apart = teach(vlm, llm, batch, taught, recipe.noise, noise, len(micro_batches))
-                lesson += apart
-            loss = vlm.loss(batch, trunk) / targets
+            if distilling:
+                trunk, part = teach(vlm, llm, batch, translators, recipe.noise, generator, len(micro_batches))
+                distance += part
+            loss = vlm.loss(batch, trunk) / n_targets
             loss.backward()
             total += loss.detach()
         for p in learns.values():                           # so that all processes have the same gradients to add up
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
         lr = update(optimizer, recipe, step)
-        told = {"lesson": lesson if teaches else ""} if distill else {}
-        log.add(step, loss=over_processes(total), lr=lr, targets=targets, **told)
+        columns = dict(distance=distance if distilling else "") if distill else {}
+        log.add(step, loss=over_processes(total), lr=lr, targets=n_targets, **columns)
     return log.close()
 
 
 def teach(vlm, llm, batch, translators, noise, generator, parts=1):
-    """Let the LLM teach the surrogate on the images as the encoder shows them: a gradient for the translators alone.
+    """Distill the LLM into the translators, on the images as the encoder shows them. Only the translators get a
+    gradient.
 
-    Returns the output of the common trunk (B, T, C), from which the encoder's own loss goes on, and how far translators
-    and LLM are apart (see surrogate.distillation_loss), divided by `parts`, the micro-batches of the step. There is
-    noise on the visual tokens, so that the translators follow the LLM in the neighborhood, too: a gradient depends on
-    more than one point.
+    Returns the output of the shared layers (B, T, C), computed from visual tokens with noise, from which the encoder's
+    own loss goes on, and the distillation loss, divided by `parts`, the micro-batches of the step. The noise makes the
+    translators match the LLM around each visual token and not only at it, so that their gradients match, too.
     """
     s, tokens = vlm.decoder, batch["tokens"]
     x = vlm.embed(tokens, batch["pixels"])                                              # (B, T, C)
     size = noise * torch.rand(len(tokens), 1, 1, generator=generator) * (tokens == IMAGE)[..., None]    # (B, T, 1)
     shift = size * F.normalize(torch.randn(x.shape, generator=generator), dim=-1)       # (B, T, C)
-    words = s.as_words(torch.zeros_like(x[:1, :1]))                                     # (1, 1, C): the words' mean
-    length = (x.detach() - words).norm(dim=-1, keepdim=True)                            # (B, T, 1)
+    mean, _ = s.word_statistics()                                                       # (C,)
+    length = (x.detach() - mean).norm(dim=-1, keepdim=True)                             # (B, T, 1)
     trunk = s.run(x + shift.to(x) * length, 0, s.trunk)
     for p in translators:
         p.requires_grad_(True)
-    lesson = sum(surrogate.distillation_loss(s, llm, surrogate.teacher_states(s, llm, trunk.detach(), batch))) / parts
-    lesson.backward()
+    states = surrogate.teacher_states(s, llm, trunk.detach(), batch)
+    kl, distance = surrogate.distillation_loss(s, states)
+    loss = (kl + distance) / parts
+    loss.backward()
     for p in translators:                                   # frozen again, for the encoder's loss
         p.requires_grad_(False)
-    return trunk, lesson.detach()
+    return trunk, loss.detach()
 
 
 def count_targets(micro_batches):
@@ -202,8 +204,8 @@ def count_targets(micro_batches):
 
 def balance(micro_batches, exponent, device):
     """Give each target its share in the loss: the paper's dynamic loss weights (appendix A.7; in the authors' code
-    `_calc_loss_weights_with_batchmean` of src/methods/engine_ar_instruction_llama.py), by which a short answer about an
-    image counts as much as a long one.
+    `_calc_loss_weights_with_batchmean` of src/methods/engine_ar_instruction_llama.py), by which short turns about an
+    image count for more than their length.
 
     A target in a turn of n targets has the share (log(N + 1) / log(n + 1)) ** exponent, where N is the most that a turn
     of the global batch has; without an image it is 1.
@@ -241,7 +243,10 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
     None until `build` has measured its trajectory. Later stages find them in the checkpoint that they go on from.
     """
     target = TARGETS[name]
-    start = None if init == "none" or direct and not init else init or before(stage, name)
+    if init == "none" or direct and not init:
+        start = None                                        # a new projector
+    else:
+        start = init or before(stage, name)
     parent = open_checkpoint(start)[1] if start else {}
     llm = llm or parent.get("llm", target.llm)
     if not same_file(parent.get("llm", llm), llm):
@@ -313,14 +318,15 @@ def build(about, dtype, device, shard=None, llm=None):
         return vlm
     if ranges and ranges == open_checkpoint(start)[1].get("ranges"):
         surrogate.load_translators(decoder, start)
-    for _, tensors, parent in ancestry(start):              # behind translators alone, the rest is the stage before's
+    # a checkpoint of translators alone has projector and ViT in the one that it started from
+    for file, tensors, parent in ancestry(start):
         if not all(n.startswith("decoder.") for n in tensors):
             break
     needs = held(parent, tensors, vlm.encoder.config.num_hidden_layers)
     # stage 3 goes on with a whole decoder; the translators of other files have been loaded above
     whole = about["stage"] == "decoder" and "decoder.model.embed_tokens.weight" in tensors
     tensors = {n: t for n, t in tensors.items() if whole or not n.startswith("decoder.")}
-    load_checkpoint(vlm, tensors, start, needs)
+    load_checkpoint(vlm, tensors, file, needs)
     return vlm
 
 

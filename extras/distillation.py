@@ -104,7 +104,7 @@ def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resu
             with torch.no_grad():
                 trunk = decoder.run(slots.embed(samples, batch, seed * 10**6 + k), 0, decoder.trunk)
             cache[k] = teacher_states(decoder, llm, trunk, batch)
-        kl, distance = distillation_loss(decoder, llm, cache[k])
+        kl, distance = distillation_loss(decoder, cache[k])
         (kl + distance).backward()
         log.add(step, loss=kl + distance, kl=kl, distance=distance, lr=update(optimizer, recipe, step))
     return log.close()

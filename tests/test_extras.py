@@ -98,7 +98,7 @@ def test_distillation_loss_and_gradients(tiny_llm, ranges):
     """The full LLM teaches the translators, and nothing else."""
     vlm, llm = make_vlm(tiny_llm, ranges)
     batch, parameters = mixed_batch(vlm), train.translator_parameters(vlm.decoder)
-    losses = surrogate.distillation_loss(vlm.decoder, llm, states(vlm, llm, batch))
+    losses = surrogate.distillation_loss(vlm.decoder, states(vlm, llm, batch))
     expected = oracle(vlm, llm, batch)
     for ours, theirs in zip(losses, expected):
         assert relative(ours.item(), theirs.item()) < 1e-4
@@ -114,7 +114,7 @@ def test_distillation_is_zero_for_a_perfect_translator(tiny_llm):
     with torch.no_grad():
         for ours, theirs in zip(vlm.decoder.model.layers[3].parameters(), llm.model.layers[3].parameters()):
             ours.copy_(theirs)
-    losses = surrogate.distillation_loss(vlm.decoder, llm, states(vlm, llm, mixed_batch(vlm)))
+    losses = surrogate.distillation_loss(vlm.decoder, states(vlm, llm, mixed_batch(vlm)))
     assert [x.item() for x in losses] == [0, 0]
 
 
