@@ -22,11 +22,9 @@ MAX_PIXELS, MAX_SIDE = 64_000_000, 10_000  # padded to a square, the longest sid
 
 
 def open_image(source):
-    """
-    A path, a PIL image of any mode or a numpy array of uint8, (H, W) or (H, W, 3 or 4) -> PIL image in RGB.
+    """A path, a PIL image of any mode or a numpy array of uint8, (H, W) or (H, W, 3 or 4) -> PIL image in RGB.
     Transparency is laid over white, 16-bit is scaled to 8, a photo is turned as its EXIF says. MissingFile: no such
-    file. UserError: not an image, damaged or too large.
-    """
+    file. UserError: not an image, damaged or too large."""
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2:
             raise UserError(f"image: an array of {source.dtype} {source.shape}: give uint8 (H, W) or (H, W, 3 or 4)")
@@ -79,10 +77,8 @@ def _to_rgb(image):
 
 
 def preprocess(image, size=SIZE):
-    """
-    PIL image or path -> float32 (3, size, size). Padded to a centred square with the mean color (as LLaVA does), then
-    what transformers' CLIPImageProcessor does: bicubic resize, scale to 0..1, subtract CLIP's mean, divide by its std.
-    """
+    """PIL image or path -> float32 (3, size, size). Padded to a centred square with the mean color, as in LLaVA; then
+    what transformers' CLIPImageProcessor does: bicubic resize, scale to 0..1, subtract the mean, divide by the std."""
     image = open_image(image)
     w, h = image.size
     if w != h:

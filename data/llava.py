@@ -24,8 +24,7 @@ NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 class LlavaRecords:
-    """
-    The good records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
+    """The good records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
 
     All records are checked when the file is loaded, so that a long run does not stop at record 500,000. Image paths are
     relative to `image_folder`, which a file of text alone does not need. `seed` draws the openings of records without
@@ -38,8 +37,7 @@ class LlavaRecords:
 
     pictured, texts     the indices i of the records with an image, and of those without
     digest              of the file's bytes and the sizes of the images that it names: has something changed?
-    errors              {place in the file: what is wrong there} of every bad record met so far
-    """
+    errors              {place in the file: what is wrong there} of every bad record met so far"""
 
     def __init__(self, json_path, image_folder=None, seed=0, on_bad="stop"):
         if on_bad not in ("stop", "skip"):

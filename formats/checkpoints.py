@@ -21,10 +21,8 @@ ROOT = Path(__file__).parent.parent     # of the project: assets/ is there
 
 
 def save_checkpoint(path, tensors, about):
-    """
-    Save named tensors as safetensors. `about` (any JSON values) goes into the file's metadata, readable without the
-    weights. Of a sharded model, gather the tensors first.
-    """
+    """Save named tensors as safetensors. `about` (any JSON values) goes into the file's metadata, readable without the
+    weights. Of a sharded model, gather the tensors first."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     write_tensors(path, lambda part: save_file(tensors, part, {k: json.dumps(v) for k, v in about.items()}))
 
@@ -56,10 +54,8 @@ def locate(path):
 
 
 def checkpoint_file(path):
-    """
-    The file of a checkpoint: `path` itself, a file of the hub (org/name:FILE), or what is in the folder or behind the
-    hub name (org/name) of that name: a result that extras/share.py wrote, the folder of a run, or, as it is, a LLaVA.
-    """
+    """The file of a checkpoint: `path` itself, a file of the hub (org/name:FILE), or what is in the folder or behind
+    the hub name (org/name): a result that extras/share.py wrote, the folder of a run, or, as it is, a LLaVA."""
     name, path = path, locate(path)
     if not path.exists() and on_hub(path):
         path = find_file(path) if ":" in str(path) else find(path)
@@ -83,10 +79,8 @@ def on_hub(path):
 
 
 def open_checkpoint(path):
-    """
-    ({name: function that reads this tensor}, about) of a file that `save_checkpoint` wrote, or of a checkpoint that the
-    paper released (.pth).
-    """
+    """({name: function that reads this tensor}, about) of a file that `save_checkpoint` wrote, or of a checkpoint that
+    the paper released (.pth)."""
     path = checkpoint_file(path)
     if not path.exists():
         raise MissingFile(f"no such checkpoint: {path}")
@@ -134,8 +128,7 @@ def read_checkpoint(path):
 def beside(name, checkpoint):
     """The file that a checkpoint's metadata names: in the checkpoint's own folder, or else as written there.
 
-    In this order: what is shipped in assets/ stays together, whatever a run of yours has left in runs/ since.
-    """
+    In this order: what is shipped in assets/ stays together, whatever a run of yours has left in runs/ since."""
     file = checkpoint_file(checkpoint)
     neighbour, written = file.parent / Path(name).name, locate(name)
     if neighbour.exists() and not neighbour.samefile(file):
@@ -158,10 +151,8 @@ def ancestry(path):
 
 
 def held(about, tensors, layers):
-    """
-    How the names begin that a checkpoint has to hold: those of what its stage trained, but for the translators, for
-    which surrogate.load_translators asks. Whatever it lacked would be random. layers: of its ViT.
-    """
+    """How the names begin that a checkpoint has to hold: those of what its stage trained, but for the translators, for
+    which surrogate.load_translators asks. Whatever it lacked would be random. layers: of its ViT."""
     upper, recipe, stage = "encoder.vision_model.encoder.layers.", about.get("recipe", {}), about.get("stage")
     whole = stage == "decoder" or "decoder.model.embed_tokens.weight" in tensors        # stage 3 trains the LLM itself
     if stage is None:                                                                   # the paper's say nothing
@@ -176,10 +167,8 @@ def held(about, tensors, layers):
 
 
 def load_checkpoint(module, tensors, path, needs=()):
-    """
-    Copy named tensors into `module`; every name and shape must fit, else one line names all that do not. needs: how the
-    names begin of which none may be missing.
-    """
+    """Copy named tensors into `module`; every name and shape must fit, else one line names all that do not. needs: how
+    the names begin of which none may be missing."""
     wanted, wrong = dict(module.named_parameters()), []
     for name, tensor in tensors.items():
         if name not in wanted:

@@ -5,7 +5,6 @@ Files that someone else wrote: checked here, so that whatever is wrong with one 
     take = values(config, "config.json")                # take("hidden_size") -> a whole number, or a UserError
     tensors = open_safetensors("model.safetensors")     # {name: a function that reads it}; open_torch for .bin and .pth
 """
-
 import contextlib
 import functools
 import json
@@ -73,11 +72,9 @@ def read_json(path, kind=dict, limit=MAX_BYTES):
 
 
 def values(config, where, neutral={}):
-    """
-    A function that reads checked values out of a configuration: take(name, default, kind, high). kind int: a size, from
-    1 to high; float: above 0 and finite; bool. Missing and null are the default, without one they are an error.
-    neutral: {name: the values that change nothing}; any other asks for what is not here, and is an error.
-    """
+    """A function that reads checked values out of a configuration: take(name, default, kind, high). kind int: a size,
+    from 1 to high; float: above 0 and finite; bool. Missing and null are the default, without one they are an error.
+    neutral: {name: the values that change nothing}; any other asks for what is not here, and is an error."""
     if not isinstance(config, dict):
         raise UserError(f"the configuration in {where} is {config!r:.40}, not an object with names and values")
     for name, nothing in neutral.items():
