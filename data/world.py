@@ -10,12 +10,12 @@ them, the LLM has to know them.
 import random
 import re
 from functools import lru_cache
-from pathlib import Path
 
 from cli import UserError
 from data import TABLE
 from data.batches import Sample, wrap
 from data.drawing import COLORS, FLAGS, SHAPES, draw
+from formats.checkpoints import ROOT
 from formats.files import read_json
 
 # ---- What there is --------------------------------------------------------------------------------------------------
@@ -79,9 +79,9 @@ def is_right(text, sample):
 
 
 @lru_cache(maxsize=None)
-def instructions(path=Path(__file__).parent.parent / "assets" / "instructions.json"):
+def instructions():
     """[(subject, question, answer), ...]: what the LLM itself answered, with the caption in the image's place."""
-    return [(tuple(subject), question, answer) for subject, question, answer in read_json(path, list)]
+    return [(tuple(s), question, answer) for s, question, answer in read_json(ROOT / "assets/instructions.json", list)]
 
 
 def _subject(rng, task, index, split):
