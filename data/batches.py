@@ -175,7 +175,7 @@ def shares(recipe, world):
     return share, micro
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches:
     """batches[step] -> the micro-batches that this process reads in that step.
 
     Each process takes its share of the step's samples, sorts it into those with an image and those without, and cuts it
@@ -198,13 +198,20 @@ class Batches(torch.utils.data.Dataset):
         kinds = [mine] if self.mixed else kinds
         return [self.collate(kind[i : i + self.micro]) for kind in kinds for i in range(0, len(kind), self.micro)]
 
+    def read(self, step):
+        """self[step], or its error as a value: so it comes out of a worker process as it is, and not as a traceback."""
+        try:
+            return self[step]
+        except (UserError, OSError) as error:
+            return error
+
     def loader(self, steps, workers=0):
         """Iterate over these steps; `workers` processes prepare them ahead. Says how many samples carry no loss, since
         max_length cuts them before their answer; UserError if that is true of all."""
         seen, empty, why = 0, 0, f"max_length={self.collate.keywords['max_length']} cuts them before their answer"
-        options = dict(batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
+        options = dict(batch_size=None, num_workers=workers, collate_fn=self.read)
         try:
-            for step, read in zip(steps, torch.utils.data.DataLoader(Returned(self), **options)):
+            for step, read in zip(steps, torch.utils.data.DataLoader(steps, **options)):
                 if isinstance(read, Exception):
                     raise read
                 learns = torch.cat([(batch["targets"] >= 0).any(1) for batch in read])      # (samples of the step,)
@@ -215,20 +222,3 @@ class Batches(torch.utils.data.Dataset):
         finally:
             if 0 < empty < seen:
                 print(f"warning: {empty} of {seen} samples taught nothing: {why}", file=sys.stderr)
-
-
-class Returned:
-    """A dataset whose errors are returned: so they come out of a worker process as they are, and not as a traceback."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, i):
-        try:
-            return self.dataset[i]
-        except (UserError, OSError) as error:
-            return error
-
-
-def as_is(x):
-    return x
