@@ -335,12 +335,15 @@ def test_llava_bad_record_is_named(llava, bad, message):
         llava([bad, bad], on_bad="skip")
 
 
-@pytest.mark.parametrize("content, words", [(b"{", "line 1: not valid JSON"), (b'{"a": 1}\n\n[}', "line 3: not valid"),
-                                            (b"\xff", "not UTF-8"), (b"", "list of 1 to"), (b"[7]", "record 0")])
-def test_llava_bad_lines(tmp_path, content, words):
-    """Bad .json files: test_bad_input.py."""
-    (tmp_path / "data.jsonl").write_bytes(content)
-    refuses(UserError, lambda: LlavaRecords(tmp_path / "data.jsonl"), "data.jsonl", words)
+@pytest.mark.parametrize("name, content, words", [
+    *(("data.json", content, "not valid JSON") for content in (b"[{", b"", b'{"id": 1}\n{"id": 2}', b"[" * 10**5)),
+    *(("data.json", content, " list") for content in (b"{}", b"[]", b"3")), ("data.json", b"[7]", "record 0"),
+    ("data.jsonl", b"{", "line 1: not valid JSON"), ("data.jsonl", b'{"a": 1}\n\n[}', "line 3: not valid"),
+    ("data.jsonl", b"\xff", "not UTF-8"), ("data.jsonl", b"", "list of 1 to"),
+])
+def test_llava_bad_files(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    refuses(UserError, lambda: LlavaRecords(tmp_path / name), name, words)
 
 
 def test_llava_as_distributed(llava, tmp_path):

@@ -418,6 +418,7 @@ def test_tiny_json(tmp_path):
     ("malformed: KeyError('xy')", lambda spec: spec["model"].update(merges=["x y"])),
     ("malformed: AttributeError", lambda spec: spec["model"].update(vocab=[["a", -1.0]])),          # Unigram
     ("malformed: KeyError('merges')", lambda spec: spec["model"].pop("merges")),                    # WordPiece
+    ("malformed: TypeError", lambda spec: spec.update(added_tokens=3)),
     ("SmolLM2; transformers 5", lambda spec: spec.update(pre_tokenizer={"type": "ByteLevel"})),
     ("another way than Llama 3", lambda spec: spec.update(pre_tokenizer=None)),
     ("another way", lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(type="Punctuation")),
@@ -443,9 +444,10 @@ def test_no_files(tmp_path, path):
         refuses(MissingFile, lambda: Tokenizer.from_pretrained(where), "no tokenizer at ", ": give ")
 
 
-@pytest.mark.parametrize("name, contents", [     # tokenizer.json: test_bad_input.py
+@pytest.mark.parametrize("name, contents", [
     ("tokenizer.model", [b"", b"\x0a\x0e\n\x05<unk>\x15\x00\x00", LFS, b"<html>\n", b"IQ== 0\nIg== 1\n", 1_000_001]),
-    ("x.gguf", [b"", b"GGUF", LFS, 20_000])])
+    ("tokenizer.json", [b"", b"{", b"[]", b"{}", b"\xff\xfe", LFS]), ("x.gguf", [b"", b"GGUF", LFS, 20_000]),
+])
 def test_bad_files(tmp_path, default_gguf, meta_file, name, contents):
     """A number: as many bytes of the official file."""
     official = {"tokenizer.model": meta_file, "x.gguf": default_gguf}

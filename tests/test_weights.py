@@ -62,10 +62,11 @@ def weights(more=(), without=(), save=save_file, to="model.safetensors", cut=1.0
 
 
 def in_shards(folder):
-    """Two files, of which the second is missing."""
+    """Two files, and an index of which tensor is in which."""
     tensors = load_file(folder / "model.safetensors")
     half = dict(list(tensors.items())[:9])
     save_file(half, folder / "model-00001-of-00002.safetensors")
+    save_file({n: t for n, t in tensors.items() if n not in half}, folder / "model-00002-of-00002.safetensors")
     (folder / "model.safetensors").unlink()
     index = {n: f"model-0000{1 + (n not in half)}-of-00002.safetensors" for n in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
@@ -92,11 +93,18 @@ def a_bin(tensor=None, of=lambda tensors: tensors, save=torch.save, cut=1.0):
     return weights(more, save=lambda tensors, path: save(of(tensors), path), to="pytorch_model.bin", cut=cut)
 
 
+@pytest.mark.parametrize("change", [in_shards, a_bin()])
+def test_good_folders(folder, change):
+    before = Llama.from_pretrained(folder)(TOKENS)
+    change(folder)
+    assert torch.equal(Llama.from_pretrained(str(folder))(TOKENS), before)
+
+
 CUT = ("truncated", "download it again")
 MISSING = [
     (lambda folder: (folder / "config.json").unlink(), "config.json", "{folder}"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no weights", "{folder}"),
-    (in_shards, "model-00002-of-00002.safetensors", "missing"),
+    (lambda folder: in_shards(folder) or (folder / "model-00002-of-00002.safetensors").unlink(), "00002", "missing"),
 ]
 DAMAGED = [         # more of what a config.json may say: test_bad_input.py
     (config(hidden_size="delete"), "lacks 'hidden_size'", "{folder}"),
