@@ -4,7 +4,6 @@ A sample is an image and a chat about it. The order in which samples are shown, 
     kind, number = evenly_spaced(i, len(records.pictured), len(records.texts))      # sample i of an endless walk
     batch = collate([sample], tokenizer, n_visual=19, size=64)
 """
-
 import functools
 import random
 import sys
@@ -61,12 +60,10 @@ class Sample:
 
 
 def evenly_spaced(i, n_images, n_texts):
-    """
-    Sample i = 0, 1, ... of an endless walk through two sources, mixed by even spacing (the paper's proportional
+    """Sample i = 0, 1, ... of an endless walk through two sources, mixed by even spacing (the paper's proportional
     strides, for two sources) -> ("image" or "text", its number in the walk through that source).
     n_images + n_texts samples hold every image and every text once; w samples in a row hold w * n_texts /
-    (n_images + n_texts) texts, to within 1.
-    """
+    (n_images + n_texts) texts, to within 1."""
     if min(n_images, n_texts) < 0 or not n_images + n_texts:
         raise UserError(f"cannot mix {n_images} images and {n_texts} texts: there must be something to show")
     texts, texts_after = (j * n_texts // (n_images + n_texts) for j in (i, i + 1))  # before sample i, and with it
@@ -123,15 +120,13 @@ LOSS_KINDS = {"answers+special": (1, 2), "answers": (2,)}
 
 
 def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", max_length=None):
-    """
-    Samples -> a batch, padded on the right to its longest sequence:
+    """Samples -> a batch, padded on the right to its longest sequence:
         tokens  (B, T) int64    IMAGE stands n_visual times where the image goes; padding is tokenizer.pad
         targets (B, T) int64    the token to predict AT position t, i.e. token t + 1; -100 where there is no loss
         turns   (B, T) int64    how many targets the turn has that this target is in; 0 where there is no image
         pixels  (images, 3, size, size) float32, the existing images in order; None if there are none
         lengths (B,) int64      positions that are not padding
-    max_length cuts a sequence at its end; UserError if the image would not fit.
-    """
+    max_length cuts a sequence at its end; UserError if the image would not fit."""
     if loss_on not in LOSS_KINDS:
         raise UserError(f"unknown loss_on {loss_on!r}: choose one of {', '.join(LOSS_KINDS)}")
     rows, targets, turns, pixels = [], [], [], []
@@ -180,16 +175,14 @@ def shares(recipe, world):
     return share, micro
 
 
-class Batches(torch.utils.data.Dataset):
-    """
-    batches[step] -> the micro-batches that this process reads in that step.
+class Batches:
+    """batches[step] -> the micro-batches that this process reads in that step.
 
     Each process takes its share of the step's samples, sorts it into those with an image and those without, and cuts it
     into micro-batches. So each is of one kind: where there is no image nothing before the decoder's trained layers
     needs a gradient, and autograd skips it without being told. (mixed=True leaves them as they come.)
 
-    samples[i]: number i of an endless walk. recipe: its batch, micro_batch, loss_on and max_length are used.
-    """
+    samples[i]: number i of an endless walk. recipe: its batch, micro_batch, loss_on and max_length are used."""
 
     def __init__(self, samples, recipe, tokenizer, n_visual, image_size, rank=0, world=1, mixed=False):
         share, micro = shares(recipe, world)
@@ -205,13 +198,20 @@ class Batches(torch.utils.data.Dataset):
         kinds = [mine] if self.mixed else kinds
         return [self.collate(kind[i : i + self.micro]) for kind in kinds for i in range(0, len(kind), self.micro)]
 
+    def read(self, step):
+        """self[step], or its error as a value: so it comes out of a worker process as it is, and not as a traceback."""
+        try:
+            return self[step]
+        except (UserError, OSError) as error:
+            return error
+
     def loader(self, steps, workers=0):
         """Iterate over these steps; `workers` processes prepare them ahead. Says how many samples carry no loss, since
         max_length cuts them before their answer; UserError if that is true of all."""
         seen, empty, why = 0, 0, f"max_length={self.collate.keywords['max_length']} cuts them before their answer"
-        options = dict(batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
+        options = dict(batch_size=None, num_workers=workers, collate_fn=self.read)
         try:
-            for step, read in zip(steps, torch.utils.data.DataLoader(Returned(self), **options)):
+            for step, read in zip(steps, torch.utils.data.DataLoader(steps, **options)):
                 if isinstance(read, Exception):
                     raise read
                 learns = torch.cat([(batch["targets"] >= 0).any(1) for batch in read])      # (samples of the step,)
@@ -222,20 +222,3 @@ class Batches(torch.utils.data.Dataset):
         finally:
             if 0 < empty < seen:
                 print(f"warning: {empty} of {seen} samples taught nothing: {why}", file=sys.stderr)
-
-
-class Returned:
-    """A dataset whose errors are returned: so they come out of a worker process as they are, and not as a traceback."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, i):
-        try:
-            return self.dataset[i]
-        except (UserError, OSError) as error:
-            return error
-
-
-def as_is(x):
-    return x

@@ -3,7 +3,6 @@ Everything that draws the world: colored shapes, signs with a word, flags. All c
 
     image = draw(random.Random(0), ("flag", "Japan"))       # a PIL image of 64 x 64 pixels
 """
-
 import math
 from functools import lru_cache
 from pathlib import Path

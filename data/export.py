@@ -31,8 +31,7 @@ def export(folder, n=200, seed=0):
     """Write the first n samples of World(seed) as PNGs, and folder/data.json: its path. The JSON comes last, whole.
 
     The records stand in such an order that a run with the same seed, which shuffles them, shows them as the drawn world
-    does: the same samples at every step, until all have been shown once.
-    """
+    does: the same samples at every step, until all have been shown once."""
     folder, samples, records = Path(folder), World(seed), [None] * n
     if (folder / "data.json").exists():
         raise UserError(f"{folder}/data.json is there already: give another folder, or delete it")

@@ -24,26 +24,23 @@ NAMES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 class LlavaRecords:
-    """
-    The good records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
+    """The good records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
 
     All records are checked when the file is loaded, so that a long run does not stop at record 500,000. Image paths are
     relative to `image_folder`, which a file of text alone does not need. `seed` draws the openings of records without
     an "opening" of their own (None: the default one). What happens at a bad record (wrong structure, image missing,
     damaged or too large):
 
-        on_bad="stop"     UserError (MissingFile) names the file, the record's place in it and its id
-        on_bad="skip"     left out when the file is loaded; where only opening shows it, the next image of the file
-                          takes its place. It is named once on stderr. UserError if nothing is left
-        on_bad="collect"  left out when the file is loaded, even if nothing is left; nothing is printed (data/check.py)
+        on_bad="stop"   UserError (MissingFile) names the file, the record's place in it and its id
+        on_bad="skip"   left out when the file is loaded; where only opening shows it, the next image of the file takes
+                        its place. It is named once on stderr. UserError if nothing is left
 
     pictured, texts     the indices i of the records with an image, and of those without
     digest              of the file's bytes and the sizes of the images that it names: has something changed?
-    errors              {place in the file: what is wrong there} of every bad record met so far
-    """
+    errors              {place in the file: what is wrong there} of every bad record met so far"""
 
     def __init__(self, json_path, image_folder=None, seed=0, on_bad="stop"):
-        if on_bad not in ("stop", "skip", "collect"):
+        if on_bad not in ("stop", "skip"):
             raise UserError(f"unknown on_bad {on_bad!r}: choose 'stop' or 'skip'")
         self.path, self.image_folder = str(json_path), str(image_folder or ".")
         self.seed, self.on_bad, self.errors = seed, on_bad, {}
@@ -65,23 +62,24 @@ class LlavaRecords:
                 with self.named(place):
                     image_path, *_ = self._check(record)
             except UserError as error:
-                self._bad(place, error)
+                self.bad(place, error)
                 continue
             if image_path:
                 digest.update(f"{place}: {os.path.getsize(image_path)}\n".encode())
             (self.pictured if image_path else self.texts).append(len(self.places))
             self.places.append(place)
         self.digest = digest.hexdigest()
-        if not self.places and on_bad != "collect":
+        if not self.places:
             raise UserError(f"{self.path}: all {len(records)} records are bad; the first: {self.errors[0]}")
 
     def __len__(self):
         return len(self.places)
 
-    def _bad(self, place, error):
+    def bad(self, place, error):
+        """Stop at this record, or note and name it: once, however often the walk comes by."""
         if self.on_bad == "stop":
             raise error
-        if self.on_bad == "skip" and place not in self.errors:  # once, however often the walk comes by
+        if place not in self.errors:
             print(printable(f"skipped: {error}"), file=sys.stderr)
         self.errors[place] = str(error)
 
@@ -142,7 +140,7 @@ class LlavaRecords:
                 try:
                     return self.read(i)
                 except UserError as error:
-                    self._bad(self.places[i], error)
+                    self.bad(self.places[i], error)
         raise UserError(f"{self.path}: none of its images can be opened; the last: {[*self.errors.values()][-1]}")
 
 

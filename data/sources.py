@@ -17,8 +17,7 @@ def read_data(stage, about, on_bad="stop"):
     """What a run reads: (samples, how many there are or None where images are endless).
 
     Images of the drawn world or of about["data"]; stage 1 mixes in text instructions, stage 3 the text of `data`.
-    Into about["read"] go digests, by which a run that goes on knows whether its files are the same (log.py).
-    """
+    Into about["read"] go digests, by which a run that goes on knows whether its files are the same (log.py)."""
     seed, data, text = about["seed"], about["data"], about["text"]
     records = LlavaRecords(data, about["images"], seed, on_bad) if data else None
     written = LlavaRecords(locate(text), None, seed, on_bad) if text else None

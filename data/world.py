@@ -7,16 +7,15 @@ Trained are a description, the color, the shape, the word, the country of a flag
 itself (assets/instructions.json). Never trained are the capital, language and continent of a country: no image holds
 them, the LLM has to know them.
 """
-
 import random
 import re
 from functools import lru_cache
-from pathlib import Path
 
 from cli import UserError
 from data import TABLE
 from data.batches import Sample, wrap
 from data.drawing import COLORS, FLAGS, SHAPES, draw
+from formats.checkpoints import ROOT
 from formats.files import read_json
 
 # ---- What there is --------------------------------------------------------------------------------------------------
@@ -80,9 +79,9 @@ def is_right(text, sample):
 
 
 @lru_cache(maxsize=None)
-def instructions(path=Path(__file__).parent.parent / "assets" / "instructions.json"):
+def instructions():
     """[(subject, question, answer), ...]: what the LLM itself answered, with the caption in the image's place."""
-    return [(tuple(subject), question, answer) for subject, question, answer in read_json(path, list)]
+    return [(tuple(s), question, answer) for s, question, answer in read_json(ROOT / "assets/instructions.json", list)]
 
 
 def _subject(rng, task, index, split):
@@ -139,14 +138,12 @@ SPLITS = ("train", "test", "untaught", "restyled")
 
 
 def world(task, index, seed=0, split="train"):
-    """
-    Sample number `index` of a task: one of TRAINED_TASKS or KNOWLEDGE_TASKS, or "instruct". The same arguments always
-    give the same sample; different ones never share a random stream, so "test" is unseen whatever was trained on.
-    Split "train" never shows a combination of HELD_OUT; in "test" half of the shapes are one, and the questions'
+    """Sample number `index` of a task: one of TRAINED_TASKS or KNOWLEDGE_TASKS, or "instruct". The same arguments
+    always give the same sample; different ones never share a random stream, so "test" is unseen whatever was trained
+    on. Split "train" never shows a combination of HELD_OUT; in "test" half of the shapes are one, and the questions'
     phrasings are ones that training does not have. "untaught" is the test about the words and flags of UNTAUGHT, which
     stages 1 and 2 leave out altogether: its pictures are signs and flags alone. "restyled" is "test" in fonts and sizes
-    that no training draws.
-    """
+    that no training draws."""
     tasks = (*QUESTIONS, *KNOWLEDGE_TASKS, "instruct")
     if task not in tasks:
         raise UserError(f"unknown task {task!r}: choose one of {', '.join(tasks)}")

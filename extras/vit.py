@@ -19,7 +19,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cli import Parser, check_out, run_cli
-from data.batches import as_is
 from data.drawing import draw
 from data.images import preprocess
 from data.world import KNOWN_SUBJECTS, SUBJECTS, caption
@@ -132,7 +131,7 @@ class Pictures(torch.utils.data.Dataset):
         return torch.stack(pixels), texts
 
     def loader(self, steps, workers=0):
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, collate_fn=as_is)
+        return torch.utils.data.DataLoader(steps, batch_size=None, num_workers=workers, collate_fn=self.__getitem__)
 
 
 def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False):

@@ -1,1 +1,1 @@
-"""Files: official weights, our checkpoints and the released ones, tokenizers, conversion. No model is known here."""
+"""Files: official weights, our checkpoints and the released ones, tokenizers. No model is known here."""

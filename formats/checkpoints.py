@@ -14,36 +14,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cli import MissingFile, UserError, write_whole
-from formats.official import (
-    and_more,
-    check_finite,
-    find,
-    find_file,
-    hf_config,
-    is_llava,
-    open_llava,
-    open_safetensors,
-    open_torch,
-    placed,
-)
+from formats.files import open_safetensors, open_torch
+from formats.official import and_more, check_finite, find, find_file, hf_config, is_llava, open_llava, placed
 
 ROOT = Path(__file__).parent.parent     # of the project: assets/ is there
 
 
 def save_checkpoint(path, tensors, about):
-    """
-    Save named tensors as safetensors. `about` (any JSON values) goes into the file's metadata, readable without the
-    weights. Of a sharded model, gather the tensors first.
-    """
+    """Save named tensors as safetensors. `about` (any JSON values) goes into the file's metadata, readable without the
+    weights. Of a sharded model, gather the tensors first."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    write_tensors(path, lambda part: save_file(tensors, part, {k: json.dumps(v) for k, v in about.items()}))
 
+
+def save_released(path, tensors, step):
+    """Save named tensors as the paper's released checkpoints are: a torch.save dictionary. The names are the same."""
+    saved = dict(epoch=1, global_step=step, model=tensors, optimizer=None, scheduler=None)
+    write_tensors(path, lambda part: torch.save(saved, part))
+
+
+def write_tensors(path, save):
+    """Call save(temporary path); the file then appears whole or not at all."""
     def write(part):
         part.touch()
-        mode = part.stat().st_mode  # save_file would make a file that nobody but its owner may read
+        mode = part.stat().st_mode      # save_file would make a file that nobody but its owner may read
         try:
-            save_file(tensors, part, {k: json.dumps(v) for k, v in about.items()})
-        except SafetensorError as e:  # its way to say that the disk is full
-            raise UserError(f"cannot write {path}: {e}") from None
+            save(part)
+        except (SafetensorError, RuntimeError) as e:    # their ways to say that the disk is full
+            raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
         part.chmod(mode)
 
     write_whole(path, write)
@@ -56,18 +54,16 @@ def locate(path):
 
 
 def checkpoint_file(path):
-    """
-    The file of a checkpoint: `path` itself, a file of the hub (org/name:FILE), or what is in the folder or behind the
-    hub name (org/name) of that name: a result that extras/share.py wrote, the folder of a run, or, as it is, a LLaVA.
-    """
+    """The file of a checkpoint: `path` itself, a file of the hub (org/name:FILE), or what is in the folder or behind
+    the hub name (org/name): a result that extras/share.py wrote, the folder of a run, or, as it is, a LLaVA."""
     name, path = path, locate(path)
     if not path.exists() and on_hub(path):
         path = find_file(path) if ":" in str(path) else find(path)
     if not path.is_dir():
         return path
-    files = [path / f"{stage}.safetensors" for stage in ("encoder", "decoder", "translator", "vit")]
-    if any(f.exists() for f in files):
-        return next(f for f in files if f.exists())
+    for stage in ("encoder", "decoder", "translator", "vit"):
+        if (path / f"{stage}.safetensors").exists():
+            return path / f"{stage}.safetensors"
     if is_llava(path):
         return path
     if not (path / "config.json").exists() and not locate(name).exists():
@@ -83,10 +79,8 @@ def on_hub(path):
 
 
 def open_checkpoint(path):
-    """
-    ({name: function that reads this tensor}, about) of a file that `save_checkpoint` wrote, or of a checkpoint that the
-    paper released (.pth).
-    """
+    """({name: function that reads this tensor}, about) of a file that `save_checkpoint` wrote, or of a checkpoint that
+    the paper released (.pth)."""
     path = checkpoint_file(path)
     if not path.exists():
         raise MissingFile(f"no such checkpoint: {path}")
@@ -105,23 +99,23 @@ def open_checkpoint(path):
         return tensors, {}
 
 
+ABOUT = dict(stage=str, llm=str, vit=str, ranges=list, vit_config=dict, recipe=dict, about=dict, step=int,
+             steps_done=int, seed=int) | dict.fromkeys(("start", "data", "text", "images"), str | None)
+RECIPE = dict(vit_layers=int, distill=int, like_words=bool)     # what is read of it
+
+
 def check_about(about, path):
     """A checkpoint's metadata, if its values are of the kinds that `save_checkpoint` was given; else a UserError."""
-    kinds = dict(stage=str, llm=str, vit=str, start=(str, type(None)), ranges=list, vit_config=dict, recipe=dict,
-                 about=dict, step=int, steps_done=int, seed=int, data=(str, type(None)), text=(str, type(None)),
-                 images=(str, type(None)))
-    whole = lambda pair: isinstance(pair, list) and [type(x) for x in pair] == [int, int]
-    for name, kind in kinds.items():
-        value = about.get(name)
-        if name in about and not (isinstance(value, kind) and (name != "ranges" or all(map(whole, value)))):
-            raise UserError(f"{path}: {name} = {value!r:.60} in its metadata: it is damaged, or not of this project's "
-                            "train.py")
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"{path}: {name} = {value!r:.60} in its metadata is no name: it is damaged")
-    for name, kind in dict(vit_layers=int, distill=int, like_words=bool).items():       # of the recipe, what is read
-        value = about.get("recipe", {}).get(name, kind())
-        if type(value) is not kind or value < 0:
-            raise UserError(f"{path}: {name} = {value!r:.60} in its metadata: it is damaged")
+    pair = lambda value: isinstance(value, list) and [type(x) for x in value] == [int, int]
+    for part, kinds in ((about, ABOUT), (about.get("recipe", {}), RECIPE)):
+        for name in part.keys() & kinds.keys():
+            value = part[name]
+            fits = isinstance(value, kinds[name]) and (name != "ranges" or all(map(pair, value)))
+            if kinds is RECIPE:
+                fits = type(value) is kinds[name] and value >= 0
+            if not fits or isinstance(value, str) and "\0" in value:
+                raise UserError(f"{path}: {name} = {value!r:.60} in its metadata: it is damaged, or not of this "
+                                "project's train.py")
     return about
 
 
@@ -134,17 +128,14 @@ def read_checkpoint(path):
 def beside(name, checkpoint):
     """The file that a checkpoint's metadata names: in the checkpoint's own folder, or else as written there.
 
-    In this order: what is shipped in assets/ stays together, whatever a run of yours has left in runs/ since.
-    """
+    In this order: what is shipped in assets/ stays together, whatever a run of yours has left in runs/ since."""
     file = checkpoint_file(checkpoint)
     neighbour, written = file.parent / Path(name).name, locate(name)
     if neighbour.exists() and not neighbour.samefile(file):
         return neighbour
-    if written.exists():
-        return written
-    if on_hub(written):
-        return checkpoint_file(name)
-    raise MissingFile(f"{checkpoint} needs {name}, which is neither there nor beside it")
+    if not written.exists() and not on_hub(written):
+        raise MissingFile(f"{checkpoint} needs {name}, which is neither there nor beside it")
+    return checkpoint_file(name)
 
 
 def ancestry(path):
@@ -160,10 +151,8 @@ def ancestry(path):
 
 
 def held(about, tensors, layers):
-    """
-    How the names begin that a checkpoint has to hold: those of what its stage trained, but for the translators, for
-    which surrogate.load_translators asks. Whatever it lacked would be random. layers: of its ViT.
-    """
+    """How the names begin that a checkpoint has to hold: those of what its stage trained, but for the translators, for
+    which surrogate.load_translators asks. Whatever it lacked would be random. layers: of its ViT."""
     upper, recipe, stage = "encoder.vision_model.encoder.layers.", about.get("recipe", {}), about.get("stage")
     whole = stage == "decoder" or "decoder.model.embed_tokens.weight" in tensors        # stage 3 trains the LLM itself
     if stage is None:                                                                   # the paper's say nothing
@@ -178,35 +167,16 @@ def held(about, tensors, layers):
 
 
 def load_checkpoint(module, tensors, path, needs=()):
-    """
-    Copy named tensors into `module`; every name and shape must fit, else one line names all that do not. needs: how the
-    names begin of which none may be missing.
-    """
-    wanted, wrong = dict(module.named_parameters()), []
+    """Copy named tensors into `module`; nothing is copied unless every name and shape fits. needs: how the names begin
+    of which none may be missing."""
+    wanted = dict(module.named_parameters())
     for name, tensor in tensors.items():
-        if name not in wanted:
-            wrong.append(f"{name}, which the model does not have")
-        elif tensor.shape != wanted[name].shape:
-            wrong.append(f"{name} as {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
-        else:
-            check_finite(tensor.float(), name, path)
-    if wrong:
-        raise UserError(f"{path} does not belong to this model: it holds {'; '.join(wrong)}")
+        if name not in wanted or tensor.shape != wanted[name].shape:
+            right = f"not {tuple(wanted[name].shape)}" if name in wanted else "which the model does not have"
+            raise UserError(f"{path} does not belong to this model: it holds {name} as {tuple(tensor.shape)}, {right}")
+        check_finite(tensor.float(), name, path)
     if missing := [n for n in wanted if n.startswith(tuple(needs)) and n not in tensors]:
         raise UserError(f"{path} lacks {and_more(missing)}: it is not whole; copy or train it again")
     with torch.no_grad():
         for name, tensor in tensors.items():
             wanted[name].copy_(placed(tensor.to(wanted[name].device), wanted[name]))
-
-
-def save_released(path, tensors, step):
-    """Save named tensors as the paper's released checkpoints are: a torch.save dictionary. The names are the same."""
-    saved = dict(epoch=1, global_step=step, model=tensors, optimizer=None, scheduler=None)
-
-    def write(part):
-        try:
-            torch.save(saved, part)
-        except RuntimeError as e:   # its way to say that the disk is full
-            raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
-
-    write_whole(path, write)

@@ -5,7 +5,6 @@ Files that someone else wrote: checked here, so that whatever is wrong with one 
     take = values(config, "config.json")                # take("hidden_size") -> a whole number, or a UserError
     tensors = open_safetensors("model.safetensors")     # {name: a function that reads it}; open_torch for .bin and .pth
 """
-
 import contextlib
 import functools
 import json
@@ -13,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from cli import MissingFile, UserError
 
@@ -72,13 +71,16 @@ def read_json(path, kind=dict, limit=MAX_BYTES):
     return value
 
 
-def values(config, where):
-    """
-    A function that reads checked values out of a configuration: take(name, default, kind, high). kind int: a size, from
-    1 to high; float: above 0 and finite; bool. Missing and null are the default, without one they are an error.
-    """
+def values(config, where, neutral={}):
+    """A function that reads checked values out of a configuration: take(name, default, kind, high). kind int: a size,
+    from 1 to high; float: above 0 and finite; bool. Missing and null are the default, without one they are an error.
+    neutral: {name: the values that change nothing}; any other asks for what is not here, and is an error."""
     if not isinstance(config, dict):
         raise UserError(f"the configuration in {where} is {config!r:.40}, not an object with names and values")
+    for name, nothing in neutral.items():
+        if config.get(name) is not None and config[name] not in nothing:
+            raise UserError(f"the configuration in {where} has {name} = {config[name]!r:.40}: "
+                            + (f"only {nothing[0]} is implemented here" if nothing else "that is not implemented here"))
 
     def take(name, default=None, kind=int, high=MAX_SIZE):
         value = config.get(name)
@@ -94,24 +96,23 @@ def values(config, where):
     return take
 
 
-def check_neutral(config, neutral, where):
-    """UserError if a configuration asks for what is not here. neutral: {name: the values that ask for nothing}."""
-    for name, nothing in neutral.items():
-        if config.get(name) is not None and config[name] not in nothing:
-            raise UserError(f"the configuration in {where} has {name} = {config[name]!r:.40}: "
-                            + (f"only {nothing[0]} is implemented here" if nothing else "that is not implemented here"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights. No file can run code: safetensors hold none, and torch.load(weights_only=True) builds nothing but tensors.
 
 
-def cannot_read(path, what, error):
-    """The UserError for a file that a library could not read: too little memory, or damage."""
-    why = (str(error) or type(error).__name__).splitlines()[0]
-    if isinstance(error, MemoryError) or any(w in why for w in ("unable to mmap", "allocate")):
-        return UserError(f"{path}: too little memory to read it ({why})")
-    return UserError(f"{path} {what} ({why}): download it again")
+@contextlib.contextmanager
+def reading(path, what):
+    """Any error in here becomes a UserError: the file is damaged, as `what` says, or there is too little memory."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:      # libraries raise many kinds
+        why = repr(e) if isinstance(e, (LookupError, TypeError, AttributeError)) else str(e) or type(e).__name__
+        why = "it holds more than tensors" if "Weights only" in why else why.splitlines()[0][:200]
+        if isinstance(e, MemoryError) or any(w in why for w in ("unable to mmap", "allocate")):
+            raise UserError(f"{path}: too little memory to read it ({why})") from None
+        raise UserError(f"{path} {what} ({why}): download it again") from None
 
 
 def checked(tensor, name, path):
@@ -122,31 +123,21 @@ def checked(tensor, name, path):
     return tensor
 
 
-@contextlib.contextmanager
-def opened(path, what):
-    """A safetensors file; an error inside becomes the line that `what` begins."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, RuntimeError, MemoryError) as e:
-        raise cannot_read(path, what, e) from None
-
-
 def open_safetensors(path):
     """{name: a function that reads this tensor}"""
     def read(name):     # opened anew for each tensor: the pages of those already copied elsewhere are then given back
-        with opened(path, f"holds {name}, which could not be read") as file:
+        with reading(path, f"holds {name}, which could not be read"), safe_open(path, framework="pt") as file:
             return checked(file.get_tensor(name), name, path)
 
-    with opened(check_file(path), "is truncated or not a safetensors file") as file:
+    with reading(check_file(path), "is truncated or not a safetensors file"), safe_open(path, framework="pt") as file:
         return {name: functools.partial(read, name) for name in file.keys()}
 
 
 def open_torch(path):
-    zipped = zipfile.is_zipfile(check_file(path))
-    try:        # torch.save compresses nothing: what unpacks to more than the file has is a bomb
-        if zipped:
-            with zipfile.ZipFile(path) as file:
+    """The same of a .bin or .pth."""
+    with reading(check_file(path), "is truncated or not a PyTorch weight file"):
+        if zipped := zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:     # torch.save compresses nothing: what unpacks to more is a bomb
                 if sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size:
                     raise ValueError("it unpacks to more than itself")
         # mmap (needs the zip of torch >= 1.6): a page is read when a tensor is used, so 70B cost no memory
@@ -157,6 +148,3 @@ def open_torch(path):
             if t.is_meta or t.numel() * t.element_size() > t.untyped_storage().nbytes():
                 raise ValueError(f"{n} has a shape without its numbers")
         return {n: functools.partial(checked, t, n, path) for n, t in tensors.items()}
-    except Exception as e:
-        e = ValueError("it holds more than tensors") if "Weights only" in str(e) else e
-        raise cannot_read(path, "is truncated or not a PyTorch weight file", e) from None

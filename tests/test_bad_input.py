@@ -245,7 +245,7 @@ CASES = [
     (f"{G} --image https://example.org/a.png", "download it first"),
     (f"{G} --question Why?", "--question", "--image"), (f"{G} --pair", "--pair", "--image"),
     *((f"{G} --image {{bad}}/{name}", name, words) for name, words in {
-        "fifo.png": "not an image", "loop.png": "no such image", "gone.png": "no such image", "images": "not an image",
+        "fifo.png": "is not a file", "loop.png": "no such file", "gone.png": "no such file", "images": "is not a file",
         "images/text.png": "not an image", "images/cut.png": "damaged or truncated", "bomb.png": "megapixels",
         "images/wide.png": "scale or crop"}.items()),
     # data

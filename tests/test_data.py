@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 from PIL import Image
 
 from cli import MissingFile, UserError
@@ -169,13 +170,10 @@ def test_the_image_shows_the_answer():
         assert grey.max() - grey.min() > 120
 
 
-@pytest.mark.parametrize("task, split, words", [
-    ("colour", "train", "unknown task 'colour'"), ("color", "val", "unknown split"),
-    ("color", "untaught", "no color is untaught"),
-])
+@pytest.mark.parametrize("task, split, words", [("colour", "train", "unknown task 'colour'"), (
+    "color", "val", "unknown split"), ("color", "untaught", "no color is untaught")])
 def test_world_bad_arguments(task, split, words):
-    with pytest.raises(UserError, match=words):
-        world.world(task, 0, split=split)
+    refuses(UserError, lambda: world.world(task, 0, split=split), words)
 
 
 def test_wrap():
@@ -210,42 +208,28 @@ def test_preprocess_equals_clip_image_processor():
             assert (got - expected).abs().max() <= 1e-6, (size, w, h)
 
 
-def test_open_image_converts_modes(tmp_path):
-    rgb = noise(20, 10)
-    rgb.save(tmp_path / "a.png")
-    assert np.array_equal(open_image(tmp_path / "a.png"), rgb)
-    for mode in ("L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA"):
-        out = open_image(rgb.convert("L").convert(mode) if mode in ("1", "LA") else rgb.convert(mode))
-        assert out.mode == "RGB" and out.size == (20, 10)
-    ramp = np.linspace(0, 65535, 16, dtype=np.uint16).reshape(4, 4)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    assert np.array_equal(np.asarray(open_image(tmp_path / "deep.png"))[..., 0], (ramp / 257).round())
-
-
 RED, DEEP = Image.new("RGB", (6, 6), (200, 50, 50)), Image.fromarray(np.full((6, 6), 257 * 100, np.uint16))
 
 
 @pytest.mark.parametrize("name, image, mode, color", [
+    *(("a.tif", RED.convert("L").convert(mode), mode, 95) for mode in ("L", "LA")),
+    ("a.png", Image.new("1", (6, 6), 1), "1", 255), ("a.tif", RED.convert("YCbCr"), "YCbCr", (200, 50, 50)),
     ("a.jpg", RED.convert("CMYK"), "CMYK", (200, 50, 50)), ("a.tif", RED.convert("CMYK"), "CMYK", (200, 50, 50)),
     ("a.png", RED.quantize(4), "P", (200, 50, 50)), ("a.png", RED.crop((0, 0, 1, 1)), "RGB", (200, 50, 50)),
     ("a.png", Image.new("RGBA", (6, 6), (200, 50, 50, 128)), "RGBA", (227, 153, 153)),      # half transparent
     ("a.png", Image.new("RGBA", (6, 6), (200, 50, 50, 0)), "RGBA", (255, 255, 255)),
-    ("a.png", DEEP, "I;16", (100,) * 3), ("a.tif", DEEP, "I;16", (100,) * 3),
+    ("a.png", DEEP, "I;16", 100), ("a.tif", DEEP, "I;16", 100),
 ])
 def test_unusual_images_are_valid(tmp_path, name, image, mode, color):
     image.save(tmp_path / name)
     assert Image.open(tmp_path / name).mode == mode
-    assert abs(np.asarray(open_image(tmp_path / name), int) - color).max() <= 2
+    for source in (tmp_path / name, image):
+        assert abs(np.asarray(open_image(source), int) - color).max() <= 3
 
 
-def test_open_image_bad_files(tmp_path):
-    """More of them, by the command line: test_bad_input.py."""
-    (tmp_path / "empty.png").write_bytes(b"")
-    Image.new("1", (8_001, 8_000)).save(tmp_path / "large.png")
-    for name, kind, words in (("gone.png", MissingFile, "gone.png"), ("empty.png", UserError, "not an image"),
-                              (".", UserError, "not an image"), ("large.png", UserError, "scale or crop")):
-        with pytest.raises(kind, match=words):
-            open_image(tmp_path / name)
+def test_too_many_pixels():
+    """Other bad files, by the command line: test_bad_input.py."""
+    refuses(UserError, lambda: open_image(Image.new("1", (8_001, 8_000))), "scale or crop")
 
 
 # ---- LLaVA ----------------------------------------------------------------------------------------------------------
@@ -352,16 +336,14 @@ def test_llava_bad_record_is_named(llava, bad, message):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    *(("data.json", content, "not valid JSON")
-      for content in (b"[{", b"", b'{"id": 1}\n{"id": 2}', b"[" * 10**5, b"[" + b"1" * 5000 + b"]")),
+    *(("data.json", content, "not valid JSON") for content in (b"[{", b"", b'{"id": 1}\n{"id": 2}', b"[" * 10**5)),
     *(("data.json", content, " list") for content in (b"{}", b"[]", b"3")), ("data.json", b"[7]", "record 0"),
     ("data.jsonl", b"{", "line 1: not valid JSON"), ("data.jsonl", b'{"a": 1}\n\n[}', "line 3: not valid"),
     ("data.jsonl", b"\xff", "not UTF-8"), ("data.jsonl", b"", "list of 1 to"),
 ])
 def test_llava_bad_files(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}.*{words}"):
-        LlavaRecords(tmp_path / name)
+    refuses(UserError, lambda: LlavaRecords(tmp_path / name), name, words)
 
 
 def test_llava_as_distributed(llava, tmp_path):
@@ -378,13 +360,9 @@ def test_llava_as_distributed(llava, tmp_path):
     for load in (lambda: llava(talk), lambda: LlavaRecords(tmp_path / "data.json")):
         texts = load()
         assert texts.texts == [0, 1] and texts.pictured == [] and texts[1].answer == "Bye"
-    with pytest.raises(MissingFile, match="nowhere: no such image folder"):
-        (tmp_path / "data.json").write_text(json.dumps([talk[0], about(paths[0])]))
-        LlavaRecords(tmp_path / "data.json", tmp_path / "nowhere", on_bad="skip")
-    with pytest.raises(MissingFile, match="none.json"):
-        LlavaRecords(tmp_path / "none.json", tmp_path)
-    with pytest.raises(UserError, match="unknown on_bad"):
-        llava(talk, on_bad="ignore")
+    (tmp_path / "data.json").write_text(json.dumps([talk[0], about(paths[0])]))
+    refuses(MissingFile, lambda: LlavaRecords(tmp_path / "data.json", tmp_path / "nowhere", on_bad="skip"), "nowhere:")
+    refuses(UserError, lambda: llava(talk, on_bad="ignore"), "unknown on_bad")
 
 
 def test_bad_image_is_replaced_by_the_next(llava, tmp_path):
@@ -442,8 +420,7 @@ def test_evenly_spaced(n_images, n_texts):
         assert np.abs(texts[w:] - texts[:-w] - w * n_texts / n).max() < 1 + 1e-9  # any window: the share, to within 1
     far = 10**15 * n  # no drift, no walk from the start
     assert evenly_spaced(far + 3, n_images, n_texts)[0] == walk[3][0]
-    with pytest.raises(UserError, match="0 images and 0 texts"):
-        evenly_spaced(0, 0, 0)
+    refuses(UserError, lambda: evenly_spaced(0, 0, 0), "0 images and 0 texts")
 
 
 def test_shuffled_index_shows_every_record_once_an_epoch():
@@ -504,15 +481,12 @@ def test_collate_by_hand():
     fits = collate(samples, LetterTokenizer(), 3, size=14, loss_on="answers", max_length=5)     # the image just fits
     assert fits["tokens"].tolist() == [row[:5] for row in tokens] and fits["pixels"].shape == (2, 3, 14, 14)
     assert (fits["targets"] >= 0).any(1).tolist() == [False, True, False]           # nothing left to learn is fine
-    with pytest.raises(UserError, match="sample 0: max_length 4 would cut the image; it needs 5"):
-        collate(samples, LetterTokenizer(), 3, max_length=4)
+    refuses(UserError, lambda: collate(samples, LetterTokenizer(), 3, max_length=4), "sample 0: ", "it needs 5")
     assert collate(samples[1:2], LetterTokenizer(), 3)["pixels"] is None
     assert pad([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]] and pad([[]]).shape == (1, 0)
 
 
 def test_collate_bad_arguments():
     for sample in (chat("a<image>", "b"), chat("a", "b", noise(4, 4)), chat("<image><image>", "b", noise(4, 4))):
-        with pytest.raises(UserError, match='sample 0: . times "<image>"'):
-            collate([sample], LetterTokenizer(), 3)
-    with pytest.raises(UserError, match="unknown loss_on"):
-        collate([chat("a", "b")], LetterTokenizer(), 3, loss_on="all")
+        refuses(UserError, lambda: collate([sample], LetterTokenizer(), 3), "sample 0: ", ' times "<image>"')
+    refuses(UserError, lambda: collate([chat("a", "b")], LetterTokenizer(), 3, loss_on="all"), "unknown loss_on")

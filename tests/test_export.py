@@ -64,11 +64,11 @@ def test_check_says_what_a_run_would_meet(tmp_path, smollm_tokenizer, capsys):
     file.write_text(json.dumps(records))
     assert check.main([str(file)]) == 1
     out, err = capsys.readouterr()
-    assert "10 records: 5 with an image, 1 of text alone, 4 bad" in out and "skipped" not in err
-    bad = [line for line in out.splitlines() if line.startswith("bad: ")]
-    for line, (place, why) in zip(bad, [(2, "gone.png not found"), (4, "not an image that Pillow can read"),
-                                        (6, 'one "<image>" at most'), (9, '"conversations"')], strict=True):
-        assert f"record {place} " in line and why in line
+    assert "10 records: 5 with an image, 1 of text alone, 4 bad" in out
+    for place, why in ((2, "gone.png not found"), (4, "not an image that Pillow can read"),
+                       (6, 'one "<image>" at most'), (9, '"conversations"')):
+        [line] = [line for line in err.splitlines() if f"record {place} " in line]
+        assert "skipped: " in line and why in line
     found = check.check(file, tmp_path, smollm_tokenizer, 19, max_length=60)
     good = LlavaRecords(file, tmp_path, on_bad="skip")
     by_hand = [len(smollm_tokenizer.chat_targets(s.messages)[0]) + (18 if s.image else 0) for s in good]
@@ -76,15 +76,4 @@ def test_check_says_what_a_run_would_meet(tmp_path, smollm_tokenizer, capsys):
     assert found["tokens"] == by_hand[:3] + by_hand[4:] and found["texts"] == 1 and len(found["tokens"]) == 6
     assert found["cut"] == sum(n > 60 for n in found["tokens"]) > 0
     found = check.check(file, tmp_path, smollm_tokenizer, n_visual=60, max_length=60)
-    assert found["pictured"] == 0 and sum("lies beyond max_length=60" in e for e in found["errors"]) == 5
-
-
-def test_check_when_nothing_is_good(tmp_path, capsys):
-    (tmp_path / "data.json").write_text("[1, 2]")
-    assert check.main([str(tmp_path / "data.json")]) == 1
-    out = capsys.readouterr().out
-    assert "2 records: 0 with an image, 0 of text alone, 2 bad" in out and out.count("\nbad: ") == 2
-    for text, words in (("{", "not valid JSON"), ("[]", "expected a list of 1 to")):    # the file itself
-        (tmp_path / "data.json").write_text(text)
-        with pytest.raises(UserError, match=words):
-            check.main([str(tmp_path / "data.json")])
+    assert found["pictured"] == 0 and sum("lies beyond max_length=60" in e for e in found["errors"].values()) == 5

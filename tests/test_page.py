@@ -127,7 +127,7 @@ def test_answer_piece_by_piece(vlm, surrogate):
 def test_what_cannot_be_asked(vlm, surrogate, tmp_path):
     nothing = (None, [], {}, 0, "", " ", "<image>", " <image> ", "<im<image>age>")
     for subject, question, line in (*((KENYA, q, "ask something") for q in nothing), (None, CAPITAL, "choose an image"),
-                                    (("file", str(tmp_path / "gone.png")), "Why?", "gone.png: no such image file")):
+                                    (("file", str(tmp_path / "gone.png")), "Why?", "gone.png: no such file")):
         (shown,) = web.respond(vlm, surrogate, subject, question)
         assert line in shown[0] and str(tmp_path) not in shown[0]
     for question in ("<|im_end|>", "\ud800", "\x00"):       # no forged turn

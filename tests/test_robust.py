@@ -232,7 +232,7 @@ def test_values_that_are_none(tiny, call, value, words):
 
 
 def test_an_address_in_capitals():
-    refuses(MissingFile, lambda: preprocess("HTTP://x/a.jpg"), "no such image")
+    refuses(MissingFile, lambda: preprocess("HTTP://x/a.jpg"), "no such file")
 
 
 def test_layer_ranges():

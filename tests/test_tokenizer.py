@@ -418,6 +418,7 @@ def test_tiny_json(tmp_path):
     ("malformed: KeyError('xy')", lambda spec: spec["model"].update(merges=["x y"])),
     ("malformed: AttributeError", lambda spec: spec["model"].update(vocab=[["a", -1.0]])),          # Unigram
     ("malformed: KeyError('merges')", lambda spec: spec["model"].pop("merges")),                    # WordPiece
+    ("malformed: TypeError", lambda spec: spec.update(added_tokens=3)),
     ("SmolLM2; transformers 5", lambda spec: spec.update(pre_tokenizer={"type": "ByteLevel"})),
     ("another way than Llama 3", lambda spec: spec.update(pre_tokenizer=None)),
     ("another way", lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(type="Punctuation")),

@@ -62,10 +62,11 @@ def weights(more=(), without=(), save=save_file, to="model.safetensors", cut=1.0
 
 
 def in_shards(folder):
-    """Two files, of which the second is missing."""
+    """Two files, and an index of which tensor is in which."""
     tensors = load_file(folder / "model.safetensors")
     half = dict(list(tensors.items())[:9])
     save_file(half, folder / "model-00001-of-00002.safetensors")
+    save_file({n: t for n, t in tensors.items() if n not in half}, folder / "model-00002-of-00002.safetensors")
     (folder / "model.safetensors").unlink()
     index = {n: f"model-0000{1 + (n not in half)}-of-00002.safetensors" for n in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
@@ -92,28 +93,23 @@ def a_bin(tensor=None, of=lambda tensors: tensors, save=torch.save, cut=1.0):
     return weights(more, save=lambda tensors, path: save(of(tensors), path), to="pytorch_model.bin", cut=cut)
 
 
-@torch.no_grad()
-def test_good_folders(folder):
-    llm = Llama.from_pretrained(folder)
-    torch.manual_seed(0)
-    assert torch.equal(llm(TOKENS), Llama(TINY)(TOKENS))
-    assert torch.equal(Llama.from_pretrained(str(folder))(TOKENS), llm(TOKENS))
-    a_bin()(folder)
-    assert torch.equal(Llama.from_pretrained(folder)(TOKENS), llm(TOKENS))
+@pytest.mark.parametrize("change", [in_shards, a_bin()])
+def test_good_folders(folder, change):
+    before = Llama.from_pretrained(folder)(TOKENS)
+    change(folder)
+    assert torch.equal(Llama.from_pretrained(str(folder))(TOKENS), before)
 
 
 CUT = ("truncated", "download it again")
 MISSING = [
     (lambda folder: (folder / "config.json").unlink(), "config.json", "{folder}"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no weights", "{folder}"),
-    (in_shards, "model-00002-of-00002.safetensors", "missing"),
+    (lambda folder: in_shards(folder) or (folder / "model-00002-of-00002.safetensors").unlink(), "00002", "missing"),
 ]
-DAMAGED = [
-    (lambda folder: (folder / "config.json").write_text('{"model_type": "llama",'), "config.json", "not valid JSON"),
+DAMAGED = [         # more of what a config.json may say: test_bad_input.py
     (config(hidden_size="delete"), "lacks 'hidden_size'", "{folder}"),
     (config(model_type="mistral"), "mistral", "only the architectures of Llama, Qwen"),
     (config(model_type="qwen2", use_sliding_window=True), "sliding_window", "{folder}"),
-    (config(rope_scaling=dict(type="yarn", factor=2)), "yarn", "RoPE"),
     *((weights(cut=cut), "model.safetensors", *CUT) for cut in (0.0, 0.01, 0.6, 0.999)),
     *((a_bin(cut=cut), "pytorch_model.bin", *CUT) for cut in (0.0, 0.1, 0.6, 0.999)),
     (a_bin(Bomb()), "pytorch_model.bin", "more than tensors"),
@@ -135,8 +131,7 @@ DAMAGED = [
     (config(mlp_bias=True), "mlp_bias"), (config(is_causal=False), "causal"),
     (config(partial_rotary_factor=0.5), "partial_rotary"),
     (config(rope_parameters=dict(partial_rotary_factor=0.5)), "0.5"),
-    (config(rope_scaling=dict(type="linear", factor=2)), "linear"),
-    (config(rope_scaling=dict(type="dynamic")), "dynamic"),
+    *((config(rope_scaling=dict(type=kind, factor=2)), kind, "RoPE") for kind in ("yarn", "linear", "dynamic")),
     (config(rope_parameters=dict(rope_type="longrope")), "longrope"),
     (config(quantization_config=dict(quant_method="bitsandbytes", load_in_4bit=True)), "bitsandbytes"),
     (config(quantization_config=dict(quant_method="gptq", bits=4)), "take the original"),
@@ -153,15 +148,12 @@ def test_bad_folders(folder, kind, change, words, quantize):
     refuses(kind, lambda: Llama.from_pretrained(folder, quantize=quantize), *(w.format(folder=folder) for w in words))
 
 
-@pytest.mark.parametrize("change, words", [
-    (config(model_type="mistral"), ("mistral", "only CLIP's")),
-    (config(model_type="llava", vision_config=dict(model_type="clip_vision_model")), ("llava", "only CLIP's")),
-    # LAION's CLIPs use the exact GELU
-    (config(model_type="clip", vision_config=dict(model_type="clip_vision_model", hidden_act="gelu")),
-     ("'gelu'", "quick_gelu")),
+@pytest.mark.parametrize("model, vision, words", [
+    ("mistral", {}, ("mistral", "only CLIP's")), ("llava", {}, ("llava", "only CLIP's")),
+    ("clip", dict(hidden_act="gelu"), ("'gelu'", "quick_gelu")),        # LAION's CLIPs use the exact GELU
 ])
-def test_bad_vits(folder, change, words):
-    change(folder)
+def test_bad_vits(folder, model, vision, words):
+    config(model_type=model, vision_config=dict(model_type="clip_vision_model") | vision)(folder)
     refuses(UserError, lambda: ViT.from_pretrained(folder), *words, str(folder))
 
 
@@ -422,18 +414,13 @@ def test_gguf_of_one_huge_array(tmp_path, kind):
 
 
 def test_write_whole_leaves_no_half_file(tmp_path):
-    path = tmp_path / "new" / "file.txt"
-
-    def fail(part):
-        part.write_text("half")
-        raise OSError("disk full")
-
+    path, half = tmp_path / "new/file.txt", lambda part: part.write_text("half") and fail(OSError("disk full"))
     with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
+        write_whole(path, half)
     assert list(path.parent.iterdir()) == []
     write_whole(path, lambda part: part.write_text("whole"))
     with pytest.raises(OSError):
-        write_whole(path, fail)  # and what was there before stays
+        write_whole(path, half)     # and what was there before stays
     assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
 
 
@@ -455,7 +442,7 @@ def test_checkpoint_round_trip(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_round_trip_through_the_released_layout(tmp_path, capsys, dtype):
-    """Ours -> .pth -> ours, and .pth -> ours -> .pth: the same bits; and a .pth as the paper's code loads it."""
+    """Ours -> .pth, as the paper's code loads it, -> ours: the same bits."""
     names = ["adapter.0.weight", "embd_soi", "encoder.vision_model.post_layernorm.bias",
              "decoder.model.layers.17.mlp.up_proj.weight"]
     tensors = {n: torch.randn(3, 5).to(dtype) for n in names}
@@ -471,9 +458,6 @@ def test_round_trip_through_the_released_layout(tmp_path, capsys, dtype):
     assert about["vit"] == "openai/clip-vit-large-patch14-336"
     for other in (released["model"], read):
         assert all(torch.equal(other[n], t) and other[n].dtype == dtype for n, t in tensors.items())
-    share.main([back, str(tmp_path / "again.pth")])
-    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
-    assert again.keys() == tensors.keys() and all(torch.equal(t, tensors[n]) for n, t in again.items())
     share.main([back])
     assert 'llm: "meta-llama/Llama-3.1-8B-Instruct"' in capsys.readouterr().out
 
@@ -489,8 +473,6 @@ def test_checkpoint_that_does_not_belong(tmp_path):
         load = lambda: checkpoints.load_checkpoint(vit, tensors, "c.pth")
         refuses(UserError, load, "c.pth does not belong", name, *words)
         assert (weight == 3).all()  # nothing is copied unless all fits
-    both = {"a.weight": torch.zeros(1), "vision_model.post_layernorm.bias": torch.zeros(8)}  # every misfit is named
-    refuses(UserError, lambda: checkpoints.load_checkpoint(vit, both, "c.pth"), "a.weight", "post_layernorm.bias")
 
 
 def test_beside(tmp_path, monkeypatch):
@@ -503,13 +485,10 @@ def test_beside(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error, words", [
-    (UserError("first\nsecond"), "error: first\n"), (MissingFile("no x"), "error: no x\n"),
-    (UserError(), "error: UserError\n"), (torch.OutOfMemoryError("CUDA"), "checkpointing=true"),
+    (UserError("first\nsecond"), "error: first\n"), (UserError(), "error: UserError\n"),
+    (torch.OutOfMemoryError("CUDA"), "checkpointing=true"), (MemoryError(), "error: MemoryError\n"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
-    (FileNotFoundError(2, "No such file or directory", "a.txt"), "No such file or directory: 'a.txt'"),
     (PermissionError(13, "Permission denied", "a.txt"), "Permission denied: 'a.txt'"),
-    (IsADirectoryError(21, "Is a directory", "a"), "Is a directory"),
-    (NotADirectoryError(20, "Not a directory", "a"), "Not a directory"),
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
 ])
 def test_run_cli_says_what_a_user_can_mend_in_one_line(capsys, error, words):
@@ -534,9 +513,9 @@ def test_run_cli_ends_quietly():
     assert (done.stdout, done.stderr) == ("\n", "")
 
 
-def test_errors_cross_processes():
+@pytest.mark.parametrize("error", [UserError("bad"), MissingFile("gone")])
+def test_errors_cross_processes(error):
     """A worker that prepares images hands its error to the training process by pickle."""
-    for error in (UserError("bad"), MissingFile("gone")):
-        again = pickle.loads(pickle.dumps(error))
-        assert type(again) is type(error) and str(again) == str(error)
-    assert isinstance(error, ValueError) and isinstance(error, FileNotFoundError)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and isinstance(error, ValueError)
+    assert issubclass(MissingFile, FileNotFoundError)
