@@ -153,12 +153,12 @@ def converse(args, vlm, image):
     print(f"\n[{timing}]")
 
 
-def show(args, vlm, llm, about, name, command):
-    """The demo, then the comparison: printed, and saved as demo.png and results.json. llm: as it was published."""
+def show(args, vlm, llm, about, name, command, held=None):
+    """The demo, then the comparison: printed, and saved as demo.png and results.json. llm: as it was published; held:
+    a data.sources.HeldOut in place of the drawn world."""
     start, out, before, direct = time.perf_counter(), Path(args.out), None, None
-    draw, some, splits = world.world, None, dict.fromkeys(args.splits)
-    if args.data:
-        draw = HeldOut(args.data, args.images or Path(args.data).parent)
+    draw, some, splits = held or world.world, None, dict.fromkeys(args.splits)
+    if held:
         splits = {split: draw.tasks(split) for split in splits}
         some = [draw(splits[args.splits[0]][0], i, args.seed, args.splits[0]) for i in range(min(512, 10 * args.eval))]
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
@@ -206,6 +206,7 @@ def main(argv=None):
     if args.web:
         from extras import page  # only here: it takes a second, and it needs Gradio
         page.need_gradio()
+    held = HeldOut(args.data, args.images or Path(args.data).parent) if args.data else None
     _, about = checkpoints.open_checkpoint(args.encoder)
     name = args.llm or about.get("llm", official.DEFAULT_LLM)
     asked = image is not None or args.chat or args.web
@@ -218,7 +219,7 @@ def main(argv=None):
     elif asked:
         converse(args, vlm, image)
     else:
-        show(args, vlm, llm, about, name, " ".join(["python graft.py", *argv]))
+        show(args, vlm, llm, about, name, " ".join(["python graft.py", *argv]), held)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,9 @@ Thing = namedtuple("Thing", "code name caption kind group")         # kind: one 
 
 def thing_of(entry):
     """An entry of emoji.json as a Thing, or None where it is left out."""
-    try:
-        name, group, code = entry["name"], f"{entry['category']}/{entry['subcategory']}", Path(entry["image"]).stem
-        if float(entry["added_in"]) < 2 and "Flags" not in group:   # "BLACK SCISSORS": how it is printed, no color
-            name = re.sub("(BLACK|WHITE|HEAVY|MEDIUM) ", "", name)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"an entry of emoji.json lacks its name, category or image: {entry!r:.100}") from None
+    name, group, code = entry["name"], f"{entry['category']}/{entry['subcategory']}", Path(entry["image"]).stem
+    if float(entry["added_in"]) < 2 and "Flags" not in group:       # "BLACK SCISSORS": how it is printed, no color
+        name = re.sub("(BLACK|WHITE|HEAVY|MEDIUM) ", "", name)
     kind = next((k for k, pattern in KINDS.items() if re.search(pattern, group)), None)
     if kind == "flag":
         name = re.sub(r" Flag$| \(.*\)| SAR China", "", name).replace("St.", "Saint").replace("&", "and")
@@ -66,17 +63,17 @@ def read_package(folder):
     files = {f.stem.lower().replace("-fe0f", ""): f for place in PLACES for f in folder.glob(place)}
     if not files:
         raise MissingFile(f"{folder}: no package of icons: it has no {', '.join(PLACES)}")
+    if any(f.suffix == ".svg" for f in files.values()) and find_spec("resvg_py") is None:
+        raise MissingFile(f"{folder}: its pictures are SVG, which needs: pip install resvg-py")
     name, names = read_json(folder / "package.json", dict).get("name"), folder / "emoji.json"
     return re.sub(r"\W+", "-", str(name)).strip("-"), files, read_json(names, list) if names.exists() else []
 
 
 def drawing(path):
     """The picture in a file, in RGBA."""
-    if path.suffix == ".svg" and find_spec("resvg_py") is None:
-        raise MissingFile(f"{path}: pictures in SVG need: pip install resvg-py")
     try:
         if path.suffix == ".svg":
-            import resvg_py  # only here: nothing else needs it
+            import resvg_py  # only here: nothing else needs it, and read_package has looked for it
             path = BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=2 * SIZE)))
         return Image.open(path, formats=("PNG", "WEBP")).convert("RGBA")
     except Exception as error:  # the decoders raise many kinds
@@ -136,8 +133,6 @@ def drawings(package, things):
             continue
         try:
             yield thing, drawing(file)
-        except MissingFile:
-            raise
         except UserError as error:
             skip(error)
 
@@ -149,8 +144,8 @@ def read_things(entries):
         try:
             if thing := thing_of(entry):
                 things.setdefault(thing.caption, thing)
-        except UserError as error:
-            skip(error)
+        except (KeyError, TypeError, ValueError):
+            skip(f"an entry of emoji.json lacks its name, category or image: {entry!r:.100}")
     return list(things.values())
 
 

@@ -16,6 +16,7 @@ import math
 import random
 import re
 import sys
+from pathlib import Path
 
 import torch
 from PIL import ImageColor
@@ -25,10 +26,10 @@ from cli import MAX_SEED, Parser, UserError, check_out_file, number, run_cli, wr
 from data import TABLE
 from data.batches import pad, wrap
 from data.drawing import COLORS, DYES, FLAGS, SHAPES
+from data.llava import LlavaRecords
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
 from evaluate import Reading
 from formats import official
-from formats.files import read_json
 from formats.tokenizer import Tokenizer
 from model import Llama
 from train import default_dtype
@@ -85,7 +86,7 @@ def in_text(subject, question):
 def with_instructions(records, written, seed):
     """The records of LLaVA's JSON, and one for each (subject, question, answer), about a picture with its caption."""
     rng, pictures = random.Random(seed), collections.defaultdict(list)
-    for r in records:
+    for r in (r for r in records if "caption" in r):
         pictures[r["caption"]].append(r["image"])
     return records + [dict(id=f"instruct-{i}", image=rng.choice(pictures[text]), caption=text, conversations=[
         {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}])
@@ -189,8 +190,10 @@ def main(argv=None):
         raise UserError("--data: say as --out where its records and the new ones shall go")
     out = args.out or ("assets/chats.json" if args.chats else "assets/instructions.json")
     check_out_file(out)
-    records = [r for r in read_json(args.data, list) if r.get("image") and r.get("caption")] if args.data else []
-    subjects = [("picture", text) for text in sorted({r["caption"] for r in records})] or TRAINED_SUBJECTS
+    records, subjects = [], TRAINED_SUBJECTS
+    if args.data:
+        records = LlavaRecords(args.data, Path(args.data).parent).records
+        subjects = [("picture", text) for text in sorted({r["caption"] for r in records if "caption" in r})]
     path = official.find(args.llm)
     llm = Llama.from_pretrained(path, default_dtype(args.device), args.device)
     tokenizer = Tokenizer.from_pretrained(path)

@@ -4,6 +4,7 @@ import json
 import pytest
 from PIL import Image
 
+import graft
 from cli import UserError
 from data import icons
 from data.sources import HeldOut
@@ -90,11 +91,15 @@ def test_the_test_is_graded_as_the_drawn_world_is(out):
             call()
 
 
-def test_all_stages_read_icons(out, tmp_path, tiny_llm, capsys):
+def test_all_stages_read_icons(out, tmp_path, tiny_llm, stages, capsys):
     vit.main(["steps=1", "batch=4", "workers=0", "--data", str(out / "known.json"), "--out", str(tmp_path / "vit")])
     distillation.main(["steps=1", "batch=2", "--llm", tiny_llm, "--replace", "2-4", "--data", str(out / "train.json"),
                        "--out", str(tmp_path / "translator")])
     assert (tmp_path / "vit/vit.safetensors").exists() and (tmp_path / "translator/translator.safetensors").exists()
+    graft.main(["--encoder", stages["encoder"], "--direct", stages["full"], "--data", str(out / "test.json"), "--eval",
+                "1", "--splits", "test", "untaught", "--out", str(tmp_path / "graft")])
+    rows = read_json(tmp_path / "graft/results.json", dict)["rows"]
+    assert {(r["split"], r["task"]) for r in rows} > {("test", "kind"), ("untaught", "capital")}
     records = read_json(out / "train.json", list)
     more = instructions.with_instructions(records, [(("picture", "an owl"), "Who?", "Whoo.")] * 3, 0)[len(records):]
     pictures = {r["image"] for r in records if r["caption"] == "an owl"}
