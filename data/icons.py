@@ -74,7 +74,7 @@ def drawing(path):
     try:
         if path.suffix == ".svg":
             import resvg_py  # only here: nothing else needs it, and read_package has looked for it
-            path = BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=2 * SIZE)))
+            path = BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=2 * SIZE, skip_system_fonts=True)))
         return Image.open(path, formats=("PNG", "WEBP")).convert("RGBA")
     except Exception as error:  # the decoders raise many kinds
         raise UserError(f"{path}: damaged, or no picture ({error})") from None
@@ -89,6 +89,11 @@ def place(rng, icon):
     return image
 
 
+def words_of(thing):
+    """The words of its name that tell it from others."""
+    return set(thing.name.split()) - {"face", "of", "with", "and", "on", "in"}
+
+
 def ask(rng, image, thing, task, rivals=()):
     """A sample about the picture of a thing: of training, or of the test with rivals among all things."""
     train = not rivals
@@ -98,7 +103,7 @@ def ask(rng, image, thing, task, rivals=()):
         kinds = [thing.kind, *(k for k in KINDS if k != thing.kind)]
         words, told = [f"{'an' if k == 'animal' else 'a'} {k}" for k in kinds], ([(thing.kind,)], kinds[1:])
     else:
-        apart = [t for t in rivals if not set(t.name.split()) & set(thing.name.split())]
+        apart = [t for t in rivals if not words_of(t) & words_of(thing)]
         rng.shuffle(apart)
         apart.sort(key=lambda t: t.group != thing.group)            # near ones first; of a flag all are flags
         apart = apart[:4] + (apart[4:9] if thing.kind == "flag" else apart[4:][-5:])
@@ -110,11 +115,12 @@ def ask(rng, image, thing, task, rivals=()):
 
 def held_out(things):
     """Captions of 50 things whose words no other has: the drawn world's untaught flags, and as many of other kinds."""
-    count, rng = Counter(w for t in things for w in set(t.name.split())), random.Random("held out")
+    count, rng = Counter(w for t in things for w in words_of(t)), random.Random("held out")
     held = [t for t in things if t.kind == "flag" and t.name in world.UNTAUGHT]
-    for left, kind in enumerate([k for k in KINDS if k != "flag"], -4):
-        alone = [t for t in things if t.kind == kind and all(count[w] == 1 for w in t.name.split() if w != "face")]
-        held += rng.sample(alone, min(len(alone) // 2, (50 - len(held)) // -left))
+    alone = [t for t in things if all(count[w] == 1 for w in words_of(t))]
+    by_kind = [[t for t in alone if t.kind == kind] for kind in KINDS if kind != "flag"]
+    for i, some in enumerate(sorted(by_kind, key=len)):             # of the fewest first
+        held += rng.sample(some, min(len(some) // 2, (50 - len(held)) // (4 - i)))
     return {t.caption for t in held}
 
 
