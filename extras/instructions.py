@@ -30,6 +30,7 @@ from data.llava import LlavaRecords
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
 from evaluate import Reading
 from formats import official
+from formats.files import read_json
 from formats.tokenizer import Tokenizer
 from model import Llama
 from train import default_dtype
@@ -107,12 +108,15 @@ def log_p(llm, tokenizer, chats, answers, batch=32):
 
 
 @torch.no_grad()
-def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subjects=TRAINED_SUBJECTS):
-    """[(subject, question, answer), ...] that pass all filters, and [(filter, how many were left), ...]."""
+def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subjects=TRAINED_SUBJECTS, most=None,
+          never=HELD_OUT_WORDS):
+    """[(subject, question, answer), ...] that pass all filters, and [(filter, how many were left), ...]. most: how many
+    answers are written; never: words of none."""
     rng, generator = random.Random(seed), torch.Generator(llm.device).manual_seed(seed)
     asked = [(s, q, None) for s in subjects for q in OPEN_QUESTIONS]
     asked += [(s, q, yes) for s in subjects for q, yes in yes_or_no(rng, s)]
     rng.shuffle(asked)
+    asked = asked[:most]
     answers = []
     for i in tqdm(range(0, len(asked), batch), desc="the LLM answers", unit="batch"):
         prompts = [tokenizer.chat(in_text(s, q)) for s, q, _ in asked[i : i + batch]]
@@ -130,7 +134,7 @@ def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subje
     keep("no refusal, no talk of captions", lambda s, q, yes, a: not REFUSAL.search(a))
     keep("yes or no is right", lambda s, q, yes, a: yes is None or a.lower().startswith("yes" if yes else "no"))
     keep("contradicts nothing in the picture", lambda s, q, yes, a: not contradicts(a, s))
-    keep("nothing of the held-out topics", lambda s, q, yes, a: not any(has_word(a, w) for w in HELD_OUT_WORDS))
+    keep("nothing of the held-out topics", lambda s, q, yes, a: not any(has_word(a, w) for w in never))
     others = [rng.choice([t for t in subjects if t[0] == s[0] and not set(t) & set(s[1:])]) for s, *_ in left]
     here, there = (log_p(llm, tokenizer, [in_text(t, q) for t, (_, q, *_) in zip(shown, left)], [a for *_, a in left])
                    for shown in ([s for s, *_ in left], others))
@@ -183,6 +187,8 @@ def main(argv=None):
     parser.add_argument("--out", help="default: assets/instructions.json, with --chats assets/chats.json")
     parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help="default: %(default)s")
     parser.add_device()
+    parser.add_argument("--most", type=number(int, 1, 10**7), help="how many answers the LLM writes at most, before "
+                        "filters (default: every caption x every question)")
     parser.add_argument("--data", help="LLaVA-format JSON whose records have captions: the LLM writes about these, and "
                         "--out holds all its records and the new ones")
     args = parser.parse_args(argv)
@@ -190,17 +196,20 @@ def main(argv=None):
         raise UserError("--data: say as --out where its records and the new ones shall go")
     out = args.out or ("assets/chats.json" if args.chats else "assets/instructions.json")
     check_out_file(out)
-    records, subjects = [], TRAINED_SUBJECTS
+    records, subjects, never = [], TRAINED_SUBJECTS, HELD_OUT_WORDS
     if args.data:
         records = LlavaRecords(args.data, Path(args.data).parent).records
         subjects = [("picture", text) for text in sorted({r["caption"] for r in records if "caption" in r})]
+        known = Path(args.data).with_name("known.json")             # of data/icons.py: with what is held out
+        held = {r["caption"] for r in read_json(known, list)} - {s[1] for s in subjects} if known.exists() else ()
+        never = [*never, *(re.sub("^(an?|the flag of) | face$", "", text) + s for text in held for s in ("", "s"))]
     path = official.find(args.llm)
     llm = Llama.from_pretrained(path, default_dtype(args.device), args.device)
     tokenizer = Tokenizer.from_pretrained(path)
     if args.chats:
         written, report = write_chats(llm, tokenizer, seed=args.seed), []
     else:
-        written, report = write(llm, tokenizer, args.seed, subjects=subjects)
+        written, report = write(llm, tokenizer, args.seed, subjects=subjects, most=args.most, never=never)
         written = with_instructions(records, written, args.seed) if args.data else written
     lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
     write_whole(out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
