@@ -133,19 +133,20 @@ def systems(vlm, surrogate, samples, before=None, direct=None, text=True, max_ne
         yield from ((name, said[part]) for name, part in (("text", "graft"), ("text, pair", "pair")) if part in said)
 
 
-def grade(ask, tasks, n=40, batch=20, seed=EVAL_SEED, split="test", progress=True):
+def grade(ask, tasks, n=40, batch=20, seed=EVAL_SEED, split="test", progress=True, draw=world.world):
     """Ask about n held-out images a task, freely and with options. Returns rows: one dict per task and system.
 
     ask: samples -> (name of a system, its [(choice, said), …]) of every system, as `systems` yields them. said: the
     greedy answer, up to 40 tokens, holds the right word and no rival: 0 or 1 for every image. ranked: of the options,
     the right one is the likeliest. about: subject and question of every image, which may come again.
+    draw: (task, index, seed, split) -> a sample, e.g. a data.sources.HeldOut.
     """
     if min(n, batch) < 1:
         raise UserError(f"n={n}, batch={batch}: both must be at least 1")
     total, got, chance, about = n * len(tasks), {}, [], []
     with tqdm(total=total, desc=f"images, {split}", unit="image", disable=not progress) as bar:
         for i in range(0, total, batch):                    # drawn as they are needed: n may be a million
-            samples = [world.world(tasks[k // n], k % n, seed, split) for k in range(i, min(i + batch, total))]
+            samples = [draw(tasks[k // n], k % n, seed, split) for k in range(i, min(i + batch, total))]
             chance += [1 / len(s.options) for s in samples]
             about += [f"{s.caption}: {s.task}" for s in samples]
             for name, r in ask(samples):
@@ -163,10 +164,10 @@ def grade(ask, tasks, n=40, batch=20, seed=EVAL_SEED, split="test", progress=Tru
 
 
 def compare(vlm, surrogate=None, n=40, batch=20, tasks=None, seed=EVAL_SEED, before=None, direct=None, text=True,
-            split="test", progress=True):
+            split="test", progress=True, draw=world.world):
     """The rows of `grade` for all `systems` that are there. tasks: default those of the split."""
     ask = lambda samples: systems(vlm, surrogate, samples, before, direct, text)
-    return grade(ask, tasks or SPLITS[split][0], n, batch, seed, split, progress)
+    return grade(ask, tasks or SPLITS[split][0], n, batch, seed, split, progress, draw)
 
 
 def bootstrap(values, clusters, weights=None, draws=1000):
@@ -214,13 +215,14 @@ def cross_entropies(vlm, samples, batch=16, progress=None):
     return [losses[i] for i in range(len(samples))], [counts[i] for i in range(len(samples))]
 
 
-def image_brings(vlm, surrogate=None, n=512, before=None, direct=None, progress=True):
+def image_brings(vlm, surrogate=None, n=512, before=None, direct=None, progress=True, samples=None):
     """What an image brings: cross-entropy per target with another image of the same kind, minus with the right one.
 
-    Over the first n samples of a stream of training's kind that no training saw. Returns one dict per system: right,
-    wrong, brings, and low, high, its 95 % interval. 0 means that the decoder learns nothing from the image.
+    Over `samples`, by default the first n of a stream of training's kind that no training saw. Returns one dict per
+    system: right, wrong, brings, and low, high, its 95 % interval. 0: the decoder learns nothing from the image.
     """
-    samples = [world.World(FRESH_SEED)[i] for i in range(n)]
+    samples = samples or [world.World(FRESH_SEED)[i] for i in range(n)]
+    n = len(samples)
     other, clusters = wrong_images(samples), [f"{s.caption}: {s.messages[0]['content']}" for s in samples]
     asked = dict(before=(before, before and before.decoder), pair=(vlm, surrogate), graft=(vlm, vlm.decoder),
                  direct=(direct, direct and direct.decoder))

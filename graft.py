@@ -23,6 +23,7 @@ from cli import MAX_SEED, Parser, UserError, check_out, number, printable, run_c
 from data import world
 from data.batches import without_image, wrap
 from data.images import open_image
+from data.sources import HeldOut
 from formats import checkpoints, official
 from formats.tokenizer import Tokenizer
 from generation import SAMPLING
@@ -109,6 +110,8 @@ def parse(argv):
     add("--splits", nargs="+", choices=list(evaluate.SPLITS), default=["test"],
         help="test; untaught: about words and flags that stages 1 and 2 left out; restyled: in fonts and sizes that no "
         "stage has drawn (default: test)")
+    add("--data", help="a test's JSON in place of the drawn world: test.json of python -m data.icons")
+    add("--images", help="folder of the images that --data names (default: the file's own folder)")
     add("--image", help="ask about this picture instead")
     add("--question", help="what to ask about --image (default: Describe the image.)")
     add("--chat", action="store_true", help="converse about --image (without one: about a held-out sign)")
@@ -150,9 +153,14 @@ def converse(args, vlm, image):
     print(f"\n[{timing}]")
 
 
-def show(args, vlm, llm, about, name, command):
-    """The demo, then the comparison: printed, and saved as demo.png and results.json. llm: as it was published."""
+def show(args, vlm, llm, about, name, command, held=None):
+    """The demo, then the comparison: printed, and saved as demo.png and results.json. llm: as it was published; held:
+    a data.sources.HeldOut in place of the drawn world."""
     start, out, before, direct = time.perf_counter(), Path(args.out), None, None
+    draw, some, splits = held or world.world, None, dict.fromkeys(args.splits)
+    if held:
+        splits = {split: draw.tasks(split) for split in splits}
+        some = [draw(splits[args.splits[0]][0], i, args.seed, args.splits[0]) for i in range(min(512, 10 * args.eval))]
     surrogate = load_surrogate(llm, args.encoder) if about.get("ranges") else None
     if about.get("vit"):
         before = VLM.untrained(about["vit"], llm, vlm.tokenizer, vlm.like_words, about.get("seed", 0), args.encoder)
@@ -169,13 +177,14 @@ def show(args, vlm, llm, about, name, command):
         layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers"
         print("before: the encoder as training starts, with a random projector, + the full LLM\n"
               f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full LLM, zero-shot")
-        examples = evaluate.demo(vlm, surrogate, before)
+        examples = evaluate.say(vlm, surrogate, some[:6], before) if some else evaluate.demo(vlm, surrogate, before)
         evaluate.show_demo(examples)
         write_whole(out / "demo.png", lambda part: evaluate.plot_demo(examples).savefig(part, format="png"))
     others = dict(before=before, direct=direct)
-    brings = evaluate.image_brings(vlm, surrogate, min(512, 10 * args.eval), **others)
-    rows = [row for split in args.splits
-            for row in evaluate.compare(vlm, surrogate, args.eval, args.batch, None, args.seed, split=split, **others)]
+    brings = evaluate.image_brings(vlm, surrogate, min(512, 10 * args.eval), samples=some, **others)
+    rows = [row for split, tasks in splits.items()
+            for row in evaluate.compare(vlm, surrogate, args.eval, args.batch, tasks, args.seed, split=split, draw=draw,
+                                        **others)]
     seconds = round(time.perf_counter() - start, 1)
     print("\ntext:   the caption in the image's place: what the LLM knows; text, pair: what the surrogate knows"
           + ("\ndirect: an encoder trained on the full LLM" if direct else "")
@@ -197,6 +206,7 @@ def main(argv=None):
     if args.web:
         from extras import page  # only here: it takes a second, and it needs Gradio
         page.need_gradio()
+    held = HeldOut(args.data, args.images or Path(args.data).parent) if args.data else None
     _, about = checkpoints.open_checkpoint(args.encoder)
     name = args.llm or about.get("llm", official.DEFAULT_LLM)
     asked = image is not None or args.chat or args.web
@@ -209,7 +219,7 @@ def main(argv=None):
     elif asked:
         converse(args, vlm, image)
     else:
-        show(args, vlm, llm, about, name, " ".join(["python graft.py", *argv]))
+        show(args, vlm, llm, about, name, " ".join(["python graft.py", *argv]), held)
 
 
 if __name__ == "__main__":

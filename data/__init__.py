@@ -6,6 +6,7 @@ world.toml   what the drawn world holds and asks: TABLE; world.py makes samples 
 batches.py   a sample, the order in which samples come, and a batch of them
 sources.py   what a run reads: a new dataset goes in here
 export.py    the drawn world as PNGs with LLaVA's JSON      check.py    what a run would meet in such a folder
+icons.py     icon sets of several artists, likewise
 """
 import tomllib
 from pathlib import Path

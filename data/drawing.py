@@ -61,7 +61,7 @@ def _jitter(rng, color, by):
     return tuple(min(255, max(0, c + rng.randint(-by, by))) for c in color)
 
 
-def _background(rng):
+def background(rng):
     """Light or dark, near grey (so that it never competes with the shape's color); plain, graded, cloudy or grainy."""
     grey = rng.choice([rng.randint(12, 50), rng.randint(200, 245)])
     one, two = (_jitter(rng, (grey + d,) * 3, 6) for d in (-10, 10))
@@ -85,7 +85,7 @@ def draw_shape(rng, color, shape, radii=(14, 28)):
     points = [(4 * cx + x * cos - y * sin, 4 * cy + x * sin + y * cos) for x, y in SHAPES[shape]]
     mask = Image.new("L", (4 * SIZE, 4 * SIZE))
     ImageDraw.Draw(mask).polygon(points, 255)
-    image = _background(rng)
+    image = background(rng)
     image.paste(_jitter(rng, COLORS[color], 14), mask=mask.reduce(4))
     return image
 
@@ -120,7 +120,7 @@ def draw_sign(rng, word, fonts=FONTS):
         ground, ink = rng.choice(DARK_PANELS), rng.choice([(255, 255, 255), (255, 245, 170)])
     else:
         ground, ink = rng.choice(LIGHT_PANELS), rng.choice([(5, 5, 5), (15, 25, 100), (100, 10, 20)])
-    image = _background(rng)
+    image = background(rng)
     for mask, color in ((panel, _jitter(rng, ground, 12)), (letters, ink)):
         image.paste(color, mask=mask.rotate(angle, Image.Resampling.BILINEAR, center=(cx, cy)).reduce(2))
     return image
@@ -188,7 +188,7 @@ def draw_flag(rng, country):
         x, y = rng.uniform(3, 125 - width), rng.uniform(3, 125 - tall)
         corners = [(x, y), (x, y + tall), (x + width, y + tall), (x + width, y)]
     corners = [(x + rng.uniform(-4, 4), y + rng.uniform(-4, 4)) for x, y in corners]
-    image = _background(rng).resize((128, 128))
+    image = background(rng).resize((128, 128))
     if way == "pole":
         x, y = corners[0]
         pole = _jitter(rng, rng.choice([(90, 90, 95), (150, 110, 60)]), 20)

@@ -4,6 +4,7 @@ LLaVA's JSON, as LLaVA-1.5-665K is distributed; every record is checked.
 [{"id": ..., "image": "coco/train2017/a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}]
 
 Or .jsonl, a record a line. A first turn may be from "system"; "user" and "assistant" are other names of human and gpt.
+"caption", which only this project reads, says what the image shows (default: the first answer).
 """
 import contextlib
 import hashlib
@@ -112,6 +113,8 @@ class LlavaRecords:
                 or wrap(question, None, opening).count("<image>") != 1:
             raise UserError(f'"opening" must be a text with one "<image>", of at most {MAX_OPENING:,} '
                             f"characters, not {opening!r:.80}")
+        if not isinstance(record.get("caption", ""), str):
+            raise UserError(f'"caption" must be a text, not {record["caption"]!r:.80}')
         path = os.path.join(self.image_folder, image)
         if not os.path.isfile(path):
             raise MissingFile(f"image file {path} not found")
@@ -129,7 +132,8 @@ class LlavaRecords:
                 raise UserError(f"{path} is a link out of the folder of images")
             rng = None if self.seed is None else random.Random(f"llava/{self.seed}/{place}")
             messages[first]["content"] = wrap(messages[first]["content"], rng, self.records[place].get("opening"))
-            return Sample(open_image(path), messages, "llava", answer, [], caption=messages[first + 1]["content"])
+            caption = self.records[place].get("caption") or messages[first + 1]["content"]
+            return Sample(open_image(path), messages, "llava", answer, [], caption=caption)
 
     def __getitem__(self, index):
         index = range(len(self))[index]  # negative indices; IndexError past the end, which ends a for loop

@@ -4,8 +4,10 @@ What a run reads. A new source of samples goes in here.
 A source is anything with source[k] -> data.batches.Sample for k = 0, 1, 2, ... without end; Shuffled makes one of a
 finite list. "<image>" marks the image's place in the first turn (data.batches.wrap puts it there).
 """
+import dataclasses
+
 from cli import UserError
-from data.batches import Mixed, Shuffled
+from data.batches import Mixed, Shuffled, shuffled_index
 from data.llava import LlavaRecords
 from data.world import World
 from formats.checkpoints import locate
@@ -39,3 +41,37 @@ def read_data(stage, about, on_bad="stop"):
     if text == CHATS:                                       # few texts, read again and again
         return Mixed(images, texts, 3, 2), len(images) * 5 // 3
     return Mixed(images, texts, len(images), len(texts)), len(images) + len(texts)      # each once
+
+
+class HeldOut:
+    """A test's records, e.g. test.json of data/icons.py: HeldOut(path, images)(task, index, seed, split) gives samples
+    as data.world.world does."""
+
+    def __init__(self, path, images):
+        self.read, self.numbers = LlavaRecords(path, images, seed=None), {}
+        for i in self.read.pictured:
+            record = self.record(i)
+            try:
+                if record["conversations"][-1]["value"] not in record["options"]:
+                    raise ValueError
+                self.numbers.setdefault((record["split"], record["task"]), []).append(i)
+                [w.lower() for group in (*record["right"], record["rivals"]) for w in group]
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise UserError(f"{path}: record {self.read.places[i]} is not a test's: it needs split, task, options "
+                                "with the answer, right, rivals, as python -m data.icons writes them") from None
+
+    def record(self, i):
+        return self.read.records[self.read.places[i]]
+
+    def tasks(self, split):
+        tasks = [task for which, task in self.numbers if which == split]
+        if not tasks:
+            raise UserError(f"{self.read.path} has no split {split!r}, only "
+                            + ", ".join(sorted({which for which, _ in self.numbers})))
+        return tasks
+
+    def __call__(self, task, index, seed=0, split="test"):
+        numbers = self.numbers[split, task]
+        i = numbers[shuffled_index(index, len(numbers), seed)]
+        told = {key: self.record(i)[key] for key in ("task", "options", "right", "rivals")}
+        return dataclasses.replace(self.read.read(i), **told)

@@ -38,6 +38,8 @@ def _a(*words):
 def caption(subject):
     """("shape", "red", "star"), ("sign", "Kenya") or ("flag", "Japan") -> what is in the picture, in words."""
     kind, *words = subject
+    if kind == "picture":       # of other data, with its caption
+        return words[0]
     if kind == "shape":
         return _a(*words)
     the = "the " if words[0] in ("Netherlands", "Philippines") else ""
@@ -96,7 +98,7 @@ def _subject(rng, task, index, split):
     return rng.choice([s for s in pool if s[0] == kind])
 
 
-def _options(rng, task, subject):
+def options_of(rng, task, subject):
     """What goes into the answer's sentence: the true one first, then rivals that are near."""
     kind, *words = subject
     if task == "color":
@@ -121,7 +123,7 @@ def _options(rng, task, subject):
     return [caption((kind, w)).removeprefix("the flag of ") for w in options] if kind == "flag" else options
 
 
-def _said(task, subject):
+def right_of(task, subject):
     """(groups of words of each of which one has to be said, words of which none may be) when the answer is free."""
     kind, *words = subject
     if task in KNOWLEDGE_TASKS:
@@ -161,20 +163,27 @@ def world(task, index, seed=0, split="train"):
 
 def sample_of(rng, task, subject, split="test"):
     """A question of a task about a picture of `subject`, all chances drawn from `rng` (a random.Random)."""
-    image, words = draw(rng, subject, split == "restyled"), _options(rng, task, subject)
+    image, words = draw(rng, subject, split == "restyled"), options_of(rng, task, subject)
     if task in KNOWLEDGE_TASKS:
-        question = rng.choice(KNOWLEDGE_QUESTIONS[task][subject[0] == "flag"])
+        questions = KNOWLEDGE_QUESTIONS[task][subject[0] == "flag"]
     else:
-        question = rng.choice(QUESTIONS[task][split != "train"])
-    phrasing = rng.choice(ANSWERS[task]) if split == "train" else ANSWERS[task][0]
+        questions = QUESTIONS[task][split != "train"]
+    return ask(rng, image, task, questions, ANSWERS[task], words, caption(subject), right_of(task, subject),
+               split == "train")
+
+
+def ask(rng, image, task, questions, phrasings, words, shows, told, train):
+    """A sample: one of the questions about an image that shows `shows`; the answer has the first of `words`, its rivals
+    the others. told: what right_of returns. train: in any phrasing and opening, else in the first."""
+    question = rng.choice(questions)
+    phrasing = rng.choice(phrasings) if train else phrasings[0]
     options = [phrasing.format(w) for w in words]
     options = [o[0].upper() + o[1:] for o in options]
     answer = options[0]
     rng.shuffle(options)
-    question = wrap(question, rng if split == "train" else None)
+    question = wrap(question, rng if train else None)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    right, rivals = _said(task, subject)
-    return Sample(image, messages, task, answer, options, caption(subject), right, rivals)
+    return Sample(image, messages, task, answer, options, shows, *told)
 
 
 MIXTURE = [t for task in TRAINED_TASKS for t in ("instruct", task)]  # what stages 1 to 3 show: half are instructions

@@ -2,6 +2,7 @@
 Stage 1 for every encoder at once: the full LLM teaches the translators, before any encoder is there.
 
     python -m extras.distillation                       # in place of `python train.py translator`; the shipped one
+    python -m extras.distillation --data runs/icons/train.json      # with those pictures, questions and captions
 
 The paper's translator learns from answers alone, beside one encoder. Behind so small an LLM that is not enough: the
 encoder of stage 2 soon finds inputs to which the surrogate answers as wished, and the LLM does not. Here the
@@ -15,13 +16,15 @@ import dataclasses
 import math
 import random
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import surrogate
 from cli import Parser, UserError, check_out, run_cli
-from data.batches import collate
+from data.batches import Shuffled, collate
+from data.llava import LlavaRecords
 from data.world import TRAINED_SUBJECTS, World, caption
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import IMAGE, Tokenizer
@@ -37,13 +40,13 @@ RECIPE = SMALL["distillation"]
 class Slots:
     """What stands in the image's place: tokens of many kinds, all of a word's length."""
 
-    def __init__(self, llm, tokenizer, config):
+    def __init__(self, llm, tokenizer, config, captions=()):
         self.llm, self.tokenizer = llm, tokenizer
         self.config = config
         self.n_visual = config.num_patches + 3
         E = llm.model.embed_tokens.weight.float()
         self.words = F.normalize(E - E.mean(0), dim=-1)                                 # (vocab, C): their directions
-        spelled = [tokenizer.encode(" " + caption(s)) for s in TRAINED_SUBJECTS]
+        spelled = [tokenizer.encode(" " + text) for text in captions or map(caption, TRAINED_SUBJECTS)]
         self.common = torch.tensor(sorted({t for ids in spelled for t in ids}), device=llm.device)
 
     @torch.no_grad()
@@ -81,15 +84,23 @@ class Slots:
         return x
 
 
-def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resume=False):
+def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resume=False, data=None,
+            images=None):
     """Train the translators of `decoder`, a surrogate of `llm`, and nothing else; into the folder `out` goes
-    translator.safetensors. name: of the LLM, for its metadata. Returns the log: a dict a step."""
+    translator.safetensors. name: of the LLM, for its metadata. data: LLaVA's JSON in place of the drawn world. Returns
+    the log: a dict a step."""
     vit = ViTConfig()
     about = dict(stage="translator", llm=name, ranges=[list(r) for r in decoder.ranges], start=None, seed=seed,
                  vit_config=vars(vit), recipe=dataclasses.asdict(recipe))
+    source, captions = World(seed), ()
+    if data:
+        records = LlavaRecords(data, images or Path(data).parent, seed)
+        source = Shuffled(records, records.pictured, seed)
+        captions = [records.read(i).caption for i in records.pictured]
+        about |= dict(data=data, images=records.image_folder, read=[records.digest])
     if resume:
         check_resume(out, about)
-    slots, source, B = Slots(llm, tokenizer, vit), World(seed), recipe.batch
+    slots, B = Slots(llm, tokenizer, vit, captions), recipe.batch
     learns = translator_parameters(decoder)
     set_dtypes(decoder, decoder, learns)
     optimizer, fresh, cache = adamw(learns, recipe), math.ceil(recipe.steps / recipe.epochs), {}
@@ -115,6 +126,8 @@ def main(argv=None):
     parser.add_argument("--llm", default=DEFAULT_LLM, help="folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two translators "
                         "(default: the recipe's)")
+    parser.add_argument("--data", help="LLaVA-format JSON in place of the drawn world")
+    parser.add_argument("--images", help="folder of the images that --data names (default: the file's own folder)")
     parser.add_run("runs/translator")
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
@@ -124,7 +137,8 @@ def main(argv=None):
     llm = Llama.from_pretrained(path, dtype_of(recipe, args.device), args.device)
     decoder = surrogate.build_surrogate(llm, ranges)
     print(f"stage translator, distilled: for {args.llm} with the layers {decoder.ranges} replaced")
-    distill(decoder, llm, Tokenizer.from_pretrained(path), recipe, args.out, args.llm, args.seed, args.resume)
+    distill(decoder, llm, Tokenizer.from_pretrained(path), recipe, args.out, args.llm, args.seed, args.resume,
+            args.data, args.images)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ The LLM writes the instructions that the encoder learns from: LLaVA's recipe in 
 
     python -m extras.instructions           # writes assets/instructions.json, and prints what each filter lets through
     python -m extras.instructions --chats   # writes assets/chats.json: the text instructions of stage 1
+    python -m extras.instructions --data runs/icons/train.json --out runs/icons/all.json    # its records and more
 
 Every caption of the world x open questions, the caption in the image's place; the LLM answers in text. In training the
 image takes the caption's place, and the encoder learns to bring about the same answer. LLaVA's data were made so (arXiv
@@ -15,6 +16,7 @@ import math
 import random
 import re
 import sys
+from pathlib import Path
 
 import torch
 from PIL import ImageColor
@@ -24,9 +26,11 @@ from cli import MAX_SEED, Parser, UserError, check_out_file, number, run_cli, wr
 from data import TABLE
 from data.batches import pad, wrap
 from data.drawing import COLORS, DYES, FLAGS, SHAPES
+from data.llava import LlavaRecords
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
 from evaluate import Reading
 from formats import official
+from formats.files import read_json
 from formats.tokenizer import Tokenizer
 from model import Llama
 from train import default_dtype
@@ -36,12 +40,15 @@ HELD_OUT_WORDS = sorted({w for c in FACTS for task in KNOWLEDGE_TASKS for w in k
                         | set(TABLE["instructions"]["held_out"]))
 REFUSAL = re.compile(r"sorry|as an ai|language model|i can(no|')t|i (do not|don't) have|unable to|caption|"
                      r"visual elements|based on the|text|provided|prompt", re.I)
+ICON_KINDS = TABLE["icons"]["kinds"]
 PALETTE = COLORS | {name: ImageColor.getrgb(DYES[name]) for name in ("white", "black", "light blue", "gold")}
 
 
 def yes_or_no(rng, subject):
     """(question, whether the answer is yes) about something that is in the picture, and about something that is not."""
     kind, *words = subject
+    if kind == "picture":                       # what it is is never trained
+        return []
     things = {"shape": "a shape", "sign": "a sign", "flag": "a flag"}
     other = rng.choice([k for k in things if k != kind])
     return [(f"Is there {things[k]} in the picture? Say why.", k == kind) for k in (kind, other)]
@@ -60,6 +67,8 @@ def contradicts(answer, subject):
     kind, *words = subject
     if kind == "shape":
         wrong = [*PALETTE, *SHAPES, *FACTS]
+    elif kind == "picture":                     # of --data: of its colors nothing is known, either
+        wrong = [w for w in [*PALETTE, *FACTS, *ICON_KINDS] if not has_word(words[0], w)]
     elif kind == "sign":                       # its colors are drawn at random
         mine = next(k for k in WORDS if words[0] in WORDS[k])
         wrong = [*PALETTE, *SHAPES, *WORDS[mine], *FACTS]
@@ -73,6 +82,16 @@ def contradicts(answer, subject):
 def in_text(subject, question):
     """The chat with the caption in the image's place."""
     return [{"role": "user", "content": wrap(question).replace("<image>", " " + caption(subject))}]
+
+
+def with_instructions(records, written, seed):
+    """The records of LLaVA's JSON, and one for each (subject, question, answer), about a picture with its caption."""
+    rng, pictures = random.Random(seed), collections.defaultdict(list)
+    for r in (r for r in records if "caption" in r):
+        pictures[r["caption"]].append(r["image"])
+    return records + [dict(id=f"instruct-{i}", image=rng.choice(pictures[text]), caption=text, conversations=[
+        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}])
+        for i, ((_, text), question, answer) in enumerate(written)]
 
 
 @torch.no_grad()
@@ -89,12 +108,15 @@ def log_p(llm, tokenizer, chats, answers, batch=32):
 
 
 @torch.no_grad()
-def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subjects=TRAINED_SUBJECTS):
-    """[(subject, question, answer), ...] that pass all filters, and [(filter, how many were left), ...]."""
+def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subjects=TRAINED_SUBJECTS, most=None,
+          never=HELD_OUT_WORDS):
+    """[(subject, question, answer), ...] that pass all filters, and [(filter, how many were left), ...]. most: how many
+    answers are written; never: words of none."""
     rng, generator = random.Random(seed), torch.Generator(llm.device).manual_seed(seed)
     asked = [(s, q, None) for s in subjects for q in OPEN_QUESTIONS]
     asked += [(s, q, yes) for s in subjects for q, yes in yes_or_no(rng, s)]
     rng.shuffle(asked)
+    asked = asked[:most]
     answers = []
     for i in tqdm(range(0, len(asked), batch), desc="the LLM answers", unit="batch"):
         prompts = [tokenizer.chat(in_text(s, q)) for s, q, _ in asked[i : i + batch]]
@@ -112,7 +134,7 @@ def write(llm, tokenizer, seed=0, batch=64, threshold=1.0, same_opening=6, subje
     keep("no refusal, no talk of captions", lambda s, q, yes, a: not REFUSAL.search(a))
     keep("yes or no is right", lambda s, q, yes, a: yes is None or a.lower().startswith("yes" if yes else "no"))
     keep("contradicts nothing in the picture", lambda s, q, yes, a: not contradicts(a, s))
-    keep("nothing of the held-out topics", lambda s, q, yes, a: not any(has_word(a, w) for w in HELD_OUT_WORDS))
+    keep("nothing of the held-out topics", lambda s, q, yes, a: not any(has_word(a, w) for w in never))
     others = [rng.choice([t for t in subjects if t[0] == s[0] and not set(t) & set(s[1:])]) for s, *_ in left]
     here, there = (log_p(llm, tokenizer, [in_text(t, q) for t, (_, q, *_) in zip(shown, left)], [a for *_, a in left])
                    for shown in ([s for s, *_ in left], others))
@@ -165,16 +187,30 @@ def main(argv=None):
     parser.add_argument("--out", help="default: assets/instructions.json, with --chats assets/chats.json")
     parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help="default: %(default)s")
     parser.add_device()
+    parser.add_argument("--most", type=number(int, 1, 10**7), help="how many answers the LLM writes at most, before "
+                        "filters (default: every caption x every question)")
+    parser.add_argument("--data", help="LLaVA-format JSON whose records have captions: the LLM writes about these, and "
+                        "--out holds all its records and the new ones")
     args = parser.parse_args(argv)
+    if args.data and not args.out:
+        raise UserError("--data: say as --out where its records and the new ones shall go")
     out = args.out or ("assets/chats.json" if args.chats else "assets/instructions.json")
     check_out_file(out)
+    records, subjects, never = [], TRAINED_SUBJECTS, HELD_OUT_WORDS
+    if args.data:
+        records = LlavaRecords(args.data, Path(args.data).parent).records
+        subjects = [("picture", text) for text in sorted({r["caption"] for r in records if "caption" in r})]
+        known = Path(args.data).with_name("known.json")             # of data/icons.py: with what is held out
+        held = {r["caption"] for r in read_json(known, list)} - {s[1] for s in subjects} if known.exists() else ()
+        never = [*never, *(re.sub("^(an?|the flag of) | face$", "", text) + s for text in held for s in ("", "s"))]
     path = official.find(args.llm)
     llm = Llama.from_pretrained(path, default_dtype(args.device), args.device)
     tokenizer = Tokenizer.from_pretrained(path)
     if args.chats:
         written, report = write_chats(llm, tokenizer, seed=args.seed), []
     else:
-        written, report = write(llm, tokenizer, args.seed)
+        written, report = write(llm, tokenizer, args.seed, subjects=subjects, most=args.most, never=never)
+        written = with_instructions(records, written, args.seed) if args.data else written
     lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
     write_whole(out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
     if report:

@@ -3,6 +3,7 @@ Stage 0: pre-train a small ViT on the drawn world. It stands in for CLIP, where 
 
     python -m extras.vit                        # runs/vit/vit.safetensors
     python -m extras.vit steps=3500             # the shipped one
+    python -m extras.vit --data runs/icons/known.json           # half of the pictures are those, with their captions
 
 As CLIP (arXiv 2103.00020) and CoCa (2205.01917) are trained: images and captions that belong together get similar
 vectors, and a small captioner reads the caption from the patches. The text encoder and the captioner are this file's
@@ -13,14 +14,17 @@ import dataclasses
 import math
 import random
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from cli import Parser, check_out, run_cli
+from data.batches import Shuffled
 from data.drawing import draw
 from data.images import preprocess
+from data.llava import LlavaRecords
 from data.world import KNOWN_SUBJECTS, SUBJECTS, caption
 from formats.checkpoints import load_checkpoint, read_checkpoint
 from log import Log, check_resume, check_start
@@ -33,10 +37,11 @@ END, BEGIN = 0, 1       # ids of no word: the end of a caption (and padding), an
 
 
 class Captions:
-    """Captions as rows of word ids, all of one length: each word of the world has an id, as a tiny tokenizer."""
+    """Captions as rows of word ids, all of one length: each word of the world has an id, as a tiny tokenizer. more:
+    captions of other pictures."""
 
-    def __init__(self):
-        texts = [caption(s) for s in SUBJECTS]
+    def __init__(self, more=()):
+        texts = [caption(s) for s in SUBJECTS] + list(more)
         self.ids = {w: i + 2 for i, w in enumerate(sorted({w for text in texts for w in text.split()}))}
         self.length = max(len(text.split()) for text in texts) + 1                      # with END
         self.vocabulary = len(self.ids) + 2
@@ -115,16 +120,22 @@ class Pretraining(nn.Module):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """pictures[step] -> (pixels (B, 3, S, S), captions) of a step: half signs, which are hardest, shapes and flags."""
+    """pictures[step] -> (pixels (B, 3, S, S), captions) of a step: half signs, which are hardest, shapes and flags.
+    samples: an endless walk, of which half of the pictures are then."""
 
-    def __init__(self, batch, seed, subjects=KNOWN_SUBJECTS):
-        self.batch, self.seed = batch, seed
+    def __init__(self, batch, seed, subjects=KNOWN_SUBJECTS, samples=None):
+        self.batch, self.seed, self.samples = batch, seed, samples
         self.subjects = [[s for s in subjects if s[0] == kind] for kind in ("sign", "shape", "sign", "flag")]
 
     def __getitem__(self, step):
         pixels, texts = [], []
         for j in range(self.batch):
             rng = random.Random(f"picture/{self.seed}/{step * self.batch + j}")
+            if self.samples and rng.random() < 0.5:
+                sample = self.samples[step * self.batch + j]
+                pixels.append(preprocess(sample.image))
+                texts.append(sample.caption)
+                continue
             subject = rng.choice(self.subjects[j % 4] or sum(self.subjects, []))
             pixels.append(preprocess(draw(rng, subject)))
             texts.append(caption(subject))
@@ -134,15 +145,19 @@ class Pictures(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(steps, batch_size=None, num_workers=workers, collate_fn=self.__getitem__)
 
 
-def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False):
-    """Train in float32, and leave a run's files in the folder `out`. start: a checkpoint to go on from. Returns the
-    log."""
+def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False, data=None, images=None):
+    """Train in float32, and leave a run's files in the folder `out`. start: a checkpoint to go on from. data: LLaVA's
+    JSON, whose images and captions are half of what is seen. Returns the log."""
     about = dict(stage="vit", start=start, vit_config=vars(ViTConfig()), seed=seed, recipe=dataclasses.asdict(recipe))
+    records = None
+    if data:
+        records = LlavaRecords(data, images or Path(data).parent, seed)
+        about |= dict(data=data, images=records.image_folder, read=[records.digest])
     check_start(about, out)
     if resume:
         check_resume(out, about)
     torch.manual_seed(seed)
-    captions = Captions()
+    captions = Captions(records.read(i).caption for i in records.pictured) if records else Captions()
     model = Pretraining(captions, ViTConfig())
     if start:
         load_checkpoint(model, read_checkpoint(start)[0], start, needs=["encoder."])
@@ -150,7 +165,8 @@ def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False):
     optimizer = adamw(learns, recipe)
     saved = lambda weights: [(n, t) for n, t in weights.items() if n.startswith("encoder.")]
     log = Log(out, about, learns, optimizer, recipe, resume, saved)
-    for step, (pixels, texts) in zip(log.bar, Pictures(recipe.batch, seed).loader(log.steps, recipe.workers)):
+    pictures = Pictures(recipe.batch, seed, samples=records and Shuffled(records, records.pictured, seed))
+    for step, (pixels, texts) in zip(log.bar, pictures.loader(log.steps, recipe.workers)):
         contrast, nearest, words, whole = model(pixels.to(device), captions(texts).to(device))
         loss = contrast + 2 * words
         loss.backward()
@@ -161,11 +177,13 @@ def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False):
 def main(argv=None):
     parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
     parser.add_argument("--init", help="checkpoint to go on from (default: a new ViT)")
+    parser.add_argument("--data", help="LLaVA-format JSON: half of the pictures are its, with their captions")
+    parser.add_argument("--images", help="folder of the images that --data names (default: the file's own folder)")
     parser.add_run("runs/vit")
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)
-    train_vit(recipe, args.out, args.init, args.seed, args.device, args.resume)
+    train_vit(recipe, args.out, args.init, args.seed, args.device, args.resume, args.data, args.images)
 
 
 if __name__ == "__main__":
