@@ -209,23 +209,6 @@ def test_keys_split_over_programs(triton_backend, Tq, D, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("T", [511, 513])
-def test_cudnn_takes_long_sequences_if_asked(monkeypatch, T):
-    """On Hopper: the same function by another kernel. Elsewhere PyTorch stands in for it, to test the way there."""
-    calls, sdpa = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or sdpa(*a, **k))
-    if DEVICE == "cpu":
-        triton = lambda _, x, shape: "cudnn" if shape == "long" else "triton"
-        monkeypatch.setattr(kernels, "_kernel", triton)
-        monkeypatch.setattr(kernels, "sdpa_kernel", lambda *_, **__: contextlib.nullcontext())
-    inputs = tuple(randn(1, T, heads, 64, dtype=torch.bfloat16) for heads in (2, 1, 1))
-    with kernels.backend("cudnn"):
-        check(kernels.attention, attention, inputs, torch.bfloat16)
-    if DEVICE == "cpu" or torch.cuda.get_device_capability()[0] == 9:
-        assert calls == [1] * (T >= 512)
-
-
-@needs_triton
 @pytest.mark.parametrize("causal", [True, False])
 def test_large_logits(triton_backend, causal):
     q, k, v = (randn(1, 77, heads, 64) for heads in (3, 1, 1))
@@ -553,35 +536,19 @@ def test_bad_input_names_the_argument(backend, message):
 
 
 @needs_triton
-@pytest.mark.parametrize("chip, choice, expected", [
-    ((7, 5), "auto", ["torch"] * 8),
-    ((8, 0), "auto", ["torch", "torch", "split", "torch", "torch", "triton", "triton", "torch"]),
-    ((9, 0), "auto", ["triton", "torch", "split", "torch", "torch", "triton", "triton", "torch"]),
-    ((9, 0), "cudnn", ["triton", "cudnn", "split", "torch", "torch", "triton", "triton", "torch"]),
-])
-def test_which_chips_get_which_kernel(monkeypatch, chip, choice, expected):
+@pytest.mark.parametrize("chip", [(7, 5), (8, 0), (9, 0)])
+def test_which_chips_get_which_kernel(monkeypatch, chip):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: chip)
-    x = lambda dtype: SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
-    asked = [("attention", torch.bfloat16, "square"), ("attention", torch.float16, "long"),
-             ("attention", torch.bfloat16, "few"), ("attention", torch.bfloat16, "trained"),
-             ("attention", torch.float32, "square"), ("elementwise", torch.float32, "any"),
-             ("int8", torch.bfloat16, "few"), ("elementwise", torch.float64, "any")]
-    if choice == "auto":  # there nobody asks for long sequences
-        asked[1] = ("attention", torch.float32, "few")
-    with kernels.backend(choice):
-        assert [kernels._kernel(name, x(dtype), shape) for name, dtype, shape in asked] == expected
-        torch._dynamo.reset()
-        asks = lambda x: x + (kernels._capability(x.device) == chip)  # no break in the graph
-        assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
-
-
-@needs_triton
-def test_tiles_that_do_not_divide_the_padding_are_refused(monkeypatch):
-    """By 256 queries the backward would read lse and delta, which are padded to 128, beyond their end."""
-    attention = sys.modules["kernels.attention"]
-    monkeypatch.setitem(attention.CONFIGS["large"], "dkdv", ((256, 64, 8, 3),) * 2)
-    with pytest.raises(AssertionError, match="128"):
-        attention.config("dkdv", randn(1, 1, 1, 64, dtype=torch.bfloat16))
+    for name, dtype, shape, oldest, kernel in (
+            ("attention", torch.bfloat16, "square", (9, 0), "triton"), ("attention", torch.float32, "square", None, ""),
+            ("attention", torch.bfloat16, "few", (8, 0), "split"), ("attention", torch.float32, "few", None, ""),
+            ("attention", torch.bfloat16, "trained", None, ""), ("int8", torch.bfloat16, "few", (8, 0), "triton"),
+            ("elementwise", torch.float32, "any", (8, 0), "triton"), ("elementwise", torch.float64, "any", None, "")):
+        x = SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
+        assert kernels._kernel(name, x, shape) == (kernel if oldest and chip >= oldest else "torch"), (name, shape)
+    torch._dynamo.reset()
+    asks = lambda x: x + (kernels._capability(x.device) == chip)  # no break in the graph
+    assert torch.compile(asks, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
 
 
 @pytest.mark.parametrize("device, chip, fast", [
