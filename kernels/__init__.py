@@ -43,7 +43,7 @@ except ImportError:
 HALF = (torch.bfloat16, torch.float16)
 FLOAT = (*HALF, torch.float32)  # float64 is for checking gradients: only PyTorch computes it
 TABLE = [
-    # Which kernel runs where. By (operation, chip, dtype, shape) the row that fits; where none does, reference.py. Chips:
+    # Which kernel runs where: the row of (operation, chip, dtype, shape), or if there is none reference.py. Chips are
     # NVIDIA's, by compute capability: 8.0 is A100, 8.6 to 8.9 are RTX 30, RTX 40 and L4, 9.0 is H100 and H200. Those
     # before Ampere only emulate bfloat16, and have less shared memory than a tile takes; AMD's have not been tried.
     ("attention", (9, 0), (9, 0), HALF, "square", "triton"),  # 1.03 to 1.47 times as fast as PyTorch's flash there

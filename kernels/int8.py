@@ -12,8 +12,8 @@ from cli import UserError
 
 
 def round_rows(weight):
-    """(N, K) -> int8 (N, K) and scales (N,): bfloat16's 16 bits as an integer, which a module's `.to(dtype)` leaves alone.
-    Off by half a scale at most."""
+    """(N, K) -> int8 (N, K), off by half a scale at most, and scales (N,): bfloat16, kept as integers of 16 bits, which
+    a module's `.to(dtype)` leaves alone."""
     weight = weight.float()
     scale = (torch.maximum(weight.amax(1), -weight.amin(1)) / 127).clamp(min=1e-12).bfloat16()
     return (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale.view(torch.int16)
