@@ -20,16 +20,13 @@ import os
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cli import UserError
 
 from . import reference
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c as one instruction: Triton 3.9 wants to be told
-# These imports must stay above the functions: importing kernels/attention.py also binds the name `attention` in this
-# package to the file, and the `def attention` further down then takes the name back.
+# Above the functions: to import kernels/attention.py binds the name `attention` here, which `def attention` takes back.
 try:
     import triton
 
@@ -43,30 +40,26 @@ try:
 except ImportError:
     triton = _cross_entropy = _rms_norm = _rope = _swiglu = None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which kernel runs where
-
 HALF = (torch.bfloat16, torch.float16)
 FLOAT = (*HALF, torch.float32)  # float64 is for checking gradients: only PyTorch computes it
 TABLE = [
-    # By (operation, chip, dtype, shape) the first row that fits; where none does, PyTorch: reference.py. Chips are
+    # Which kernel runs where: the row of (operation, chip, dtype, shape), or if there is none reference.py. Chips are
     # NVIDIA's, by compute capability: 8.0 is A100, 8.6 to 8.9 are RTX 30, RTX 40 and L4, 9.0 is H100 and H200. Those
     # before Ampere only emulate bfloat16, and have less shared memory than a tile takes; AMD's have not been tried.
-    ("attention", (9, 0), (9, 0), HALF, "long", "cudnn"),  # asked for by KERNELS=cudnn: no step was timed with it yet
     ("attention", (9, 0), (9, 0), HALF, "square", "triton"),  # 1.03 to 1.47 times as fast as PyTorch's flash there
     #  attention elsewhere: PyTorch's flash, until ours has been timed there; float32: no tensor cores, no gain
     ("attention", (8, 0), (99, 0), HALF, "few", "split"),  # few queries, many keys: or most of the chip is idle
     ("elementwise", (8, 0), (99, 0), FLOAT, "any", "triton"),  # norm, RoPE, SwiGLU, loss: one pass over memory for five
     ("int8", (8, 0), (99, 0), FLOAT, "few", "triton"),  # up to 16 rows; more are a matrix product, cuBLAS's
 ]
-BACKENDS = ("auto", "triton", "torch", "cudnn")
+BACKENDS = ("auto", "triton", "torch")
 _choice = os.environ.get("KERNELS") or "auto"
 
 
 def check_choice(on_gpu=torch.cuda.is_available):
     """UserError if KERNELS names no backend, or one that is not here: a model that is built asks, before it loads."""
     if _choice not in BACKENDS:
-        raise UserError(f"KERNELS={_choice:.40}: expected 'triton', 'torch', 'cudnn' or nothing")
+        raise UserError(f"KERNELS={_choice:.40}: expected 'triton', 'torch' or nothing")
     if _choice == "triton" and triton is None:
         raise UserError("the backend is 'triton', but Triton is not installed: pip install triton, or choose 'torch'")
     if _choice == "triton" and not on_gpu() and not _attention.INTERPRET.value:
@@ -76,11 +69,8 @@ def check_choice(on_gpu=torch.cuda.is_available):
 
 @contextmanager
 def backend(name):
-    """Within the block, run every function here on `name`: "triton", "torch", "auto" (by TABLE), or "cudnn" (the same,
-    but on Hopper cuDNN's attention for long sequences)."""
+    """Within the block, run every function here on `name`: "triton", "torch", or "auto" (by TABLE)."""
     global _choice
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r}: expected 'auto', 'triton', 'torch' or 'cudnn'")
     before, _choice = _choice, name
     try:
         yield
@@ -89,7 +79,7 @@ def backend(name):
 
 
 def _kernel(operation, x, shape="any"):
-    """"triton", "split", "cudnn" or "torch", for this operation on a tensor like x."""
+    """"triton", "split" or "torch", for this operation on a tensor like x."""
     forced = _choice == "triton"  # any chip and dtype then
     if forced or _choice not in BACKENDS:
         check_choice(lambda: x.is_cuda)
@@ -116,10 +106,6 @@ def default_dtype(device):
         amd = cpu.get("avx512_bf16", False) and "Intel" not in cpu.get("cpu_name", "")
         fast = cpu.get("amx_bf16", False) or amd
     return torch.bfloat16 if fast else torch.float32
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is wrong with an argument, said in one line
 
 
 def _check(first, x0, *others):
@@ -159,7 +145,6 @@ def attention(q, k, v, causal=True, lengths=None):
     lengths: (B,) integers; row b has only lengths[b] valid keys, and a causal query i sits at lengths[b] - Tq + i:
         decoding with sequences of different length in one padded cache.
     Returns (B, Tq, Hq, D), contiguous. A query that sees no key at all gives zeros.
-    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit together.
     """
     _check_dimensions("q", q, "B", "Tq", "Hq", "D")
     _check_dimensions("k", k, "B", "Tk", "Hkv", "D")
@@ -169,21 +154,13 @@ def attention(q, k, v, causal=True, lengths=None):
         raise ValueError(f"q has head dim {D}, supported are the multiples of 8 up to 128")
     if Hkv == 0 or Hq % Hkv:
         raise ValueError(f"k has {Hkv} heads, which does not divide the {Hq} heads of q")
-    if lengths is not None or Tq != Tk:
-        shape = "trained" if _learns(q, k, v) else "few"
-    else:
-        shape = "long" if _choice == "cudnn" and Tq >= 512 and D in (64, 128) else "square"
+    shape = "square" if lengths is None and Tq == Tk else "trained" if _learns(q, k, v) else "few"
     kernel = _kernel("attention", q, shape)
     if kernel == "split":
         return _decode_attention.decode_attention(q, k, v, causal, lengths)
     if kernel == "triton":
-        return _attention.flash_attention(q, k, v, causal)
-    if kernel == "torch":
-        return reference.attention(q, k, v, causal, lengths)
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal,
-                                           enable_gqa=Hq != Hkv)
-    return o.transpose(1, 2).contiguous()  # (B, Hq, Tq, D) -> (B, Tq, Hq, D)
+        return _attention.attention(q, k, v, causal)[0]
+    return reference.attention(q, k, v, causal, lengths)
 
 
 def _learns(*tensors):
@@ -213,8 +190,7 @@ def apply_rope(x, cos, sin):
 def rms_norm(x, weight, eps, residual=None):
     """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), fused with the residual addition that comes before it.
 
-    x: (..., d); weight: (d,); residual: like x, or None.
-    Returns y, or (y, s) with s = x + residual and y = norm(s) when a residual is given.
+    x: (..., d); weight: (d,); residual: like x, or None. Returns y; with a residual (y, s), s = x + residual.
     Rounding as in the official Llama: normalise in float32, cast to x.dtype, then multiply by the weight.
     """
     _check("x", x, ("weight", weight, x.shape[-1:]), ("residual", residual, x.shape))
@@ -242,9 +218,7 @@ FEW = 16  # rows up to which int8 weights have kernels of their own: one and eig
 
 def int8_linear(x, weight, scale):
     """x (..., K) times a matrix of int8 weights (N, K) with a scale for each row, (N,) bfloat16: (..., N). No gradient.
-
-    Few rows, a decoding step: reading the weights takes the time. Many, a prompt: arithmetic does.
-    """
+    Few rows, a decoding step: reading the weights takes the time. Many, a prompt: arithmetic does."""
     rows = x.shape[:-1].numel()
     shape = "few" if 0 < rows <= FEW else "many"
     if _kernel("int8", x, shape) == "triton":

@@ -15,21 +15,18 @@ an H200 does 190 while it moves one: from some 400 positions on arithmetic is th
 
 Forward: the online softmax keeps, of the keys seen so far, the maximum m, the sum l of exp(s - m), and acc, the sum of
 exp(s - m) v. When a tile brings a larger maximum m', l and acc are multiplied by exp(m - m'). After the last tile
-o = acc / l; and for the backward the log-sum-exp is kept, lse = m + log(l), one number a query.
+o = acc / l; and the backward is left one number a query, the log-sum-exp lse = m + log(l).
 
 Backward: recompute instead of remember. With lse, a tile of P is recovered in one step, p = exp(s - lse). Then
 
     dv = P^T do        dP = do v^T        dS = P * (dP - delta)        dq = dS k / sqrt(D)        dk = dS^T q / sqrt(D)
 
-where delta_i = sum_j P_ij dP_ij is the softmax's own coupling along a row; as sum_j P_ij (do_i . v_j) = do_i . o_i,
-it is known before the walk begins. A gradient nobody asked for costs nothing: its kernel is not launched.
+where delta_i = sum_j P_ij dP_ij = do_i . o_i, the softmax's own coupling along a row, is known before the walk begins.
 
 - Grouped-query attention: query head h reads key/value head h // G, by address; nothing is repeated.
 - exp2 is the GPU's instruction, not exp: the scores carry a factor log2(e), and lse is in base 2.
 - Masks cost only where they cut: the tiles that every query sees in full have a loop of their own without any.
 - T varies from batch to batch: `do_not_specialize`, or Triton would compile anew for multiples of 16.
-
-Few queries against a long cache are another problem: decode_attention.py.
 """
 
 import os
@@ -43,12 +40,11 @@ from .operators import operator
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # Triton's debugger: Python and NumPy, no GPU
 LOG2E = 1.4426950408889634
 
-# Tile shapes, (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages) for head dims up to 64 and up to 128. Chosen from
-# the compiler's reports; "large" by its times on an H200. Fixed, not @triton.autotune's: nobody waits at a new shape,
-# and every run sums in the same order.
+# Tile shapes, (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages) for head dims up to 64 and up to 128. BLOCK_M
+# divides 128, to which lse and delta are padded. Chosen from the compiler's reports; "large" by its times on an H200.
+# Fixed, not @triton.autotune's: nobody waits at a new shape, and every run sums in the same order.
 CONFIGS = {
-    # chips with 228 KB of shared memory: H100, H200, B200. Of three stages the next tile's copy was begun a whole tile
-    # ago, of two only when the current one has been used.
+    # chips with 228 KB of shared memory: H100, H200, B200. With three stages a tile's copy is begun two tiles ahead.
     "large": dict(forward=((128, 64, 4, 3), (64, 64, 4, 3)), dkdv=((64, 128, 8, 3), (64, 128, 8, 3)),
                   dq=((128, 64, 8, 3), (128, 64, 8, 3))),
     # all others that the kernels run on: they have 99 KB at least
@@ -62,24 +58,26 @@ CONFIGS = {
 
 def config(kernel, q):
     """Launch options of `kernel` ("forward", "dkdv" or "dq") for queries like q."""
-    D, chip = q.shape[3], "large"
+    chip, wide = "large", q.shape[3] > 64
     if q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < 220 * 1024:
         chip = "small"
     if q.dtype == torch.float32 and not INTERPRET.value:
         chip = "float32"
-    BLOCK_M, BLOCK_N, num_warps, num_stages = CONFIGS[chip][kernel][D > 64]
-    assert 128 % BLOCK_M == 0, f"{kernel} reads lse and delta, padded to a multiple of 128, by {BLOCK_M}"
-    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=64 if D <= 64 else 128, num_warps=num_warps,
-                num_stages=num_stages)
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return dict(zip(names, CONFIGS[chip][kernel][wide]), BLOCK_D=128 if wide else 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What all kernels share: tiles of (tokens, channels), from and to (B, T, H, D) tensors with neighbouring channels.
+@triton.jit
+def _place(blocks, H):
+    """This program's block of tokens, head, and row of the batch. Neighbours share a head, and so its keys in L2."""
+    pid = tl.program_id(0)
+    return pid % blocks, (pid // blocks % H).to(tl.int64), (pid // blocks // H).to(tl.int64)
 
 
 @triton.jit
 def _load(x, stride_t, start, end, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Tokens start .. start + BLOCK - 1 of one head as a (BLOCK, BLOCK_D) tile. MASKED: zeros from token `end` on."""
+    """Tokens start .. start + BLOCK - 1 of one head as a (BLOCK, BLOCK_D) tile. MASKED: zeros from token `end` on.
+    Channels are neighbours in memory."""
     row = tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_D)
     # The start may lie beyond 2^31 elements, which takes 64 bits; the way within a tile does not (see `_with_strides`).
@@ -114,12 +112,9 @@ def _dot(a, b, c):
 @triton.jit
 def _key_range(start_m, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(full, end): keys 0 .. full - 1, whole tiles, are visible to all BLOCK_M queries from start_m on; from `end` on
-    none is.
-
-    What lies between, the tiles with a mask, is never empty, and its loop comes first. That matters on Hopper, whose
-    tensor cores work on while the program does: if the first loop could run zero times, the assembler could not rule
-    out that something else writes into the accumulator meanwhile, and would wait after every product (ptxas' C7515).
-    """
+    none is. What lies between, the tiles with a mask, is never empty, and its loop comes first: if it could run zero
+    times, the assembler would wait after every product of Hopper's tensor cores, which work on while the program does,
+    since it could not rule out that something else writes into the accumulator meanwhile (ptxas' C7515)."""
     if CAUSAL:
         full = tl.minimum(start_m + 1, T - 1) // BLOCK_N * BLOCK_N
         end = tl.minimum(start_m + BLOCK_M, T)
@@ -139,21 +134,15 @@ def _visible(start_m, start_n, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, B
     return visible
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Forward: a program owns BLOCK_M queries of one head.
-
-
 @triton.jit(do_not_specialize=["T"])
 def _forward(Q, stride_qb, stride_qt, stride_qh, K, stride_kb, stride_kt, stride_kh, V, stride_vb, stride_vt, stride_vh,
              O, Lse, T, H, G, scale_log2, CAUSAL: tl.constexpr, D: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    # Neighbouring programs share a head, and so its keys in the L2 cache. Among them the last queries, which under a
-    # causal mask have the most keys to visit, go first: then no long program is left to run alone at the end.
+    """A program owns BLOCK_M queries of one head. Of a head's programs the last queries, which under a causal mask have
+    the most keys to visit, go first: then no long program is left to run alone at the end."""
     blocks = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = (blocks - 1 - pid % blocks) * BLOCK_M
-    h = (pid // blocks % H).to(tl.int64)
-    b = (pid // blocks // H).to(tl.int64)
+    block, h, b = _place(blocks, H)
+    start_m = (blocks - 1 - block) * BLOCK_M
     q = _load(Q + b * stride_qb + h * stride_qh, stride_qt, start_m, T, BLOCK_M, D, BLOCK_D, True)
     K += b * stride_kb + h // G * stride_kh
     V += b * stride_vb + h // G * stride_vh
@@ -182,23 +171,13 @@ def _forward(Q, stride_qb, stride_qt, stride_qh, K, stride_kb, stride_kt, stride
     tl.store(Lse + (b * H + h) * T + row, m + tl.log2(l), mask=row < T)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backward
-
-
 @triton.jit(do_not_specialize=["T", "T_padded"])
 def _prepare(O, dO, stride_db, stride_dt, stride_dh, Lse, Lse_padded, Delta, T, T_padded, H,
              D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The two numbers that the backward needs of each query: lse, and delta = sum over channels of o * do.
-
-    Both (B, H, T_padded), where T_padded is a multiple of every tile: the loops over queries can read them without a
-    mask, and in the padding find lse = inf, so p = 0, and delta = 0.
-    """
-    blocks = T_padded // BLOCK_M
-    pid = tl.program_id(0)
-    start_m = pid % blocks * BLOCK_M
-    h = (pid // blocks % H).to(tl.int64)
-    b = (pid // blocks // H).to(tl.int64)
+    """The backward's two numbers of each query: lse, and delta = sum over channels of o * do. Both (B, H, T_padded),
+    whole tiles: the loops over queries read them without a mask, and find lse = inf, so p = 0, in the padding."""
+    block, h, b = _place(T_padded // BLOCK_M, H)
+    start_m = block * BLOCK_M
     row = start_m + tl.arange(0, BLOCK_M)
     lse = tl.load(Lse + (b * H + h) * T + row, mask=row < T, other=float("inf"))
     o = _load(O + (b * T * H + h) * D, H * D, start_m, T, BLOCK_M, D, BLOCK_D, True)
@@ -214,11 +193,8 @@ def _dkdv(Q, stride_qb, stride_qt, stride_qh, K, stride_kb, stride_kt, stride_kh
           CAUSAL: tl.constexpr, D: tl.constexpr,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """A program owns BLOCK_N keys of one key/value head and walks over the queries of all G heads that read it."""
-    blocks = tl.cdiv(T, BLOCK_N)
-    pid = tl.program_id(0)
-    start_n = pid % blocks * BLOCK_N
-    hk = (pid // blocks % (H // G)).to(tl.int64)
-    b = (pid // blocks // (H // G)).to(tl.int64)
+    block, hk, b = _place(tl.cdiv(T, BLOCK_N), H // G)
+    start_n = block * BLOCK_N
     k = _load(K + b * stride_kb + hk * stride_kh, stride_kt, start_n, T, BLOCK_N, D, BLOCK_D, True)
     v = _load(V + b * stride_vb + hk * stride_vh, stride_vt, start_n, T, BLOCK_N, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -265,10 +241,8 @@ def _dq(Q, stride_qb, stride_qt, stride_qh, K, stride_kb, stride_kt, stride_kh, 
         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """A program owns BLOCK_M queries of one head and walks over their keys, exactly as in the forward."""
     blocks = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = (blocks - 1 - pid % blocks) * BLOCK_M
-    h = (pid // blocks % H).to(tl.int64)
-    b = (pid // blocks // H).to(tl.int64)
+    block, h, b = _place(blocks, H)
+    start_m = (blocks - 1 - block) * BLOCK_M
     row = start_m + tl.arange(0, BLOCK_M)
     q = _load(Q + b * stride_qb + h * stride_qh, stride_qt, start_m, T, BLOCK_M, D, BLOCK_D, True)
     do = _load(dO + b * stride_db + h * stride_dh, stride_dt, start_m, T, BLOCK_M, D, BLOCK_D, True)
@@ -294,10 +268,6 @@ def _dq(Q, stride_qb, stride_qt, stride_qh, K, stride_kb, stride_kt, stride_kh, 
     _store(dQ + (b * T * H + h) * D, dq * scale, H * D, start_m, T, BLOCK_M, D, BLOCK_D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PyTorch operators around the kernels
-
-
 def _with_strides(*tensors):
     """Each tensor and its first three strides, as kernels take them; of a copy where neighbouring channels are not
     neighbours in memory, or 128 tokens span 2^31 elements."""
@@ -307,8 +277,8 @@ def _with_strides(*tensors):
 
 @operator("attention(Tensor q, Tensor k, Tensor v, bool causal) -> (Tensor, Tensor)", lambda q, k, v, causal: (
     q.new_empty(q.shape), q.new_empty((len(q), q.shape[2], q.shape[1]), dtype=torch.float32)))
-def _forward_op(o, lse, q, k, v, causal):
-    """-> o (B, T, H, D), lse (B, H, T)."""
+def attention(o, lse, q, k, v, causal):
+    """-> o (B, T, H, D), lse (B, H, T), for as many queries as keys."""
     (B, T, H, D), Hkv, options = q.shape, k.shape[2], config("forward", q)
     _forward[(triton.cdiv(T, options["BLOCK_M"]) * H * B,)](*_with_strides(q, k, v), o, lse, T, H, H // Hkv,
                                                             D**-0.5 * LOG2E, causal, D, **options)
@@ -317,7 +287,7 @@ def _forward_op(o, lse, q, k, v, causal):
 @operator("attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, bool need_q,"
           " bool need_kv) -> (Tensor, Tensor, Tensor)", lambda do, q, k, v, o, lse, causal, need_q, need_kv: tuple(
               x.new_empty(x.shape if need else 0) for x, need in ((q, need_q), (k, need_kv), (v, need_kv))))
-def _backward_op(dq, dk, dv, do, q, k, v, o, lse, causal, need_q, need_kv):
+def _attention_backward(dq, dk, dv, do, q, k, v, o, lse, causal, need_q, need_kv):
     """-> dq, dk, dv (empty where not needed)."""
     (B, T, H, D), Hkv = q.shape, k.shape[2]
     T_padded = triton.cdiv(T, 128) * 128
@@ -335,21 +305,15 @@ def _backward_op(dq, dk, dv, do, q, k, v, o, lse, causal, need_q, need_kv):
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, ctx.causal = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.set_materialize_grads(False)
+    *saved, ctx.causal = inputs
+    ctx.save_for_backward(*saved, *output)
+    ctx.set_materialize_grads(False)  # nobody has one for lse
 
 
-def _backward(ctx, do, _):
-    if do is None:
-        return None, None, None, None
+def _gradients(ctx, do, _):
     need_q, need_k, need_v, _ = ctx.needs_input_grad
-    dq, dk, dv = _backward_op(do, *ctx.saved_tensors, ctx.causal, need_q, need_k or need_v)
+    dq, dk, dv = _attention_backward(do, *ctx.saved_tensors, ctx.causal, need_q, need_k or need_v)
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup)
-
-
-def flash_attention(q, k, v, causal):
-    return _forward_op(q, k, v, causal)[0]
+attention.register_autograd(_gradients, setup_context=_setup)

@@ -4,14 +4,12 @@ For one row of logits x (V,) with target t,
 
     loss = logsumexp(x) - x_t        d loss / d x = softmax(x) - onehot(t)
 
-    logits  [ ................ ]  V numbers     A program owns a row. It reads it twice: for the (online) log-sum-exp,
+    logits   [ ............... ]  V numbers     A program owns a row. It reads it twice: for the (online) log-sum-exp,
                becomes                          and, most of it still in the L2 cache, to overwrite it with the
     d logits [ ............... ]                gradient, which needs nothing but x and that.
 
 Arithmetic: one exponential a number and pass, so memory is the bound: 4 to 6 bytes a logit with 16 bits. As PyTorch
-operations it is a dozen passes over the largest tensor of the training step.
-
-`reference.LinearCrossEntropy` calls this chunk by chunk, between the products before and after.
+operations it is a dozen passes. `reference.LinearCrossEntropy` calls it chunk by chunk.
 """
 
 import torch

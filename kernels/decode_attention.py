@@ -8,16 +8,16 @@
         o = sum of exp(lse - max) o over the programs, divided by the sum of exp(lse - max)       a second kernel
 
 Arithmetic. A decoding step has one query a row, and a key and its value, 4 D bytes, take part in 4 G D operations only,
-G query heads to a key head: the bound is reading the cache. One program a head, as in attention.py, would be 24 for
-Llama-3.2-3B, and leave 108 of an H200's 132 processors idle; so the keys are split, and all queries of a key head share
-a tile, padded to the 16 rows that a tensor core wants. No backward: nobody trains through a cache.
+G query heads to a key head: the bound is reading the cache. One program a head would be 24 for Llama-3.2-3B, and leave
+108 of an H200's 132 processors idle; so the keys are split, and all queries of a key head share a tile, padded to the
+16 rows that a tensor core wants. No backward: nobody trains through a cache.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .attention import LOG2E, _dot, _load, _with_strides
+from .attention import LOG2E, _dot, _load, _place, _with_strides
 from .operators import operator
 
 BLOCK_N = 64  # keys of a tile
@@ -32,10 +32,8 @@ def _attend(Q, stride_qb, stride_qt, stride_qh, K, stride_kb, stride_kt, stride_
     """A program: BLOCK_M (query, head) pairs of one key head against `chunk` keys. O (splits, B, Tq, H, D) and Lse
     (splits, B, Tq, H), float32, are what these keys alone would give."""
     blocks = tl.cdiv(Tq * G, BLOCK_M)
-    pid = tl.program_id(0)
-    hk = (pid // blocks % (H // G)).to(tl.int64)
-    b = (pid // blocks // (H // G)).to(tl.int64)
-    pair = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, hk, b = _place(blocks, H // G)
+    pair = block * BLOCK_M + tl.arange(0, BLOCK_M)
     query, h = pair // G, hk * G + pair % G
     channel = tl.arange(0, BLOCK_D)
     mask = (query < Tq)[:, None] & (channel < D)[None, :]

@@ -4,10 +4,10 @@
     Python: launch launch launch launch …       Python: replay
     GPU:      run    run    run    run          GPU:    run run run run run …
 
-To launch a kernel from Python takes 5 to 20 microseconds, longer than most of the four hundred kernels in a decoding
-step of a Llama run on a fast GPU. A replayed graph starts all of them at once. It uses the very same memory every time:
-what changes from step to step must be a tensor's contents, never a shape or a number (see `fix` of model.KVCache).
-Recording takes as long as a dozen steps, so what was recorded is kept, together with its memory.
+A launch from Python takes 5 to 20 microseconds, longer than most of the four hundred kernels in a Llama's decoding step
+run on a fast GPU. A replayed graph starts all of them at once. It uses the very same memory every time: what changes
+from step to step must be a tensor's contents, never a shape or a number (see `fix` of model.KVCache). Recording takes
+as long as a dozen steps, so what was recorded is kept, together with its memory.
 """
 import threading
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ import torch
 class Graphs:
     """Recordings by whatever they depend on: the last few that were used, none of them by two at a time.
 
-    Each has a stream of its own to be recorded on, since cuBLAS keeps one workspace a stream: two that shared it could
-    not be replayed side by side. CUDA has 32 streams to give, so those of forgotten recordings go to new ones.
+    Each is recorded on a stream of its own, since cuBLAS keeps one workspace a stream: two that shared it could not be
+    replayed side by side. CUDA has 32 to give, so those of forgotten recordings go to new ones.
     """
 
     def __init__(self, keep=2, new_stream=torch.cuda.Stream):

@@ -1,8 +1,5 @@
-"""
-Weights in 8 bits. A decoding step reads every weight once, and waits for them: a quarter of float32's bytes, and on a
-CPU a third of its time.
-
-    llm = Llama.from_pretrained(quantize="int8")
+"""Weights in 8 bits, `Llama.from_pretrained(quantize="int8")`. A decoding step reads every weight once, and waits for
+them: a quarter of float32's bytes, and on a CPU a third of its time.
 
 Each row of a matrix becomes int8 numbers and one scale, by rounding alone (as in gpt-fast): no data is needed.
 Activations stay as they are. The weights cannot learn any more: this is for answers.
@@ -15,10 +12,8 @@ from cli import UserError
 
 
 def round_rows(weight):
-    """(N, K) -> int8 (N, K) and scales (N,): the 16 bits of the kernel's bfloat16. Off by half a scale at most.
-
-    As integers, since a module's `.to(dtype)` leaves those alone: to convert scales at every step would cost a tenth.
-    """
+    """(N, K) -> int8 (N, K), off by half a scale at most, and scales (N,): bfloat16, kept as integers of 16 bits, which
+    a module's `.to(dtype)` leaves alone."""
     weight = weight.float()
     scale = (torch.maximum(weight.amax(1), -weight.amin(1)) / 127).clamp(min=1e-12).bfloat16()
     return (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale.view(torch.int16)
@@ -70,8 +65,7 @@ def restore(layer, dtype):
 
 
 def rounded(tensors, tied):
-    """Readers of official weights (formats/official.py) -> readers for a quantized model, which holds no others. tied:
-    the embeddings are the LM head, too."""
+    """Readers of official weights (formats/official.py) -> those of a quantized model. tied: embeddings = LM head."""
     scales, tensors = {}, dict(tensors)
     if tied and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]

@@ -1,8 +1,5 @@
 """What the kernels compute, in plain PyTorch: one function each. Read this first; the files beside it say how it is
-made fast on a GPU.
-
-It is also what runs on a CPU. There autograd's own backward of RMSNorm and RoPE, pass after pass over large tensors,
-was a quarter of a training step; so these two have theirs written out, as their kernels have.
+made fast on a GPU. It is also what runs on a CPU.
 
 Layout is (B, T, H, D) everywhere, batch, time, head, channel: what a projection's `.view` gives.
 """
@@ -34,9 +31,10 @@ def attention(q, k, v, causal=True, lengths=None):
     (_, Tq, Hq, _), Hkv = q.shape, k.shape[2]
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    if lengths is not None:
-        k, v = _drop_invalid_keys(k, v, lengths)
     Tk, mask, empty = k.shape[1], None, None
+    if lengths is not None:  # beyond them a cache may hold anything, even NaN, and 0 * NaN is NaN
+        invalid = (torch.arange(Tk, device=k.device) >= lengths[:, None])[..., None, None]  # (B, Tk, 1, 1)
+        k, v = k.masked_fill(invalid, 0), v.masked_fill(invalid, 0)
     if lengths is not None or (causal and Tq != Tk and Tq > 1):
         length = lengths.clamp(0, Tk)[:, None] if lengths is not None else torch.full((1, 1), Tk, device=q.device)
         last = length - 1  # (B or 1, 1): the key that a query sees last
@@ -54,43 +52,12 @@ def attention(q, k, v, causal=True, lengths=None):
     return (o if empty is None else o.masked_fill(empty[..., None], 0)).contiguous()
 
 
-def _drop_invalid_keys(k, v, lengths):
-    """What lies in a cache beyond lengths[b] may be anything, even NaN, and 0 * NaN is NaN: it must not be touched."""
-    if not torch.compiler.is_compiling() and not k.is_cuda:  # on a GPU, asking for the longest would wait for it
-        longest = max(int(lengths.max()), 1)
-        k, v = k[:, :longest], v[:, :longest]
-        if int(lengths.min()) >= k.shape[1]:
-            return k, v
-    invalid = (torch.arange(k.shape[1], device=k.device) >= lengths[:, None])[..., None, None]  # (B, Tk, 1, 1)
-    return k.masked_fill(invalid, 0), v.masked_fill(invalid, 0)
-
-
 def apply_rope(x, cos, sin):
     """Each pair (x1, x2) = channels (i, i + D/2) turns by its token's angle. x (B, T, H, D); cos, sin (…, T, D/2)."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return Rotation.apply(x, cos, sin)
-    cos, sin = cos[..., None, :], sin[..., None, :]  # (T, 1, D/2) or (B, T, 1, D/2)
-    x1, x2 = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
-class Rotation(torch.autograd.Function):
-    """The same, by tables as long as a token's row: PyTorch then runs over 576 numbers at a time and not over 32."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        H, half = x.shape[2], x.shape[3] // 2
-        wide = lambda a, b: torch.cat((a, b), -1)[..., None, :].expand(*a.shape[:-1], H, -1).contiguous()
-        turned = x.float().roll(half, -1).mul_(wide(-sin, sin))
-        return (x.float() * wide(cos, cos)).add_(turned).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):  # the transpose of a rotation is that by the opposite angle
-        with torch.no_grad():
-            cos, sin = ctx.saved_tensors
-            return Rotation.apply(dy, cos, -sin), None, None
+    cos = torch.cat((cos, cos), -1)[..., None, :]  # (T, 1, D) or (B, T, 1, D)
+    sin = torch.cat((-sin, sin), -1)[..., None, :]
+    wide = x.float()
+    return (wide * cos).add_(wide.roll(x.shape[-1] // 2, -1).mul_(sin)).to(x.dtype)  # x1 cos - x2 sin, x2 cos + x1 sin
 
 
 def norm_forward(x, weight, eps, residual=None):
@@ -103,7 +70,7 @@ def norm_forward(x, weight, eps, residual=None):
 
 def norm_backward(dy, ds, s, weight, r, need_weight):
     """With n = s r and g = dy weight: d s = r (g - n mean(g n)) + what reaches s directly, d weight = sum over rows of
-    dy n. Of its own tensors each step overwrites the one before."""
+    dy n. Written out: autograd's own, pass after pass over large tensors, takes almost three times as long on a CPU."""
     wide, dy = s.to(r.dtype), dy.to(r.dtype)
     g = dy * weight
     mean = torch.linalg.vecdot(g, wide)[..., None] * r.pow(3) / s.shape[-1]  # (…, 1): r^2 mean(g n), as n is s r

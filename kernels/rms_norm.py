@@ -24,8 +24,7 @@ import triton.language as tl
 
 from .operators import operator, rows
 
-# Rows are short (d = 576 .. 8192) and many: a program keeps one row in its registers. With this many programs at most,
-# all of them are on the chip at once and each walks over its share of the rows.
+# Programs that sum dweight, each over its share of the rows. They are on the chip all at once.
 MAX_PROGRAMS = 132 * 2  # twice an H200's processors: 6 % less time than four times as many, 35 % less than once
 
 

@@ -5,8 +5,8 @@
     x   [  x1  |  x2  ]         A program rotates some rows (token, head): reads both halves and the token's angles,
     y   [  y1  |  y2  ]         writes both halves. The backward is the rotation by the opposite angle: this kernel.
 
-Arithmetic: 3 operations a number that is moved twice, so memory is the bound: 4 bytes a channel with 16 bits. (Inside
-the attention kernel queries are read once less, but to rotate them there took longer than that: docs/gpu.md.)
+Arithmetic: 3 operations a number that is moved twice, so memory is the bound: 4 bytes a channel with 16 bits. (To
+rotate inside the attention kernel reads queries once less, and took longer: docs/gpu.md.)
 """
 
 import triton

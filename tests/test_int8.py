@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_tiny_llm
+from conftest import refuses, save_tiny_llm
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,16 +20,6 @@ from surrogate import build_surrogate, load_surrogate, read_texts
 @pytest.fixture(scope="module")
 def quantized(tiny_llm):
     return Llama.from_pretrained(tiny_llm, quantize="int8")
-
-
-@pytest.mark.parametrize("odd", [math.nan, math.inf])
-def test_weights_that_are_not_finite(tiny_llm, tmp_path, odd):
-    shutil.copytree(tiny_llm, tmp_path / "llm")
-    weights = load_file(tmp_path / "llm" / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = odd
-    save_file(weights, tmp_path / "llm" / "model.safetensors")
-    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds numbers that are not finite"):
-        Llama.from_pretrained(tmp_path / "llm", quantize="int8")
 
 
 def test_weights_are_off_by_half_a_scale_at_most():
@@ -87,11 +77,16 @@ def test_the_pair_of_a_quantized_llm(tiny_llm, stages, quantized):
     assert all(torch.equal(t, before[n]) for n, t in quantized.state_dict().items())        # the LLM stays as it was
 
 
-def test_refuses(tiny_llm, stages, quantized, capsys):
-    with pytest.raises(UserError, match="quantize='int4': choose None or \"int8\""):
-        Llama.from_pretrained(tiny_llm, quantize="int4")
-    with pytest.raises(UserError, match="stage decoder"):
-        VLM.from_pretrained(quantized, stages["decoder"])
+def test_refuses(tiny_llm, stages, quantized, tmp_path):
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    weights = load_file(f"{tiny_llm}/model.safetensors")
+    refuses(UserError, lambda: Llama.from_pretrained(tiny_llm, quantize="int4"), "quantize='int4': choose None or")
+    refuses(UserError, lambda: VLM.from_pretrained(quantized, stages["decoder"]), "stage decoder")
+    for odd in (math.nan, math.inf):
+        weights["model.layers.1.mlp.up_proj.weight"][3, 4] = odd
+        save_file(weights, tmp_path / "llm" / "model.safetensors")
+        refuses(UserError, lambda: Llama.from_pretrained(tmp_path / "llm", quantize="int8"),
+                "layers.1.mlp.up_proj.weight holds numbers that are not finite")
 
 
 def test_command_line(stages, monkeypatch, capsys):
