@@ -274,9 +274,9 @@ class Llama(nn.Module):
             cache.advance(x.shape[1])
         return self.logits(x)
 
-    def loss(self, x, targets, shares=None):
+    def loss(self, x, targets, factors=None):
         """Sum of -log p(target) after the last layer's x (B, T, C), where targets (B, T) is not negative; each
-        multiplied by its share (B, T), if there are any.
+        multiplied by its factor (B, T), if there are any.
 
         Only those positions meet the LM head: with 579 visual tokens and a vocabulary of 128,256, logits for all would
         be most of the memory of a training step. Keep `targets` on the CPU: then finding them does not stall a GPU.
@@ -284,9 +284,9 @@ class Llama(nn.Module):
         index = (targets.flatten() >= 0).nonzero().squeeze(1)               # (N,) positions with a target
         wanted = targets.flatten()[index].to(x.device, non_blocking=True)   # (N,)
         h = x.flatten(0, 1)[index.to(x.device, non_blocking=True)]          # (B*T, C) -> (N, C)
-        if shares is not None:
-            shares = shares.flatten()[index].to(x.device, non_blocking=True)                    # (N,)
-        return kernels.linear_cross_entropy(self.model.norm(h), self.lm_head_weight.to(h.dtype), wanted, shares)
+        if factors is not None:
+            factors = factors.flatten()[index].to(x.device, non_blocking=True)                    # (N,)
+        return kernels.linear_cross_entropy(self.model.norm(h), self.lm_head_weight.to(h.dtype), wanted, factors)
 
     @torch.no_grad()
     def stream(self, embeds, lengths=None, max_new_tokens=64, temperature=0.0, top_p=1.0, generator=None):
@@ -542,7 +542,7 @@ class VLM(nn.Module):
             x = self.decoder.run(self.embed(batch["tokens"], batch["pixels"]))              # (B, T, d)
         else:
             x = self.decoder.run(trunk, self.decoder.trunk)
-        return self.decoder.loss(x, batch["targets"], batch.get("shares"))
+        return self.decoder.loss(x, batch["targets"], batch.get("factors"))
 
     @classmethod
     def from_pretrained(cls, llm=official.DEFAULT_LLM, encoder="assets/encoder.safetensors", dtype=torch.float32,

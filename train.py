@@ -82,7 +82,7 @@ def adamw(learns, recipe, rates={}):
     groups = {}
     for n, p in learns.items():
         groups.setdefault(next((x for start, x in rates.items() if n.startswith(start)), 1.0), []).append(p)
-    return torch.optim.AdamW([dict(params=ps, share=x) for x, ps in groups.items()], lr=recipe.lr, betas=(0.9, 0.999),
+    return torch.optim.AdamW([dict(params=ps, scale=x) for x, ps in groups.items()], lr=recipe.lr, betas=(0.9, 0.999),
                              weight_decay=0.0)
 
 
@@ -107,7 +107,7 @@ def update(optimizer, recipe, step):
     """One step with the gradients that are there. Returns the learning rate used."""
     lr = lr_at(step, recipe)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["share"]
+        group["lr"] = lr * group["scale"]
     clip([p for group in optimizer.param_groups for p in group["params"]], recipe.clip, step)
     optimizer.step()
     optimizer.zero_grad()
@@ -203,18 +203,18 @@ def count_targets(micro_batches):
 
 
 def balance(micro_batches, exponent, device):
-    """Give each target its share in the loss: the paper's dynamic loss weights (appendix A.7; in the authors' code
+    """Give each target a factor in the loss: the paper's dynamic loss weights (appendix A.7; in the authors' code
     `_calc_loss_weights_with_batchmean` of src/methods/engine_ar_instruction_llama.py), by which short turns about an
     image count for more than their length.
 
-    A target in a turn of n targets has the share (log(N + 1) / log(n + 1)) ** exponent, where N is the most that a turn
-    of the global batch has; without an image it is 1.
+    A target in a turn of n targets has the factor (log(N + 1) / log(n + 1)) ** exponent, where N is the most targets of
+    a turn in the global batch; without an image it is 1.
     """
     longest = max([1, *(int(b["turns"].max()) for b in micro_batches)])
     longest = over_processes(torch.tensor(float(longest), device=device), "MAX").cpu()
     for batch in micro_batches:
         n = batch["turns"].float()                                                      # (B, T)
-        batch["shares"] = torch.where(n > 0, (longest.log1p() / n.clamp(min=1).log1p()) ** exponent, 1.0)
+        batch["factors"] = torch.where(n > 0, (longest.log1p() / n.clamp(min=1).log1p()) ** exponent, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

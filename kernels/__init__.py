@@ -232,11 +232,11 @@ def int8_linear(x, weight, scale):
 CHUNK = 2**25  # logits held at a time: 128 MB in float32
 
 
-def linear_cross_entropy(hidden, weight, targets, shares=None):
+def linear_cross_entropy(hidden, weight, targets, factors=None):
     """Sum over the rows of -log softmax(hidden @ weight.T)[target]: LM head and loss in one, in little memory.
 
     hidden: (N, d); weight: (V, d); targets: (N,) int64. A row whose target is negative carries no loss.
-    shares: (N,) float32, by which each row's loss is multiplied, or None.
+    factors: (N,) float32, by which each row's loss is multiplied, or None.
     Returns a float32 scalar, the *sum*: divide by the number of targets of the global batch.
 
     The N x V logits are the largest tensor of a training step (4,096 x 128,256 in float32 are 2 GB, their gradient as
@@ -244,10 +244,10 @@ def linear_cross_entropy(hidden, weight, targets, shares=None):
     """
     _check_dimensions("hidden", hidden, "N", "d")
     _check("hidden", hidden, ("weight", weight, (len(weight), hidden.shape[1])),
-           ("targets", targets, hidden.shape[:1], torch.int64), ("shares", shares, hidden.shape[:1], torch.float32))
+           ("targets", targets, hidden.shape[:1], torch.int64), ("factors", factors, hidden.shape[:1], torch.float32))
     rows = max(1, CHUNK // len(weight))
     if hidden.is_cuda:  # to be busy a GPU wants longer chunks, in whole tiles of 128 rows
         rows = max(128, 4 * rows // 128 * 128)
     step = _elementwise(hidden, _cross_entropy).loss_and_gradient
     learns = _learns(hidden), _learns(weight)
-    return reference.LinearCrossEntropy.apply(hidden, weight, targets, shares, step, rows, *learns)
+    return reference.LinearCrossEntropy.apply(hidden, weight, targets, factors, step, rows, *learns)

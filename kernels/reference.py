@@ -130,14 +130,14 @@ def loss_and_gradient(logits, targets, need_grad):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """hidden (N, d), weight (V, d), targets (N,) -> the sum of the losses; `rows` of the N x V logits at a time.
-    shares (N,): what each loss is multiplied by, or None.
+    factors (N,): what each loss is multiplied by, or None.
 
     step: what turns logits into losses and their gradient, `loss_and_gradient` or its kernel. Since d loss / d logits
     needs nothing from later in the network, a chunk's share of both gradients is computed at once, and it is forgotten.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, shares, step, rows, need_hidden, need_weight):
+    def forward(ctx, hidden, weight, targets, factors, step, rows, need_hidden, need_weight):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         # the weight's gradient is summed over all chunks: in float32, whatever the weight is
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
@@ -145,9 +145,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), rows):
             h, t = hidden[i : i + rows], targets[i : i + rows]  # (n, d), (n,)
             losses, d_logits = step(h @ weight.t(), t, need_hidden or need_weight)  # (n,), (n, V)
-            if shares is not None:
-                losses = losses * shares[i : i + rows]
-                d_logits = d_logits if d_logits is None else d_logits.mul_(shares[i : i + rows, None])
+            if factors is not None:
+                losses = losses * factors[i : i + rows]
+                d_logits = d_logits if d_logits is None else d_logits.mul_(factors[i : i + rows, None])
             loss = loss + losses.sum()  # not +=: from that, torch.compile of PyTorch 2.11 makes a gradient of zeros
             if need_hidden:
                 d_hidden[i : i + rows] = d_logits @ weight  # (n, d)

@@ -357,9 +357,9 @@ def test_linear_cross_entropy(backend, dtype, trained, monkeypatch):
     exact = lambda h, w, t: F.cross_entropy(h @ w.t(), t, ignore_index=-1, reduction="sum")
     check(lambda *inputs: 2 * kernels.linear_cross_entropy(*inputs), lambda *inputs: 2 * exact(*inputs),
           (hidden, weight, targets), dtype)
-    shares = torch.rand(N, device=DEVICE)
-    shared = lambda h, w, t: (F.cross_entropy(h @ w.t(), t, ignore_index=-1, reduction="none") * shares.to(h)).sum()
-    check(lambda *inputs: kernels.linear_cross_entropy(*inputs, shares), shared, (hidden, weight, targets), dtype)
+    factors = torch.rand(N, device=DEVICE)
+    shared = lambda h, w, t: (F.cross_entropy(h @ w.t(), t, ignore_index=-1, reduction="none") * factors.to(h)).sum()
+    check(lambda *inputs: kernels.linear_cross_entropy(*inputs, factors), shared, (hidden, weight, targets), dtype)
     with torch.no_grad():
         loss = kernels.linear_cross_entropy(hidden, weight, targets)
     assert loss.dtype == torch.float32 and loss.grad_fn is None
