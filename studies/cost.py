@@ -305,10 +305,10 @@ def show_fits(name):
             plans = {micro: stage_plan(stage, name, n, n > 1, lora, recipe=replace(recipe, micro_batch=micro))
                      for micro in (1, 2, 4, 8, 16, 32, 64) if recipe.batch // n % micro == 0}
             p = plans[1]
-            parts = [sum(p["memory"][part] for part in of) for of in COLUMNS.values()]
+            needs = [*(sum(p["memory"][part] for part in of) for of in COLUMNS.values()), p["peak"]]
             fit = [max((m for m, p in plans.items() if p["peak"] <= card * 1e9), default="–") for card in CARDS]
-            rows.append((f"{stage}, LoRA {lora}" if lora else stage, n, *(f"{b / 1e9:.1f}" for b in (*parts, p["peak"])),
-                         *fit, f"{p['flops'] / 1e18:.1f}", f"{p['hours'] / n:,.2f}"))
+            rows.append((f"{stage}, LoRA {lora}" if lora else stage, n, *(f"{b / 1e9:.1f}" for b in needs), *fit,
+                         f"{p['flops'] / 1e18:.1f}", f"{p['hours'] / n:,.2f}"))
     return table((name, "GPUs", *COLUMNS, "sum", *(f"{card} GB" for card in CARDS), "EFLOPs", "hours"), rows)
 
 
