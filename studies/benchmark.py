@@ -1,8 +1,7 @@
 """
 How fast, and in how much memory? Ours beside transformers, PyTorch, cuDNN and Liger.
 
-    python -m studies.benchmark step                # a training step of stage 2 behind a surrogate
-    python -m studies.benchmark memory encoder      # the peak of a step, beside the formula of studies/cost.py
+    python -m studies.benchmark step                # a training step of stage 2 behind a surrogate, or of another stage
     python -m studies.benchmark decode              # tokens/s of answers, and their share of what memory allows
     python -m studies.benchmark kernels             # each kernel beside its peers: for a GPU
 
@@ -24,7 +23,6 @@ import time
 from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +44,7 @@ SIZES = {name: target for name, target in TARGETS.items() if not target.llm_conf
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, rope_theta=500000.0))}
 BEFORE, TEXT, ANSWER = 10, 100, 60      # tokens of a sample: before the image; beside it; of these, with loss
-STEP, LORA = Recipe(lr=0.0, checkpointing=True), 8       # lr=0: every step sees the same weights
+STEP, LORA = Recipe(lr=0.0), 8          # lr=0: every step sees the same weights
 
 # ---- The harness ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +139,7 @@ def llava_batch(target, batch):
     return dict(tokens=tokens, targets=targets, pixels=torch.rand(batch, 3, size, size))
 
 
-def stage_of(stage, target, dtype, device, checkpointing=False, lora=0):
+def stage_of(stage, target, dtype, device, lora=0):
     """The VLM of a stage with random weights, and its optimizer."""
     def build():
         llm = Llama(target.llm_config)
@@ -150,7 +148,6 @@ def stage_of(stage, target, dtype, device, checkpointing=False, lora=0):
         return VLM(ViT(target.vit_config), llm if stage == "decoder" else build_surrogate(llm, target.ranges))
 
     vlm = random_model(build, dtype, device)
-    vlm.decoder.checkpointed = range(len(vlm.decoder.model.layers)) if checkpointing else ()
     learns = train.trained_parameters(vlm, stage)
     train.set_dtypes(vlm, vlm.decoder, learns)
     return vlm, train.adamw(learns, STEP)
@@ -216,50 +213,27 @@ class TransformersVLM(torch.nn.Module):
 
 
 def step_rows(args):
-    """Time and memory of a training step of stage 2: ours, and transformers' on the same weights."""
-    target = SIZES[args.model]
-    vlm, optimizer = stage_of("encoder", target, args.dtype, args.device)
-    losses = {"ours": vlm.loss, "transformers, all logits": TransformersVLM(vlm).loss}
+    """Time and memory of a training step: ours, and transformers' on the same weights. Stage decoder: by LoRA, ours
+    alone. By formula: what studies/cost.py counts in bfloat16, which a GPU's peak may be compared with."""
+    target, lora = SIZES[args.model], LORA * (args.stage == "decoder")
+    before = peak_memory(args.device, reset=True)
+    vlm, optimizer = stage_of(args.stage, target, args.dtype, args.device, lora)
+    losses = {"ours": vlm.loss} | ({} if lora else {"transformers, all logits": TransformersVLM(vlm).loss})
     if args.device.startswith("cuda"):
         losses["ours, PyTorch only"] = kernels.backend("torch")(vlm.loss)
     for size in args.batch:
         batch = llava_batch(target, size)
         turns = in_turns({name: functools.partial(take_step, loss, optimizer, batch) for name, loss in losses.items()},
                          args.rounds, args.device)
+        positions = batch["tokens"].shape[1]
+        formula = cost.memory(args.stage, target, STEP, size, positions, ANSWER, lora=lora)
         for name, t in turns.items():
-            yield {"batch": size, "positions": batch["tokens"].shape[1], "system": name,
+            yield {"batch": size, "positions": positions, "system": name,
                    "ms a step": f"{1e3 * t.seconds:.1f}", "ratio": f"{t.seconds / turns['ours'].seconds:.2f}",
-                   "tokens/s": f"{batch['tokens'].numel() / t.seconds:.0f}", "peak GiB": f"{t.peak / 2**30:.2f}",
-                   "of it the step's": f"{(t.peak - t.held) / 2**30:.2f}", "loss": f"{t.result:.5f}"}
-
-
-def two_steps(stage, target, device):
-    """Build a stage in bfloat16 and take two steps: in the second there is Adam's state, as in the midst of a run.
-    Returns (parameters, loss)."""
-    vlm, optimizer = stage_of(stage, target, torch.bfloat16, device, STEP.checkpointing, LORA * (stage == "decoder"))
-    losses = [take_step(vlm.loss, optimizer, llava_batch(target, 1)) for _ in range(2)]
-    return sum(p.numel() for p in vlm.parameters()), losses[1]
-
-
-def memory_rows(args):
-    """GB of a step's peak in bfloat16, one sample at a time, with checkpointing (stage decoder: LoRA): by the formula
-    of studies/cost.py, and measured."""
-    target = SIZES[args.model]
-    if args.device == "cpu" and sys.platform == "linux":    # glibc would keep what was freed, half a GB here
-        for option in (-1, -3):                             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**16)
-    for stage in args.stages:
-        with mock.patch.object(kernels.reference, "attention_by_products", sdpa):   # keeps no scores, as on a GPU
-            two_steps(stage, SIZES["small"], args.device)   # brings in all code that a step needs
-            m = measured(functools.partial(two_steps, stage, target, args.device), args.device)
-        lora, positions = LORA * (stage == "decoder"), target.vit_config.num_patches + 3 + TEXT
-        parts = cost.memory(stage, target, STEP, 1, positions, ANSWER, lora=lora)
-        formula, peak = sum(parts.values()), m.peak - m.held
-        yield {"model": args.model, "stage": f"{stage}, LoRA {lora}" if lora else stage,
-               "parameters": f"{m.result[0] / 1e9:.2f}B",
-               **{k: f"{sum(parts[p] for p in of) / 1e9:.2f}" for k, of in cost.COLUMNS.items()},
-               "formula, GB": f"{formula / 1e9:.2f}", "measured": f"{peak / 1e9:.2f}",
-               "apart": f"{peak / formula - 1:+.1%}"}
+                   "tokens/s": f"{size * positions / t.seconds:.0f}", "peak GiB": f"{(t.peak - before) / 2**30:.2f}",
+                   "of it the step's": f"{(t.peak - t.held) / 2**30:.2f}",
+                   "by formula": f"{sum(formula.values()) / 2**30:.2f}" if name == "ours" else "–",
+                   "loss": f"{t.result:.5f}"}
 
 
 # ---- Decoding -------------------------------------------------------------------------------------------------------
@@ -403,7 +377,6 @@ def kernel_rows(args):
 
 KINDS = {       # what is measured: (its rows, the options that it takes beside those of all)
     "step": (step_rows, dict(batch=[8, 16])),
-    "memory": (memory_rows, {}),
     "decode": (decode_rows, dict(batch=[1, 8], length=[512], new=128)),
     "kernels": (kernel_rows, dict(batch=[8], length=[1024])),
 }
@@ -415,12 +388,11 @@ def parse(argv):
     for kind, (rows, defaults) in KINDS.items():
         sub = kinds.add_parser(kind, doc=rows.__doc__)
         sub.set_defaults(rows=rows)
-        if kind == "memory":
-            sub.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=f"of {', '.join(STAGES)}")
+        if kind == "step":
+            sub.add_argument("stage", nargs="?", choices=STAGES, default="encoder", help="default: %(default)s")
         sub.add_device()
         add = functools.partial(sub.add_argument, help="default: %(default)s")
-        model = "llama-3.2-1b" if kind == "memory" else None
-        add("--model", choices=SIZES, default=model, help="whose sizes; default: see above")
+        add("--model", choices=SIZES, help="whose sizes; default: see above")
         add("--dtype", choices=["float32", "bfloat16"], help="default: see above")
         add("--rounds", type=number(int, 1, 1000), default=5)
         for option, default in defaults.items():
