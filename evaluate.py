@@ -88,10 +88,14 @@ class Reading:
         sizes = [len(lists) for lists in options]
         return {name: [torch.cat(part).split(sizes) for part in zip(*parts)] for name, parts in scores.items()}
 
+    def streams(self, max_new_tokens):
+        """Yield (decoder, generator of its greedy answers, tokens (B,) at a time)."""
+        for (name, decoder), x, cache in zip(self.decoders.items(), self.last, self.caches):
+            yield name, decoder.decode(x, cache.repeat(1, max_new_tokens), max_new_tokens)
+
     def say(self, max_new_tokens, stop):
         """{decoder: [token ids of its greedy answer to each prompt]}"""
-        return {name: collect(decoder.decode(x, cache.repeat(1, max_new_tokens), max_new_tokens), stop)
-                for (name, decoder), x, cache in zip(self.decoders.items(), self.last, self.caches)}
+        return {name: collect(stream, stop) for name, stream in self.streams(max_new_tokens)}
 
 
 def option_ids(tokenizer, options):

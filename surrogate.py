@@ -174,16 +174,20 @@ def load_surrogate(llm, checkpoint):
     return load_translators(build_surrogate(llm, about["ranges"]), checkpoint)
 
 
-def load_translators(surrogate, checkpoint):
-    """Give a surrogate the translators of a checkpoint; if it holds none (stage 2 without `distill`), those of the
-    checkpoint that it started from. Returns the surrogate."""
+def read_translators(checkpoint):
+    """(file, tensors, its metadata) of the translators that a checkpoint was trained with. If it holds none
+    (stage 2 without `distill`), those of the checkpoint that it started from."""
     for file, tensors, about in checkpoints.ancestry(checkpoint):
         taught = about.get("stage") == "encoder" and about.get("ranges") and about.get("recipe", {}).get("distill")
-        if taught or any(n.startswith("decoder.") for n in tensors):
-            break
-    else:
-        raise UserError(f"{checkpoint} holds no translator, and names no checkpoint that does")
-    translators = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
+        translators = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
+        if taught or translators:
+            return file, translators, about
+    raise UserError(f"{checkpoint} holds no translator, and names no checkpoint that does")
+
+
+def load_translators(surrogate, checkpoint):
+    """Give a surrogate the translators of a checkpoint. Returns the surrogate."""
+    file, translators, _ = read_translators(checkpoint)
     places = tuple(f"decoder.model.layers.{i}." for i in surrogate.translators)
     if odd := [n for n in translators if not n.startswith(places)]:     # a layer that the LLM shares, or all of it
         raise UserError(f"{file} does not belong to this surrogate: {odd[0]} is of none of its translators")

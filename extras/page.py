@@ -31,7 +31,9 @@ from surrogate import kept_layers
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")       # before it is imported
 try:
     import gradio as gr
-except ImportError:         # all but `page` works without
+    from starlette.datastructures import Headers, MutableHeaders
+    from starlette.responses import PlainTextResponse
+except ImportError:         # all but `page` and `serve` work without
     gr = None
 
 SUBJECTS = [s for _, s in evaluate.DEMO] + [("flag", "Germany"), ("sign", "Egypt"), ("sign", "Horse")]
@@ -70,15 +72,15 @@ def sign(word):
 
 def nth(index):
     """A picture of the gallery. A request that was made by hand may hold anything."""
-    if type(index) is not int or not 0 <= index < len(SUBJECTS):
-        raise UserError("choose one of the pictures")
-    return SUBJECTS[index]
+    if type(index) is int and 0 <= index < len(SUBJECTS):
+        return SUBJECTS[index]
+    raise UserError("choose one of the pictures")
 
 
 def uploaded(path):
-    if not isinstance(path, str):
-        raise UserError("choose one file")
-    return "file", path
+    if isinstance(path, str):
+        return "file", path
+    raise UserError("choose one file")
 
 
 def show(choose, *given):
@@ -93,44 +95,39 @@ def show(choose, *given):
 # ---- Answers --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def talk(vlm, surrogate, prompt, image, max_new_tokens=40):
-    """Answer with both at once. Yields {"pair": (token ids so far, seconds, tokens/s), "graft": …} after each token."""
-    embeds, _ = vlm.embed_prompts([prompt], [image])
-    streams = {name: decoder.stream(embeds, max_new_tokens=max_new_tokens)
-               for name, decoder in (("pair", surrogate), ("graft", vlm.decoder))}
+def talk(reading, tokenizer, max_new_tokens=40):
+    """Both answer a prompt that evaluate.Reading has read. Yields {"pair": (token ids so far, seconds, tokens/s),
+    "graft": …} after each token."""
+    streams = dict(reading.streams(max_new_tokens))
     said, times = ({name: [] for name in streams} for _ in range(2))        # times: seconds of each token
     while streams:
         for name, stream in list(streams.items()):
             start = time.perf_counter()
-            token = int(next(stream, vlm.tokenizer.turn_end[0]))
+            token = int(next(stream, tokenizer.turn_end[0]))
             times[name].append(time.perf_counter() - start)
-            if token in vlm.tokenizer.stop_tokens:
+            if token in tokenizer.stop_tokens:
                 del streams[name]
             else:
                 said[name].append(token)
         yield {name: (said[name], sum(t), (len(t) - 1) / max(sum(t[1:]), 1e-9)) for name, t in times.items()}
 
 
-@torch.no_grad()
-def rank(vlm, surrogate, prompt, image, options):
+def rank(reading, tokenizer, options):
     """{"pair": [(option, its probability among the options), …], "graft": …}, the likeliest first."""
-    embeds, lengths = vlm.embed_prompts([prompt], [image])                                  # (1, T, d)
-    reading = evaluate.Reading(embeds, lengths, vlm.decoder, surrogate)
-    ranked = reading.option_logp([evaluate.option_ids(vlm.tokenizer, options)])
+    ranked = reading.option_logp([evaluate.option_ids(tokenizer, options)])
     return {name: sorted(zip(options, logp.softmax(0).tolist()), key=lambda pair: -pair[1])     # logp (K,)
             for name, ((logp,), _) in ranked.items()}
 
 
 def sample_of(question, subject):
     """The world's sample, with its options, of this question about this picture. None if they are not the world's."""
-    kind, name = subject[:2]
-    for task in evaluate.TASKS:
+    kind = subject[0]
+    for task, both in (world.QUESTIONS | world.KNOWLEDGE_QUESTIONS).items():
         if task in world.KNOWLEDGE_TASKS:
-            asked, fits = world.KNOWLEDGE_QUESTIONS[task][kind == "flag"], kind != "shape" and name in world.FACTS
+            asked, fits = both[kind == "flag"], kind != "shape" and subject[1] in world.FACTS
         else:
-            of = dict(read="sign", flag="flag", color="shape", shape="shape").get(task, kind)
-            asked, fits = sum(world.QUESTIONS[task], []), subject in world.SUBJECTS and kind == of
+            about = dict(read="sign", flag="flag", color="shape", shape="shape").get(task, kind)
+            asked, fits = sum(both, []), subject in world.SUBJECTS and kind == about
         if fits and question in asked:
             return world.sample_of(random.Random(f"web/{subject}"), task, subject)
 
@@ -142,7 +139,7 @@ def sample_of(question, subject):
 def layers_say(decoder, x, at, ids, start=0):
     """What the layers from `start` on would say at the n positions `at` of x (1, T, d), where ids (n,) follow:
     (likeliest token, its probability, log p of `ids`), each (layers, n)."""
-    rows = []
+    x, rows = decoder.run(x, 0, start), []
     for i in range(start, len(decoder.model.layers)):
         x = decoder.run(x, i, i + 1)
         logp = decoder.logits(x[0, at]).float().log_softmax(-1)                     # (n, vocab)
@@ -158,10 +155,7 @@ def plot_lens(vlm, surrogate, prompt, image, ids, columns=11):
     embeds, _ = vlm.embed_prompts([prompt + ids], [image])
     at, targets = slice(len(prompt) - 1, -1), torch.tensor(ids, device=llm.device)
     trunk, L, n = surrogate.trunk, len(llm.model.layers), len(ids)
-    with torch.no_grad():
-        branch = surrogate.run(embeds, 0, trunk)
-    full = layers_say(llm, embeds, at, targets)
-    ours = layers_say(surrogate, branch, at, targets, trunk)
+    full, ours = layers_say(llm, embeds, at, targets), layers_say(surrogate, embeds, at, targets, trunk)
     logp = full[2].log_softmax(1)                                                   # normalised over the answer
     kl = (logp.exp() * (logp - logp[-1])).sum(1)                                    # (L,)
     ends = [*kept_layers(surrogate.ranges, L)[trunk:], L]       # layer j of the branch replaces ends[j] … ends[j+1] - 1
@@ -215,12 +209,13 @@ def respond(vlm, surrogate, subject, question):
         if not subject or not question:
             raise UserError("choose an image first" if question else "ask something first")
         image, prompt = picture(subject), vlm.prompt([{"role": "user", "content": wrap(question)}])
-        for said in talk(vlm, surrogate, prompt, image):
+        reading = evaluate.Reading(*vlm.embed_prompts([prompt], [image]), vlm.decoder, surrogate)
+        for said in talk(reading, vlm.tokenizer):
             texts = {name: (vlm.tokenizer.decode(ids).strip(), f"{len(ids)} tokens in {seconds:.1f} s, {rate:.0f} "
                             "tokens/s") for name, (ids, seconds, rate) in said.items()}
             yield "", *(column(name, *t) for name, t in texts.items()), None
         if sample := sample_of(question, subject):
-            for name, ranked in rank(vlm, surrogate, prompt, image, sample.options).items():
+            for name, ranked in rank(reading, vlm.tokenizer, sample.options).items():
                 text, note = texts[name]
                 texts[name] = f"{text} {'✓' if world.is_right(text, sample) else '✗'}", note, ranked, sample.answer
         columns = [column(name, *t) for name, t in texts.items()]
@@ -294,19 +289,15 @@ def guard(app):
     async def guarded(scope, receive, send):
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
-                message = message | dict(headers=[*message["headers"], (b"content-security-policy", CSP.encode())])
+                MutableHeaders(scope=message).append("content-security-policy", CSP)
             await send(message)
 
-        headers = {k.lower(): v.decode("latin-1") for k, v in scope.get("headers", ())}
-        host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        here = re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", host) and origin in (None, f"http://{host}")
-        if here or scope["type"] not in ("http", "websocket"):
+        headers = Headers(scope=scope) if scope["type"] in ("http", "websocket") else {"host": "localhost"}
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", host) and origin in (None, f"http://{host}"):
             await app(scope, receive, send_with_policy)
-        elif scope["type"] == "websocket":
-            await send(dict(type="websocket.close", code=1008))
         else:
-            await send(dict(type="http.response.start", status=403, headers=[(b"content-type", b"text/plain")]))
-            await send(dict(type="http.response.body", body=b"this page is for this machine alone"))
+            await PlainTextResponse("this page is for this machine alone", 403)(scope, receive, send)
     return guarded
 
 

@@ -21,33 +21,28 @@ from pathlib import Path
 
 import evaluate
 from cli import Parser, UserError, check_out_file, printable, run_cli
-from formats.checkpoints import ROOT, ancestry, beside, read_checkpoint, save_checkpoint, save_released
+from formats.checkpoints import ROOT, beside, read_checkpoint, save_checkpoint, save_released
 from formats.files import read_json
 from formats.official import DEFAULT_LLM
-from surrogate import check_ranges, parse_ranges
+from surrogate import check_ranges, parse_ranges, read_translators
 
 CLIP = "openai/clip-vit-large-patch14-336"
 HUB_NAMES = {DEFAULT_LLM: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-LICENSES = {    # part of an LLM's name: (the hub's word for its license, what that says of what is derived from it)
-    "smollm2": ("apache-2.0", "Apache-2.0 allows to share them."),
-    **{f"llama-{v}": (f"llama{v}", "Built with Llama. The Llama Community License allows to share them; it asks for "
-                      "these words, a copy of the license, and a model name that begins with Llama.")
-       for v in ("3.1", "3.2", "3.3", "3")},
-    "": ("other", "Whether they may be shared is a matter of its license, which was not known here: read it first.")}
+# part of an LLM's name: the hub's word for its license. What that means for what is derived: assets/model_card.md
+LICENSES = {"smollm2": "apache-2.0", **{f"llama-{v}": f"llama{v}" for v in ("3.1", "3.2", "3.3", "3")}, "": "other"}
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoint", help="a .safetensors of train.py, or a .pth that the paper released")
-    parser.add_argument("out", nargs="?",
-                        help="write it here, as .pth (the paper's layout) or .safetensors; nothing: describe it")
-    about_ = "what a .pth, which has no metadata, does not say: "
-    parser.add_argument("--llm", help=about_ + "the full LLM, folder or hub name")
-    parser.add_argument("--vit", help=about_ + f"the ViT (default: {CLIP})")
-    parser.add_argument("--replace", default="none", help=about_ + "the layers that the surrogate replaces, e.g. 16-26")
-    parser.add_argument("--init", dest="start", help=about_ + "stage encoder: the checkpoint that holds the translator")
-    parser.add_argument("--to", metavar="FOLDER", help="write a folder to share: weights, config.json, model card")
-    parser.add_argument("--scores", help="with --to: results.json of graft.py, for the model card")
+    parser, unsaid = Parser(__doc__), "what a .pth, which has no metadata, does not say: "
+    add = parser.add_argument
+    add("checkpoint", help="a .safetensors of train.py, or a .pth that the paper released")
+    add("out", nargs="?", help="write it here, as .pth (the paper's layout) or .safetensors; nothing: describe it")
+    add("--llm", help=unsaid + "the full LLM, folder or hub name")
+    add("--vit", help=unsaid + f"the ViT (default: {CLIP})")
+    add("--replace", default="none", help=unsaid + "the layers that the surrogate replaces, e.g. 16-26")
+    add("--init", dest="start", help=unsaid + "stage encoder: the checkpoint that holds the translator")
+    add("--to", metavar="FOLDER", help="write a folder to share: weights, config.json, model card")
+    add("--scores", help="with --to: results.json of graft.py, for the model card")
     args = parser.parse_args(argv)
     parse_ranges(args.replace)
     if args.out is not None:
@@ -135,9 +130,10 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
         start = vit if stage == "translator" else None              # a translator that was trained alone needs it
     elif vit or stage == "encoder":
         vit = public(vit, "--vit", checkpoint)
-    taught = any(n.startswith("decoder.") for n in tensors)         # its own translators: the LLM went on teaching them
-    if stage == "encoder" and about.get("ranges") and about.get("start") and not taught:
-        files["translator"], start = translators(checkpoint), "translator.safetensors"
+    if stage == "encoder" and about.get("ranges") and about.get("start"):
+        file, weights, says = read_translators(checkpoint)
+        if file != checkpoint:                                      # in stage 2 the LLM did not go on teaching them
+            files["translator"], start = (weights, says), "translator.safetensors"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: give a new folder")
     for name, (weights, says) in files.items():                     # with no path of this machine
@@ -158,15 +154,6 @@ def share(checkpoint, tensors, about, folder, llm=None, vit=None, scores=None):
     return {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
 
 
-def translators(checkpoint):
-    """(the translators that an encoder was trained with, the metadata of their checkpoint)"""
-    for _, tensors, about in ancestry(checkpoint):
-        tensors = {n: t for n, t in tensors.items() if n.startswith("decoder.")}
-        if tensors:
-            return tensors, about
-    raise UserError(f"{checkpoint} names no checkpoint that holds its translators")
-
-
 def score_table(path, about):
     """The tables in results.json of graft.py, if it is about this checkpoint."""
     results = read_json(path)
@@ -184,14 +171,13 @@ def model_card(name, stage, files, table):
     from huggingface_hub import ModelCard, ModelCardData
     about = files[stage][1]
     hub = HUB_NAMES.get(about["llm"], about["llm"])
-    license_id, license_note = next(x for part, x in LICENSES.items() if part in hub.lower())
+    license_id = next(word for part, word in LICENSES.items() if part in hub.lower())
     data = ModelCardData(base_model=hub, license=license_id, pipeline_tag="image-text-to-text",
                          tags=["vision-encoder-grafting"])
     derived = any(n.startswith("decoder.") for tensors, _ in files.values() for n in tensors)
     sizes = [(n, f"{len(t):,}", f"{sum(x.numel() for x in t.values()):,}") for n, (t, _) in files.items()]
-    card = ModelCard.from_template(
-        data, template_path=ROOT / "assets/model_card.md", name=name, about=about, sizes=sizes, table=table,
-        license_note=license_note if derived else None)
+    card = ModelCard.from_template(data, template_path=ROOT / "assets/model_card.md", name=name, about=about,
+                                   sizes=sizes, table=table, derived=derived)
     return f"{card}\n"
 
 

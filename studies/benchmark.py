@@ -1,8 +1,7 @@
 """
 How fast, and in how much memory? Ours beside transformers, PyTorch, cuDNN and Liger.
 
-    python -m studies.benchmark step                # a training step of stage 2 behind a surrogate
-    python -m studies.benchmark memory encoder      # the peak of a step, beside the formula of studies/cost.py
+    python -m studies.benchmark step                # a training step of stage 2 behind a surrogate, or of another stage
     python -m studies.benchmark decode              # tokens/s of answers, and their share of what memory allows
     python -m studies.benchmark kernels             # each kernel beside its peers: for a GPU
 
@@ -15,7 +14,6 @@ import ctypes
 import functools
 import importlib.metadata
 import itertools
-import json
 import platform
 import resource
 import shlex
@@ -25,7 +23,6 @@ import time
 from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 import train
-from cli import Parser, check_out_file, number, run_cli, write_whole
+from cli import Parser, number, run_cli
 from extras.lora import add_lora
 from formats.tokenizer import IMAGE
 from kernels import int8
@@ -47,37 +44,33 @@ SIZES = {name: target for name, target in TARGETS.items() if not target.llm_conf
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, rope_theta=500000.0))}
 BEFORE, TEXT, ANSWER = 10, 100, 60      # tokens of a sample: before the image; beside it; of these, with loss
-STEP, LORA = Recipe(lr=0.0, checkpointing=True), 8       # lr=0: every step sees the same weights
+STEP, LORA = Recipe(lr=0.0), 8          # lr=0: every step sees the same weights
 
 # ---- The harness ----------------------------------------------------------------------------------------------------
 
 Measured = namedtuple("Measured", "seconds held peak result")       # held: bytes before the run; peak: during it
 
 
-def peak_memory(device):
-    """Bytes: the most that was held since `reset_peak`, on a GPU by tensors, on a CPU by the process, code included."""
+def peak_memory(device, reset=False):
+    """Bytes: the most that was held, on a GPU by tensors, on a CPU by the process, code included. reset: forget it
+    first, so that what is held now is returned (a CPU's can be reset on Linux alone)."""
     if device.startswith("cuda"):
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return int(next(row for row in rows if row.startswith("VmHWM")).split()[1]) * 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss       # cannot be reset: the largest so far
-
-
-def reset_peak(device):
-    """Forget the peak. Returns the bytes that are held now."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if reset:
         ctypes.CDLL(None).malloc_trim(0)            # what was freed is kept for later use: here it is given back
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return peak_memory(device)
+    rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(row for row in rows if row.startswith("VmHWM")).split()[1]) * 2**10
 
 
 def measured(run, device, clock=None):
     """Run once. clock: a function that times `run` in a better way, e.g. again and again."""
-    held, start = reset_peak(device), time.perf_counter()
+    held, start = peak_memory(device, reset=True), time.perf_counter()
     result = run()
     if device != "cpu":
         torch.accelerator.synchronize()
@@ -133,20 +126,20 @@ def sdpa(q, k, v, causal=True, backend=SDPBackend.FLASH_ATTENTION):
 # ---- A step of training ---------------------------------------------------------------------------------------------
 
 
-def llava_batch(n_visual, vocab, batch, image_size):
+def llava_batch(target, batch):
     """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and TEXT tokens of
     which the last ANSWER are the answer; lengths fall by 8, beginning again every four rows, and are padded."""
-    T = n_visual + TEXT
-    tokens = torch.randint(vocab, (batch, T))
+    n_visual, size = target.vit_config.num_patches + 3, target.vit_config.image_size        # CLS, start, end of image
+    tokens = torch.randint(target.llm_config.vocab_size, (batch, n_visual + TEXT))          # (B, T)
     tokens[:, BEFORE:BEFORE + n_visual] = IMAGE
-    targets = torch.full((batch, T), -100)
+    targets = torch.full_like(tokens, -100)
     for b in range(batch):
-        end = T - 8 * (b % 4)
+        end = tokens.shape[1] - 8 * (b % 4)
         targets[b, end - ANSWER - 1:end - 1] = tokens[b, end - ANSWER:end]      # at position t the token t + 1
-    return dict(tokens=tokens, targets=targets, pixels=torch.rand(batch, 3, image_size, image_size))
+    return dict(tokens=tokens, targets=targets, pixels=torch.rand(batch, 3, size, size))
 
 
-def stage_of(stage, target, dtype, device, checkpointing=False, lora=0):
+def stage_of(stage, target, dtype, device, lora=0):
     """The VLM of a stage with random weights, and its optimizer."""
     def build():
         llm = Llama(target.llm_config)
@@ -155,7 +148,6 @@ def stage_of(stage, target, dtype, device, checkpointing=False, lora=0):
         return VLM(ViT(target.vit_config), llm if stage == "decoder" else build_surrogate(llm, target.ranges))
 
     vlm = random_model(build, dtype, device)
-    vlm.decoder.checkpointed = range(len(vlm.decoder.model.layers)) if checkpointing else ()
     learns = train.trained_parameters(vlm, stage)
     train.set_dtypes(vlm, vlm.decoder, learns)
     return vlm, train.adamw(learns, STEP)
@@ -221,54 +213,27 @@ class TransformersVLM(torch.nn.Module):
 
 
 def step_rows(args):
-    """Time and memory of a training step of stage 2: ours, and transformers' on the same weights."""
-    target = SIZES[args.model]
-    vlm, optimizer = stage_of("encoder", target, args.dtype, args.device)
-    losses = {"ours": vlm.loss, "transformers, all logits": TransformersVLM(vlm).loss}
+    """Time and memory of a training step: ours, and transformers' on the same weights. Stage decoder: by LoRA, ours
+    alone. By formula: what studies/cost.py counts in bfloat16, which a GPU's peak may be compared with."""
+    target, lora = SIZES[args.model], LORA * (args.stage == "decoder")
+    before = peak_memory(args.device, reset=True)
+    vlm, optimizer = stage_of(args.stage, target, args.dtype, args.device, lora)
+    losses = {"ours": vlm.loss} | ({} if lora else {"transformers, all logits": TransformersVLM(vlm).loss})
     if args.device.startswith("cuda"):
         losses["ours, PyTorch only"] = kernels.backend("torch")(vlm.loss)
     for size in args.batch:
-        batch = llava_batch(vlm.n_visual, target.llm_config.vocab_size, size, target.vit_config.image_size)
+        batch = llava_batch(target, size)
         turns = in_turns({name: functools.partial(take_step, loss, optimizer, batch) for name, loss in losses.items()},
                          args.rounds, args.device)
+        positions = batch["tokens"].shape[1]
+        formula = cost.memory(args.stage, target, STEP, size, positions, ANSWER, lora=lora)
         for name, t in turns.items():
-            yield {"batch": size, "positions": batch["tokens"].shape[1], "system": name,
+            yield {"batch": size, "positions": positions, "system": name,
                    "ms a step": f"{1e3 * t.seconds:.1f}", "ratio": f"{t.seconds / turns['ours'].seconds:.2f}",
-                   "tokens/s": f"{batch['tokens'].numel() / t.seconds:.0f}", "peak GiB": f"{t.peak / 2**30:.2f}",
-                   "of it the step's": f"{(t.peak - t.held) / 2**30:.2f}", "loss": f"{t.result:.5f}"}
-
-
-# ---- Memory beside the formula --------------------------------------------------------------------------------------
-
-
-def two_steps(stage, target, device):
-    """Build a stage in bfloat16 and take two steps: in the second there is Adam's state, as in the midst of a run.
-    Returns (parameters, loss)."""
-    vlm, optimizer = stage_of(stage, target, torch.bfloat16, device, STEP.checkpointing, LORA * (stage == "decoder"))
-    batch = llava_batch(vlm.n_visual, target.llm_config.vocab_size, 1, target.vit_config.image_size)
-    losses = [take_step(vlm.loss, optimizer, batch) for _ in range(2)]
-    return sum(p.numel() for p in vlm.parameters()), losses[1]
-
-
-def memory_rows(args):
-    """GB of a step's peak in bfloat16, one sample at a time, with checkpointing (stage decoder: LoRA): by the formula
-    of studies/cost.py, and measured."""
-    target = SIZES[args.model]
-    if args.device == "cpu" and sys.platform == "linux":    # glibc would keep what was freed, half a GB here
-        for option in (-1, -3):                             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**16)
-    for stage in args.stages:
-        with mock.patch.object(kernels.reference, "attention_by_products", sdpa):   # keeps no scores, as on a GPU
-            two_steps(stage, SIZES["small"], args.device)   # brings in all code that a step needs
-            m = measured(lambda: two_steps(stage, target, args.device), args.device)
-        lora, positions = LORA * (stage == "decoder"), target.vit_config.num_patches + 3 + TEXT
-        parts = cost.memory(stage, target, STEP, 1, positions, ANSWER, lora=lora)
-        formula, peak = sum(parts.values()), m.peak - m.held
-        yield {"model": args.model, "stage": f"{stage}, LoRA {lora}" if lora else stage,
-               "parameters": f"{m.result[0] / 1e9:.2f}B",
-               **{k: f"{sum(parts[p] for p in of) / 1e9:.2f}" for k, of in cost.COLUMNS.items()},
-               "formula, GB": f"{formula / 1e9:.2f}", "measured": f"{peak / 1e9:.2f}",
-               "apart": f"{peak / formula - 1:+.1%}"}
+                   "tokens/s": f"{size * positions / t.seconds:.0f}", "peak GiB": f"{(t.peak - before) / 2**30:.2f}",
+                   "of it the step's": f"{(t.peak - t.held) / 2**30:.2f}",
+                   "by formula": f"{sum(formula.values()) / 2**30:.2f}" if name == "ours" else "–",
+                   "loss": f"{t.result:.5f}"}
 
 
 # ---- Decoding -------------------------------------------------------------------------------------------------------
@@ -295,21 +260,18 @@ def decode_rows(args):
     batch after the first token; its share is of a copy's bandwidth, if a step did nothing but read every weight once.
     Same: the part of the tokens that transformers says, too."""
     llm = random_model(lambda: Llama(SIZES[args.model].llm_config), args.dtype, args.device)
-    systems = {"ours": llm, "transformers": llama_twin(llm), "ours, int8": int8.quantize(copy.deepcopy(llm))}
+    models = {"ours": llm, "transformers": llama_twin(llm), "ours, int8": int8.quantize(copy.deepcopy(llm))}
     if (fast := kernels.default_dtype(args.device)) != args.dtype:
-        systems[f"ours, {str(fast)[6:]}"] = copy.deepcopy(llm).to(fast)
-    sizes = {name: weight_bytes(llm if name == "transformers" else model) for name, model in systems.items()}
+        models[f"ours, {str(fast)[6:]}"] = copy.deepcopy(llm).to(fast)
     bandwidth = ceilings(args.device, args.dtype)["B"]
     for length, batch in itertools.product(args.length, args.batch):
         prompts = torch.randint(llm.config.vocab_size, (batch, length), device=args.device)
-        runs = {name + first: functools.partial(generate, model, prompts, 1 if first else args.new)
-                for name, model in systems.items() for first in ("", ": first token")}
-        turns = in_turns(runs, args.rounds, args.device)
-        said = turns["transformers"].result
-        for name, size in sizes.items():
-            t, first = turns[name], turns[f"{name}: first token"].seconds
-            rate = (args.new - 1) / (t.seconds - first)
-            same = sum(a == b for x, y in zip(t.result, said) for a, b in zip(x, y)) / (batch * args.new)
+        one, turns = (in_turns({name: functools.partial(generate, model, prompts, n) for name, model in models.items()},
+                               args.rounds, args.device) for n in (1, args.new))
+        for name, t in turns.items():
+            size, first = weight_bytes(llm if name == "transformers" else models[name]), one[name].seconds
+            rate, pairs = (args.new - 1) / (t.seconds - first), zip(t.result, turns["transformers"].result)
+            same = sum(a == b for x, y in pairs for a, b in zip(x, y)) / (batch * args.new)
             yield {"prompt": length, "batch": batch, "system": name, "tokens/s": f"{batch * rate:.1f}",
                    "first token, ms": f"{1e3 * first:.0f}", "weights, GB": f"{size / 1e9:.2f}",
                    "of the bandwidth": f"{size * rate / bandwidth:.0%}",
@@ -403,11 +365,11 @@ def kernel_rows(args):
                 runs = {name: kernel_run(function, inputs, direction) for name, function in systems.items()}
                 turns = in_turns(runs, args.rounds, args.device, clock)
                 ours = turns.pop("ours")
+                rate = work / ours.seconds
                 peers = (f"{name} {t.seconds / ours.seconds:.2f} ({(t.peak - t.held) / 1e6:.0f} MB)"
                          for name, t in turns.items())
                 yield {"kernel": kernel, "shape": shape, "direction": direction, "ms": f"{1e3 * ours.seconds:.3f}",
-                       "rate": f"{work / ours.seconds / 1e12:.2f} T{unit}/s",
-                       "of the best": f"{work / ours.seconds / best[unit]:.0%}",
+                       "rate": f"{rate / 1e12:.2f} T{unit}/s", "of the best": f"{rate / best[unit]:.0%}",
                        "MB": f"{(ours.peak - ours.held) / 1e6:.0f}", "peer's time / ours": ", ".join(peers)}
 
 
@@ -415,7 +377,6 @@ def kernel_rows(args):
 
 KINDS = {       # what is measured: (its rows, the options that it takes beside those of all)
     "step": (step_rows, dict(batch=[8, 16])),
-    "memory": (memory_rows, dict(model="llama-3.2-1b")),
     "decode": (decode_rows, dict(batch=[1, 8], length=[512], new=128)),
     "kernels": (kernel_rows, dict(batch=[8], length=[1024])),
 }
@@ -426,19 +387,17 @@ def parse(argv):
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
     for kind, (rows, defaults) in KINDS.items():
         sub = kinds.add_parser(kind, doc=rows.__doc__)
-        if kind == "memory":
-            sub.add_argument("stages", nargs="+", choices=STAGES, metavar="stage", help=f"of {', '.join(STAGES)}")
+        sub.set_defaults(rows=rows)
+        if kind == "step":
+            sub.add_argument("stage", nargs="?", choices=STAGES, default="encoder", help="default: %(default)s")
         sub.add_device()
         add = functools.partial(sub.add_argument, help="default: %(default)s")
-        add("--model", choices=SIZES, default=defaults.get("model"), help="whose sizes; default: see above")
+        add("--model", choices=SIZES, help="whose sizes; default: see above")
         add("--dtype", choices=["float32", "bfloat16"], help="default: see above")
         add("--rounds", type=number(int, 1, 1000), default=5)
-        for option in ("batch", "length", "new"):
-            if option in defaults:
-                add(f"--{option}", type=number(int, 1 + (option == "new"), 2**16), default=defaults[option],
-                    nargs=None if option == "new" else "+", metavar="N")
-        sub.add_argument("--json", metavar="FILE", help="keep the table there, too")
-        sub.set_defaults(rows=rows)
+        for option, default in defaults.items():
+            add(f"--{option}", type=number(int, 1 + (option == "new"), 2**16), default=default, metavar="N",
+                nargs="+" if isinstance(default, list) else None)
     args = parser.parse_args(argv)
     cuda = args.device.startswith("cuda")
     args.model = args.model or ("llama-3.2-3b" if cuda else "small")
@@ -458,18 +417,13 @@ def machine(device):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    if args.json:
-        check_out_file(args.json)
-    about = dict(machine=machine(args.device), command=f"python -m studies.benchmark {shlex.join(argv)}", rows=[])
-    print(f"{about['machine']}; `{about['command']}`\n")
-    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
-    for row in args.rows(args):
-        if not about["rows"]:
-            print(f"{line(row)}\n{line(['---'] * len(row))}")
-        about["rows"].append(row)
-        print(line(row.values()), flush=True)
-    if args.json:
-        write_whole(args.json, lambda part: part.write_text(json.dumps(about, indent=1), encoding="utf-8"))
+    print(f"{machine(args.device)}; `python -m studies.benchmark {shlex.join(argv)}`\n")
+    line = lambda cells: print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    for i, row in enumerate(args.rows(args)):
+        if i == 0:
+            line(row)
+            line(["---"] * len(row))
+        line(row.values())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ the surrogate saves. Only arithmetic on sizes: it needs no weights, no data and 
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 from cli import Parser, UserError, check_out_file, number, run_cli, write_whole
 from data.batches import shares
@@ -20,7 +21,8 @@ from surrogate import check_ranges, parse_ranges
 
 PAPER = [name for name in TARGETS if name.startswith("llama")]
 PLANS = (*STAGES, "adapter")        # adapter: the baseline's first stage, the projector alone through the full LLM
-HOURS_70B = {"translator": 9.36, "encoder": 4.25, "decoder, 20 %": 5.56, "adapter": 7.01, "decoder": 27.78}
+HOURS_70B = {"surrogate": {"translator": 9.36, "encoder": 4.25, "decoder, 20 %": 5.56},
+             "full decoder": {"adapter": 7.01, "decoder": 27.78}}
 LORA_RANK = 8                       # as in the paper's code
 PEAK, UTILIZATION = 989e12, 0.4     # FLOP/s of an H100 in dense bf16, and the part of it that training gets (assumed)
 
@@ -36,49 +38,40 @@ def recipe_of(stage, name):
     return replace(recipe, steps=math.ceil(IMAGES[recipe.loss_on][0] / recipe.batch)) if stage == "adapter" else recipe
 
 
-# ---- 2. Parameters (target, recipe: a Target and a Recipe of recipes.py; c, v: the sizes of Llama and ViT) -----------
+# ---- 2. Parameters (target, recipe: a Target and a Recipe of recipes.py; lora: its rank, 0 for none) -----------------
 
 
-def layer_matrices(c):
-    """Weights of the seven matrices of a Llama layer."""
-    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)    # q and o, k and v
-    return attention + 3 * c.hidden_size * c.intermediate_size
-
-
-def lora_weights(c, rank):
-    """Weights of the low-rank updates of a layer's q and v: rank x (in + out) for each."""
-    return rank * (2 * c.hidden_size + (c.num_attention_heads + c.num_key_value_heads) * c.head_dim)
-
-
-def decoder_layers(stage, target):
-    """(layers of the stage's decoder, translators among them, layers before the first translator)"""
-    L, ranges = target.llm_config.num_hidden_layers, target.ranges
-    if stage in ("decoder", "adapter") or not ranges:
-        return L, 0, L
-    return L - sum(last - first for first, last in ranges), len(ranges), min(first for first, _ in ranges)
-
-
-def upper_vit(stage, v, recipe):
-    """How many of the ViT's last layers a stage trains: 8 of CLIP-L's 24, or none."""
-    return recipe.vit_layers or max(1, v.num_hidden_layers // 3) if stage in ("encoder", "decoder") else 0
+def sizes_of(stage, target, recipe, lora=0):
+    """The sizes that all formulas share."""
+    c, v = target.llm_config, target.vit_config
+    ranges = target.ranges if stage in ("translator", "encoder") else ()
+    d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    upper = recipe.vit_layers or max(1, v.num_hidden_layers // 3)       # of CLIP-L's 24 layers 8 are trained
+    return SimpleNamespace(
+        c=c, v=v, d=d, q=q, kv=kv, M=c.intermediate_size, C=v.hidden_size,
+        layers=c.num_hidden_layers - sum(last - first for first, last in ranges), translators=len(ranges),
+        trunk=min((first for first, _ in ranges), default=c.num_hidden_layers),         # before the first translator
+        whole=stage == "decoder" and not lora,                                          # all of the LLM is trained
+        upper=upper if stage in ("encoder", "decoder") else 0,
+        matrices=2 * d * (q + kv) + 3 * d * c.intermediate_size,        # of a layer: q and o, k and v; the MLP's three
+        low_rank=lora * (2 * d + q + kv))                               # of a layer's q and v: rank x (in + out) each
 
 
 def trained_and_frozen(stage, target, recipe, lora=0):
-    """{part: (trained, frozen) parameters} of the VLM, as train.trained_parameters chooses them. lora: its rank."""
-    c, v, whole = target.llm_config, target.vit_config, stage == "decoder" and not lora
-    C, d, M = v.hidden_size, c.hidden_size, v.intermediate_size
-    layers, translators, _ = decoder_layers(stage, target)
-    layer, vit_layer = layer_matrices(c) + 2 * d, 4 * C * C + 2 * C * M + M + 9 * C   # with norms, the ViT's biases
-    upper, vit_embeddings = upper_vit(stage, v, recipe), (3 * v.patch_size ** 2 + v.num_patches + 4) * C
+    """{part: (trained, frozen) parameters} of the VLM, as train.trained_parameters chooses them."""
+    s = sizes_of(stage, target, recipe, lora)
+    c, v, d, C, M = s.c, s.v, s.d, s.C, s.v.intermediate_size
+    layer, vit_layer = s.matrices + 2 * d, 4 * C * C + 2 * C * M + M + 9 * C            # with norms, the ViT's biases
+    vit_embeddings = (3 * v.patch_size ** 2 + v.num_patches + 4) * C
     parts = {       # part: (parameters, trained?)
-        "ViT, frozen part": (vit_embeddings + (v.num_hidden_layers - upper) * vit_layer, False),
-        "ViT, last layers": (upper * vit_layer, True),
+        "ViT, frozen part": (vit_embeddings + (v.num_hidden_layers - s.upper) * vit_layer, False),
+        "ViT, last layers": (s.upper * vit_layer, True),
         "ViT, post_layernorm": (2 * C, True),
         "projector, start and end": (C * d + d * d + 4 * d, True),
-        "translators": (translators * layer, stage == "translator"),
-        "decoder's layers": ((layers - translators) * layer, whole),
-        "LoRA": (layers * lora_weights(c, lora) if stage == "decoder" else 0, True),
-        "embeddings, norm, LM head": (c.vocab_size * d * (1 if c.tie_word_embeddings else 2) + d, whole),
+        "translators": (s.translators * layer, stage == "translator"),
+        "decoder's layers": ((s.layers - s.translators) * layer, s.whole),
+        "LoRA": (s.layers * s.low_rank, True),
+        "embeddings, norm, LM head": (c.vocab_size * d * (1 if c.tie_word_embeddings else 2) + d, s.whole),
     }
     return {part: (n, 0) if trained else (0, n) for part, (n, trained) in parts.items() if n}
 
@@ -94,28 +87,25 @@ def step_flops(stage, target, recipe, images, texts=NOTHING, lora=0, text_gradie
     weights cost another where weights are trained, checkpointing another where activations have gradients. The LM head
     sees only targets. causal: how much of the T x T scores is computed; kernels skip the masked half.
     """
-    c, v = target.llm_config, target.vit_config
-    d, C, V = c.hidden_size, v.hidden_size, v.num_patches + 1
-    layers, translators, trunk = decoder_layers(stage, target)
-    whole = stage == "decoder" and not lora
-    m, low_rank, head = layer_matrices(c), lora_weights(c, lora), 2 * c.vocab_size * d
-    trained = layers if whole else translators if stage == "translator" else 0
+    s = sizes_of(stage, target, recipe, lora)
+    v, d, C, V, weights = s.v, s.d, s.C, s.v.num_patches + 1, s.matrices + s.low_rank
+    trained = s.layers if s.whole else s.translators if stage == "translator" else 0
     vit_layer = 2 * (4 * C * C + 2 * C * v.intermediate_size) * V + 4 * V * V * C
     out = {"ViT and projector": images[0] * (
         6 * v.patch_size ** 2 * C * v.num_patches                                   # patches to vectors, forward only
-        + (v.num_hidden_layers + 2 * upper_vit(stage, v, recipe)) * vit_layer               # backward is twice forward
+        + (v.num_hidden_layers + 2 * s.upper) * vit_layer                           # backward is twice forward
         + 3 * 2 * (C + d) * d * V)}
     out |= dict.fromkeys(("forward", "recomputation", "gradients of activations", "gradients of weights", "LM head"), 0)
     for (n, T, N), from_below in ((images, True), (texts, stage == "decoder" or text_gradients)):
-        scores = causal * 4 * T * T * c.num_attention_heads * c.head_dim            # q k^T, and its product with v
-        forward, backward = 2 * (m + low_rank) * T + scores, 2 * (m + low_rank) * T + 2 * scores
-        last = 2 * T * d * c.intermediate_size                  # a layer's last product: no gradient needs it again
-        above = layers if from_below else layers - trunk
-        out["forward"] += n * layers * forward
+        scores = causal * 4 * T * T * s.q                                           # q k^T, and its product with v
+        forward, backward = 2 * weights * T + scores, 2 * weights * T + 2 * scores
+        last = 2 * T * d * s.M                                  # a layer's last product: no gradient needs it again
+        above = s.layers if from_below else s.layers - s.trunk
+        out["forward"] += n * s.layers * forward
         out["recomputation"] += recipe.checkpointing * n * above * (forward - last)
         out["gradients of activations"] += n * above * backward
-        out["gradients of weights"] += n * 2 * T * (trained * m + layers * low_rank)
-        out["LM head"] += n * N * head * (1 + (above > 0) + whole)
+        out["gradients of weights"] += n * 2 * T * (trained * s.matrices + s.layers * s.low_rank)
+        out["LM head"] += n * N * 2 * s.c.vocab_size * d * (1 + (above > 0) + s.whole)
     return out
 
 
@@ -127,38 +117,36 @@ def memory(stage, target, recipe, samples, positions, targets, ranks=1, fsdp=Fal
     from shapes: CUDA, NCCL and the allocator's gaps come on top. (AdamW's temporary values take the place of
     activations, gone by then.)
     """
-    c, v, d = target.llm_config, target.vit_config, target.llm_config.hidden_size
-    layers, translators, trunk = decoder_layers(stage, target)
-    whole = stage == "decoder" and not lora
-    layer, parts = layer_matrices(c) + 2 * d, trained_and_frozen(stage, target, recipe, lora)
+    s = sizes_of(stage, target, recipe, lora)
+    v, d, C, vocab, parts = s.v, s.d, s.C, s.c.vocab_size, trained_and_frozen(stage, target, recipe, lora)
     shared = {p: 1 / ranks if fsdp and p in ("translators", "decoder's layers") else 1 for p in parts}
     trained = sum(shared[p] * counts[0] for p, counts in parts.items())
+    trained_layers = s.layers if stage == "decoder" else s.translators
     # what a layer keeps of a position for its backward pass: x, x after attention, q, k, v, attention's result, gate
     # and up; if it is trained, also what goes into its matrices
-    q, kv, M = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
-    trained_layers, above = layers if stage == "decoder" else translators, layers
-    kept, extra = 2 * d + 2 * q + 2 * kv + 2 * M, d if lora else 2 * d + M
-    checkpointed = above * d + kept + extra * (trained_layers > 0)
-    kept = checkpointed if recipe.checkpointing else above * kept + trained_layers * extra
-    rows = min(samples * targets, max(128, 4 * (2 ** 25 // c.vocab_size) // 128 * 128))     # as linear_cross_entropy
+    kept, extra = 2 * d + 2 * s.q + 2 * s.kv + 2 * s.M, d if lora else 2 * d + s.M
+    kept = (s.layers * d + kept + extra * (trained_layers > 0) if recipe.checkpointing else
+            s.layers * kept + extra * trained_layers)
+    rows = min(samples * targets, max(128, 4 * (2 ** 25 // vocab) // 128 * 128))        # as linear_cross_entropy
     return {
         "weights": 2 * sum(shared[p] * sum(counts) for p, counts in parts.items()),
-        "whole layers": fsdp * layer * (2 * 2 + 6 * (trained_layers > 0)),          # and the gradient of one
+        "whole layers": fsdp * (s.matrices + 2 * d) * (2 * 2 + 6 * (trained_layers > 0)),   # and the gradient of one
         "gradients": 4 * trained,
         "float32 weights, Adam": (4 + 8) * trained,
         "activations of the decoder": 2 * kept * samples * positions,
         "activations before it": 2 * samples * (v.num_patches + 1) * (
-            upper_vit(stage, v, recipe) * (9 * v.hidden_size + 3 * v.intermediate_size) + 3 * v.hidden_size + 3 * d),
-        "logits": 2 * rows * c.vocab_size + 6 * whole * c.vocab_size * d,           # and the gradient of the LM head
+            s.upper * (9 * C + 3 * v.intermediate_size) + 3 * C + 3 * d),
+        "logits": 2 * rows * vocab + 6 * s.whole * vocab * d,                           # and the LM head's gradient
     }
 
 
 # ---- 4. The plan of a stage ------------------------------------------------------------------------------------------
 
 
-def stage_plan(stage, name, ranks=8, fsdp=False, lora=0, text_gradients=False, target=None, recipe=None, data=None):
-    """All about a stage before anything is loaded: a dict for `show_plan`. text_gradients: see `step_flops`.
+def stage_plan(stage, name, ranks=8, fsdp=False, lora=0, text_gradients=None, target=None, recipe=None, data=None):
+    """All about a stage before anything is loaded: a dict for `show_plan`.
 
+    text_gradients: see `step_flops`; default: as with fsdp, whose sharded layers work in step (extras/parallel.py).
     In place of the paper's: target, recipe, data = (images, texts), each (samples, tokens of text, targets among them).
     """
     target, recipe = target or TARGETS[name], recipe or recipe_of(stage, name)
@@ -173,15 +161,15 @@ def stage_plan(stage, name, ranks=8, fsdp=False, lora=0, text_gradients=False, t
     recipe = replace(recipe, steps=recipe.steps or max(1, records // recipe.batch), micro_batch=micro_batch)
     images, texts = ((n * recipe.batch / records, min(T + seen, longest), N)        # of an average step
                      for (n, T, N), seen in ((images, visual), (texts, 0)))
-    flops = step_flops(stage, target, recipe, images, texts, lora, text_gradients)
+    flops = step_flops(stage, target, recipe, images, texts, lora, fsdp if text_gradients is None else text_gradients)
     total = recipe.steps * sum(flops.values())
-    bytes_at = lambda T: memory(stage, target, recipe, micro_batch, T, images[2], ranks, fsdp, lora)
-    needs = bytes_at(images[1])
+    needs, most = (memory(stage, target, recipe, micro_batch, T, images[2], ranks, fsdp, lora)
+                   for T in (images[1], longest))
     return dict(
         stage=stage, name=name, recipe=recipe, ranks=ranks, fsdp=fsdp, lora=lora, accumulation=share // micro_batch,
-        images=images, texts=texts, parts=trained_and_frozen(stage, target, recipe, lora),
-        step_flops=flops, flops=total, hours=total / PEAK / UTILIZATION / 3600,
-        memory=needs, peak=sum(needs.values()), longest=sum(bytes_at(longest).values()))
+        images=images, texts=texts, parts=trained_and_frozen(stage, target, recipe, lora), step_flops=flops,
+        flops=total, hours=total / PEAK / UTILIZATION / 3600, memory=needs, peak=sum(needs.values()),
+        longest=sum(most.values()))
 
 
 def table(head, rows):
@@ -216,7 +204,7 @@ def show_plan(p):
 
 
 def routes(name, ranks=16, text=1.0, sharegpt=True, checkpointing=True, text_gradients=False):
-    """The surrogate's route, the full decoder, and LoRA, each a dict(route, stages={stage: plan}, flops, hours, peak).
+    """{route: dict(stages={stage: plan}, flops, hours, peak)}: with the surrogate, the full decoder, LoRA.
 
     peak: bytes that a GPU needs in the hungriest stage. text: a factor on the length of all text. sharegpt: does the
     stage `decoder` read LLaVA's conversations without image?
@@ -230,40 +218,37 @@ def routes(name, ranks=16, text=1.0, sharegpt=True, checkpointing=True, text_gra
         return stage_plan(stage, name, ranks, True, lora, text_gradients, recipe=r, data=data)
 
     adapter = {"adapter": plan_of("adapter")}
-    ours = {stage: plan_of(stage) for stage in ("translator", "encoder")} | {"decoder, 20 %": plan_of("decoder", 0.2)}
-    stages_of = {"surrogate": ours, "full decoder": adapter | {"decoder": plan_of("decoder")},
+    stages_of = {"surrogate": {"translator": plan_of("translator"), "encoder": plan_of("encoder"),
+                               "decoder, 20 %": plan_of("decoder", 0.2)},
+                 "full decoder": adapter | {"decoder": plan_of("decoder")},
                  "LoRA": adapter | {"LoRA": plan_of("decoder", lora=LORA_RANK)}}
     total = lambda stages, what: sum(p[what] for p in stages.values())
-    return [dict(route=route, stages=stages, flops=total(stages, "flops"), hours=total(stages, "hours"),
-                 peak=max(p["peak"] for p in stages.values())) for route, stages in stages_of.items()]
+    return {route: dict(stages=stages, flops=total(stages, "flops"), hours=total(stages, "hours"),
+                        peak=max(p["peak"] for p in stages.values())) for route, stages in stages_of.items()}
 
 
-def saving(three_routes):
-    """The part of the full decoder's FLOPs that the surrogate's route saves."""
-    return 1 - three_routes[0]["flops"] / three_routes[1]["flops"]
+def saving(of):
+    """The part of the full decoder's FLOPs that the surrogate's route saves. of: as `routes` returns it."""
+    return 1 - of["surrogate"]["flops"] / of["full decoder"]["flops"]
 
 
 def show_routes(name, ranks=16):
     """The three routes of a recipe as a table, and how much each assumption (docs/real-size.md) matters."""
-    three, hours = routes(name, ranks), HOURS_70B if name == "llama-3.1-70b" else {}
-    full, full_hours = three[1]["flops"], sum(hours.get(stage, 0) for stage in three[1]["stages"])
-
-    def row(what, steps, p, theirs):
-        paper = f"{theirs:.2f} h, {theirs / full_hours:.0%}" if theirs else "–"
-        return (what, steps, f"{p['flops'] / 1e18:,.1f}", f"{p['flops'] / full:.0%}", paper, f"{p['hours']:,.1f}",
-                f"{p['peak'] / 1e9:.0f}")
-
-    rows = []
-    for r in three:
-        theirs = {stage: hours.get(stage, 0) for stage in r["stages"] if r["route"] != "LoRA"}
-        rows += [row(stage, f"{p['recipe'].steps:,}", p, theirs.get(stage)) for stage, p in r["stages"].items()]
-        rows.append(row(f"**{r['route']}**", "", r, sum(theirs.values())))
+    ours, paper = routes(name, ranks), HOURS_70B if name == "llama-3.1-70b" else {}
+    full, full_hours, rows = ours["full decoder"]["flops"], sum(paper.get("full decoder", {}).values()), []
+    for route, r in ours.items():
+        hours = paper.get(route, {})
+        for what, p, h in (*((stage, p, hours.get(stage)) for stage, p in r["stages"].items()),
+                           (f"**{route}**", r, sum(hours.values()))):
+            rows.append((what, f"{p['recipe'].steps:,}" if p is not r else "", f"{p['flops'] / 1e18:,.1f}",
+                         f"{p['flops'] / full:.0%}", f"{h:.2f} h, {h / full_hours:.0%}" if h else "–",
+                         f"{p['hours']:,.1f}", f"{p['peak'] / 1e9:.0f}"))
     lines = [table((name, "steps", "EFLOPs", "of full", "the paper's: of full", "GPU-hours", "GB a GPU"), rows), "",
-             f"The surrogate's route saves {saving(three):.1%} of the FLOPs of training the full decoder."]
-    if hours:
-        ours, theirs = ([hours[stage] for stage in r["stages"]] for r in three[:2])
-        lines.append(f"The paper saves {1 - sum(ours) / full_hours:.1%} of the hours: "
-                     f"1 - ({' + '.join(map(str, ours))}) / ({' + '.join(map(str, theirs))}).")
+             f"The surrogate's route saves {saving(ours):.1%} of the FLOPs of training the full decoder."]
+    if paper:
+        terms = [" + ".join(map(str, hours.values())) for hours in paper.values()]
+        lines.append(f"The paper saves {1 - sum(paper['surrogate'].values()) / full_hours:.1%} of the hours: "
+                     f"1 - ({terms[0]}) / ({terms[1]}).")
     what_if = {"text 30 % shorter": dict(text=0.7), "text 30 % longer": dict(text=1.3),
                "no activation checkpointing": dict(checkpointing=False),
                "text sends gradients through the trunk, too, as in the paper's code": dict(text_gradients=True),
@@ -277,27 +262,24 @@ def plot_routes():
     from matplotlib.figure import Figure
     looks = {"translator": ("#2a6f97", "white"), "encoder": ("#4f9cc0", "white"), "decoder, 20 %": ("#f4a261", "black"),
              "adapter": ("#c9cdd2", "black"), "decoder": ("#e76f51", "white"), "LoRA": ("#edc4b3", "black")}
-    fig = Figure(figsize=(8.4, 5.4), dpi=140, facecolor="white")
+    fig = Figure(figsize=(8.4, 5.4), dpi=140, facecolor="white", layout="constrained")
     axes = fig.subplots(len(PAPER), 1, sharex=True)
     for ax, name in zip(axes, PAPER):
-        three = routes(name)
-        for y, r in enumerate(three):
+        ours = routes(name)
+        for route, r in ours.items():
             left = 0
             for stage, p in r["stages"].items():
-                width, (color, ink) = 100 * p["flops"] / three[1]["flops"], looks[stage]
-                ax.barh(y, width, 0.8, left, color=color, edgecolor="white")
-                ax.text(left + width / 2, y, f"{stage}\n{width:.0f}", ha="center", va="center", color=ink, size=7.5)
+                width, (color, ink) = 100 * p["flops"] / ours["full decoder"]["flops"], looks[stage]
+                bar = ax.barh(route, width, 0.8, left, color=color, edgecolor="white")
+                ax.bar_label(bar, [f"{stage}\n{width:.0f}"], label_type="center", color=ink, size=7.5)
                 left += width
-            if y != 1:
-                ax.text(left + 1, y, f"{100 - left:.0f} % less", va="center", weight="normal" if y else "bold")
-        ax.set_yticks(range(len(three)), [r["route"] for r in three], fontsize=9.5)
+            if route != "full decoder":
+                ax.text(left + 1, route, f"{100 - left:.0f} % less", va="center")
         ax.set_title(name.title().replace("b", "B"), loc="left", fontsize=10.5, fontweight="bold", pad=3)
         ax.invert_yaxis()
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-    axes[-1].set_xlim(0, 100)
-    axes[-1].set_xlabel("FLOPs of training, in % of the route that trains the full decoder (estimated)")
-    fig.tight_layout(h_pad=1.2)
+    axes[-1].set(xlim=(0, 100), xlabel="FLOPs of training, in % of the route that trains the full decoder (estimated)")
     return fig
 
 
@@ -309,38 +291,31 @@ COLUMNS = {     # of the table: the parts of `memory` that each sums
     "activations": ("activations of the decoder", "activations before it"), "logits": ("logits",)}
 
 
-def fits(name, gpus=GPUS, cards=CARDS):
-    """Rows of the table of a recipe, a dict per stage and number of GPUs: bytes of each of COLUMNS for one sample at a
-    time, `micro`: {card: most samples at a time that fit, 0 if none}, FLOPs of the stage, hours on H100s.
+def show_fits(name):
+    """A table: GB of one sample at a time for each stage and number of GPUs, the most samples at a time that fit on
+    each card, FLOPs of the stage, hours on H100s. docs/real-size.md has more words about its columns.
 
     More than one GPU share the decoder's layers (--fsdp). A card counts as its GB of 10**9 bytes; the 5 to 7 % more
     that it has are left to CUDA, NCCL and the allocator's gaps.
     """
     rows = []
     for stage, lora in (*((s, 0) for s in STAGES), ("decoder", LORA_RANK)):
-        for n in gpus:
-            fsdp, recipe = n > 1, recipe_of(stage, name)
-            plan = lambda micro: stage_plan(stage, name, n, fsdp, lora, fsdp, recipe=replace(recipe, micro_batch=micro))
-            plans = {micro: plan(micro) for micro in (1, 2, 4, 8, 16, 32, 64) if recipe.batch // n % micro == 0}
-            parts = {k: sum(plans[1]["memory"][part] for part in of) for k, of in COLUMNS.items()}
-            micro = {card: max((m for m, p in plans.items() if p["peak"] <= card * 1e9), default=0) for card in cards}
-            rows.append(dict(stage=stage + (f", LoRA {lora}" if lora else ""), gpus=n, **parts, sum=plans[1]["peak"],
-                             micro=micro, flops=plans[1]["flops"], hours=plans[1]["hours"] / n))
-    return rows
-
-
-def show_fits(name):
-    """The table of `fits`; docs/real-size.md says what its columns are."""
-    head = (name, "GPUs", *COLUMNS, "sum", *(f"{card} GB" for card in CARDS), "EFLOPs", "hours")
-    return table(head, [(r["stage"], r["gpus"], *(f"{r[k] / 1e9:.1f}" for k in (*COLUMNS, "sum")),
-                         *(r["micro"][card] or "–" for card in CARDS), f"{r['flops'] / 1e18:.1f}", f"{r['hours']:,.2f}")
-                        for r in fits(name)])
+        for n in GPUS:
+            recipe = recipe_of(stage, name)
+            plans = {micro: stage_plan(stage, name, n, n > 1, lora, recipe=replace(recipe, micro_batch=micro))
+                     for micro in (1, 2, 4, 8, 16, 32, 64) if recipe.batch // n % micro == 0}
+            p = plans[1]
+            needs = [*(sum(p["memory"][part] for part in of) for of in COLUMNS.values()), p["peak"]]
+            fit = [max((m for m, p in plans.items() if p["peak"] <= card * 1e9), default="–") for card in CARDS]
+            rows.append((f"{stage}, LoRA {lora}" if lora else stage, n, *(f"{b / 1e9:.1f}" for b in needs), *fit,
+                         f"{p['flops'] / 1e18:.1f}", f"{p['hours'] / n:,.2f}"))
+    return table((name, "GPUs", *COLUMNS, "sum", *(f"{card} GB" for card in CARDS), "EFLOPs", "hours"), rows)
 
 
 # ---- 7. Command line -------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def parse(argv):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("stage", nargs="?", choices=PLANS, help="plan this stage (default: show the three routes)")
@@ -356,37 +331,37 @@ def main(argv=None):
     add("--out", help="the routes: where their plot goes (default: runs/routes.png)")
     parser.epilog = f"key=value, with the values of stage encoder:\n{help_text(RECIPES[PAPER[0]]['encoder'])}"
     args = parser.parse_intermixed_args(argv)
-    stage, names = args.stage, [args.recipe] if args.recipe else PAPER
-    takes, what = ["recipe"], stage and f"stage {stage}" or "the three routes"
-    if args.memory:
-        what = "--memory"
-    elif stage:
-        more = {"decoder": ["lora"], "translator": ["replace"], "encoder": ["replace"]}
-        takes += ["stage", "settings", "gpus", "fsdp", *more.get(stage, [])]
-    else:
-        takes += ["gpus", "out"]
-    if odd := [name for name, x in vars(args).items() if x and name not in (*takes, "memory")]:
-        raise UserError(f"{what} cannot go with {odd[0]}, only with {', '.join(takes)}")
+    more = {"decoder": "lora", "translator": "replace", "encoder": "replace"}
+    what, takes = (("--memory", ["memory"]) if args.memory else ("the three routes", ["gpus", "out"]) if not args.stage
+                   else (f"stage {args.stage}", ["stage", "settings", "gpus", "fsdp", more.get(args.stage)]))
+    if odd := [name for name, x in vars(args).items() if x and name not in ("recipe", *takes)]:
+        raise UserError(f"{what} cannot go with {odd[0]}, only with {', '.join(filter(None, ['recipe', *takes]))}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    names = [args.recipe] if args.recipe else PAPER
     if args.memory:
         print("\n\n".join(map(show_fits, names)))
-    elif stage:
-        for name in names:
-            recipe, target = override(recipe_of(stage, name), args.settings), TARGETS[name]
-            if args.replace:
-                ranges = check_ranges(parse_ranges(args.replace), target.llm_config.num_hidden_layers)
-                if stage == "translator" and not ranges:
-                    raise UserError("--replace none: without a surrogate there is no translator to train")
-                target = replace(target, ranges=ranges)
-            # sharded layers work in step: there text, too, sends gradients through the trunk (extras/parallel.py)
-            fsdp, lora = args.fsdp, args.lora or 0
-            print(show_plan(stage_plan(stage, name, args.gpus or 8, fsdp, lora, fsdp, target, recipe)), end="\n\n")
-    else:
+        return
+    if not args.stage:
         out = args.out or "runs/routes.png"
         check_out_file(out)
         print("\n\n".join(show_routes(name, args.gpus or 16) for name in names))
         figure = plot_routes()
         write_whole(out, lambda part: figure.savefig(part, format="png"))
         print(f"\nplot: {out}")
+        return
+    for name in names:
+        recipe, target = override(recipe_of(args.stage, name), args.settings), TARGETS[name]
+        if args.replace:
+            ranges = check_ranges(parse_ranges(args.replace), target.llm_config.num_hidden_layers)
+            if args.stage == "translator" and not ranges:
+                raise UserError("--replace none: without a surrogate there is no translator to train")
+            target = replace(target, ranges=ranges)
+        plan = stage_plan(args.stage, name, args.gpus or 8, args.fsdp, args.lora or 0, target=target, recipe=recipe)
+        print(show_plan(plan), end="\n\n")
 
 
 if __name__ == "__main__":

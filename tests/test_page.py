@@ -39,6 +39,13 @@ def prompt_of(vlm, question=CAPITAL):
     return vlm.prompt([{"role": "user", "content": web.wrap(question)}])
 
 
+@pytest.fixture(scope="module")
+def read(vlm, surrogate):
+    """(embeds, lengths, Reading) of a question about Kenya's sign."""
+    embeds, lengths = vlm.embed_prompts([prompt_of(vlm)], [web.picture(KENYA)])
+    return embeds, lengths, evaluate.Reading(embeds, lengths, vlm.decoder, surrogate)
+
+
 # ---- without Gradio -------------------------------------------------------------------------------------------------
 
 
@@ -74,24 +81,22 @@ def test_upload_that_is_no_image(tmp_path):
     assert "10001 x 1 pixels" in web.show(lambda: ("file", str(file)))[2]
 
 
-def test_both_answer_as_each_alone(vlm, surrogate):
-    prompt, image = prompt_of(vlm), web.picture(KENYA)
-    *_, said = web.talk(vlm, surrogate, prompt, image, max_new_tokens=9)
-    embeds, _ = vlm.embed_prompts([prompt], [image])
+def test_both_answer_as_each_alone(read, vlm, surrogate):
+    embeds, _, reading = read
+    *_, said = web.talk(reading, vlm.tokenizer, max_new_tokens=9)
     for name, decoder in (("pair", surrogate), ("graft", vlm.decoder)):
         alone = decoder.generate(embeds=embeds, stop=vlm.tokenizer.stop_tokens, max_new_tokens=9)[0]
         assert said[name][0] == alone and said[name][1] > 0
     assert said["pair"][0] != said["graft"][0]
 
 
-def test_options_are_ranked_as_graft_ranks_them(vlm, surrogate):
+def test_options_are_ranked_as_graft_ranks_them(read, vlm, surrogate):
     """As the comparison ranks them, which test_evaluate.py holds against brute force; likeliest first, of 100 %."""
     sample = web.sample_of(CAPITAL, KENYA)
     assert sample.answer == "The capital is Nairobi." and len(sample.options) == 10
-    prompt, image = prompt_of(vlm), web.picture(KENYA)
-    embeds, lengths = vlm.embed_prompts([prompt], [image])
+    embeds, lengths, reading = read
     best = evaluate.answer(embeds, lengths, [sample], vlm.decoder, surrogate, vlm.tokenizer, max_new_tokens=1)
-    for name, ranked in web.rank(vlm, surrogate, prompt, image, sample.options).items():
+    for name, ranked in web.rank(reading, vlm.tokenizer, sample.options).items():
         p = [p for _, p in ranked]
         assert ranked[0][0] == sample.options[best[name][0][0]] and p == sorted(p, reverse=True)
         assert sorted(o for o, _ in ranked) == sorted(sample.options) and sum(p) == pytest.approx(1)
@@ -141,9 +146,9 @@ def test_answers_are_text_not_html():
 def test_lens_ends_where_the_models_do(vlm, surrogate):
     prompt, ids = prompt_of(vlm), torch.tensor([5, 6, 7])
     embeds, _ = vlm.embed_prompts([prompt + ids.tolist()], [web.picture(KENYA)])
-    at, branch = slice(len(prompt) - 1, -1), surrogate.run(embeds, 0, surrogate.trunk)
-    full = web.layers_say(vlm.decoder, embeds, at, ids)
-    ours = web.layers_say(surrogate, branch, at, ids, surrogate.trunk)
+    at = slice(len(prompt) - 1, -1)
+    full, ours = (web.layers_say(vlm.decoder, embeds, at, ids),
+                  web.layers_say(surrogate, embeds, at, ids, surrogate.trunk))
     for (tokens, p, logp), decoder, layers in ((full, vlm.decoder, 6), (ours, surrogate, 2)):
         assert tokens.shape == p.shape == logp.shape == (layers, 3)
         probs = decoder(embeds=embeds)[0, at].softmax(-1)

@@ -91,20 +91,6 @@ def test_license_of_the_base(llm, license_id, words, stages, tmp_path):
     assert card.data.license == license_id and words in card.text
 
 
-def test_upload_folder_takes_all_of_it(folder, monkeypatch):
-    sent = {}
-
-    def commit(self, *args, operations, **_):
-        sent.update({o.path_in_repo: o.upload_info.size for o in operations})
-        raise InterruptedError      # all that is to be known is known
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
-    monkeypatch.setattr(huggingface_hub.HfApi, "_validate_yaml", lambda *_, **__: None, raising=False)  # asks the hub
-    monkeypatch.setattr(huggingface_hub.hf_api, "is_xet_available", lambda: False, raising=False)       # one commit
-    with pytest.raises(InterruptedError):
-        huggingface_hub.HfApi().upload_folder(folder_path=folder, repo_id="org/encoder", token=False)
-    assert sent == {f.name: f.stat().st_size for f in folder.iterdir()}
-
-
 @pytest.fixture
 def translator(stages, tiny_llm, tmp_path):
     """A shared folder of translators. The tiny LLM has no public name: its path stands in the folder in its place."""
