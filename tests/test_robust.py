@@ -214,13 +214,12 @@ def test_a_text_beyond_the_context(tiny, capsys):
 def test_samples_are_drawn_as_they_are_needed(monkeypatch):
     """A million images: only those of the first batch are there when the first answer is asked for."""
     drawn = []
-    monkeypatch.setattr(evaluate.world, "world", lambda *a: drawn.append(a) or types.SimpleNamespace(
-        options=["a"], caption="", task=a[0]))
+    draw = lambda *a: drawn.append(a) or types.SimpleNamespace(options=["a"], caption="", task=a[0])
     def stop(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(evaluate, "systems", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.compare(None, n=10**6, batch=20, progress=False)
+        evaluate.compare(None, n=10**6, batch=20, progress=False, draw=draw)
     assert len(drawn) == 20
 
 
