@@ -6,11 +6,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports triton
 
+import dataclasses
+import importlib
 import json
 
 import pytest
 from safetensors.torch import save_file
 
+from cli import run_cli
 from data import world
 from formats import official
 from formats.tokenizer import Tokenizer
@@ -40,6 +43,23 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def killed_at(monkeypatch):
+    """killed_at(step, run): run() until its process is killed before this step."""
+    import train
+
+    def killed_at(step, run):
+        def schedule(i, recipe, lr_at=train.lr_at):
+            if i == step:
+                raise KeyboardInterrupt
+            return lr_at(i, recipe)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "lr_at", schedule)
+            run()
+    return killed_at
+
+
 @torch.no_grad()
 def generate_slowly(llm, prompt, n, stop=()):
     """Greedy, and without a cache: the whole sequence anew for every token. The reference for all generation."""
@@ -61,10 +81,39 @@ def refuses(kind, call, *words):
     assert all(word in text for word in words), f"{words} are not all in: {text}"
 
 
+def assert_refused(capsys, argv, *words):
+    """A command line ends with status 2 and one line on stderr that holds these words."""
+    name, *argv = argv
+    capsys.readouterr()
+    assert run_cli(lambda: importlib.import_module(name).main(argv)) == 2
+    line = capsys.readouterr().err.split("\r")[-1].lstrip("\n")
+    line = line[line.find("error: "):]
+    assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
+    assert all(word in line for word in words), f"{words} are not all in: {line}"
+
+
 # ---- official formats, written by hand: a random Llama, a tokenizer --------------------------------------------------
 
 TINY = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=2, head_dim=8)
+
+
+def random_llama(**sizes):
+    """Weights so large that every layer has a say in the prediction."""
+    torch.manual_seed(0)
+    llm = Llama(dataclasses.replace(TINY, **sizes))
+    for p in llm.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
+    return llm.requires_grad_(False)
+
+
+@torch.no_grad()
+def shake(surrogate):
+    """Translators as after training: no longer copies."""
+    for i in surrogate.translators:
+        for p in surrogate.model.layers[i].parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return surrogate
 
 
 def save_llama(folder, llm):
@@ -74,9 +123,20 @@ def save_llama(folder, llm):
     return folder
 
 
-def save_gguf(path, llm=None, architecture="llama", tokenizer=None, extra=(), keys=(), **sizes):
+def with_names(llm, names):
+    """(name, tensor) of a Llama by other names; the pairs that RoPE turns side by side, as Meta and llama.cpp do."""
+    for name, w in llm.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            w = w.reshape(-1, 2, llm.config.head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        for old, new in names.items():
+            name = name.replace(old, new)
+        yield name, w
+
+
+def save_gguf(path, llm=None, architecture="llama", tokenizer=None, extra=(), more=(), keys=(), **sizes):
     """llama.cpp's file of a Llama, or of a tokenizer alone: {"model": "gpt2", "tokens": [...], ...}. extra: names of
-    more tensors. keys: more of its header. sizes: other values than the Llama's, None for none."""
+    more tensors, of zeros. more: tensors. keys: more of its header. sizes: other values than the Llama's, None for
+    none."""
     import gguf
     writer = gguf.GGUFWriter(path, architecture)
     if llm:
@@ -95,14 +155,9 @@ def save_gguf(path, llm=None, architecture="llama", tokenizer=None, extra=(), ke
     names = {"model.layers": "blk", "self_attn.": "attn_", "attn_o_proj": "attn_output", "mlp.": "ffn_", "_proj": "",
              "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd",
              "model.norm": "output_norm", "lm_head": "output"}
-    for name, w in (llm.state_dict() if llm else {}).items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):       # RoPE's pairs side by side
-            w = w.reshape(-1, 2, c.head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
-        for old, new in names.items():
-            name = name.replace(old, new)
+    tensors = dict(with_names(llm, names) if llm else {}) | dict.fromkeys(extra, torch.zeros(4)) | dict(more)
+    for name, w in tensors.items():
         writer.add_tensor(name, w.contiguous().numpy())
-    for name in extra:
-        writer.add_tensor(name, torch.zeros(4).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -125,13 +180,9 @@ def save_tiny_llm(folder, width=32):
         vocab_size=500, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.save(str(folder / "tokenizer.json"))
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=500, hidden_size=width, intermediate_size=48, num_hidden_layers=6,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=512)
-    llm = Llama(config)
-    for p in llm.parameters():
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)     # large: every layer has a say in the prediction
-    return str(save_llama(folder, llm))
+    return str(save_llama(folder, random_llama(
+        vocab_size=500, hidden_size=width, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, max_position_embeddings=512)))
 
 
 @pytest.fixture(scope="session")

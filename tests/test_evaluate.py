@@ -1,7 +1,5 @@
 """evaluate.py: ranking against brute force, greedy answers, intervals, what an image brings, tables, the demo."""
-import math
 import random
-import types
 
 import pytest
 import torch
@@ -66,17 +64,6 @@ def test_greedy_answers_equal_generate(vlm, surrogate):
         assert [text for _, text in got[name]] == [vlm.tokenizer.decode(ids).strip() for ids in alone]
     assert got["pair"] != got["graft"]
     assert answers(vlm, None, RAGGED, max_new_tokens=12) == {"graft": got["graft"]}  # with no surrogate: the same
-
-
-def test_sum_logp_by_hand():
-    """Two options of one and two tokens over three words, all probabilities known."""
-    p = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.7, 0.2])
-    decoder = types.SimpleNamespace(logits=lambda hidden: hidden)
-    before = torch.stack([torch.stack([p[0].log() + 3, p[1].log() - 1])] * 2)  # logits: any constant may be added
-    real = torch.tensor([[True, False], [True, True]])
-    got, likeliest = evaluate.sum_logp(decoder, before, torch.tensor([[2, 0], [0, 1]]), real, chunk=2)
-    assert likeliest.tolist() == [False, True]
-    assert torch.allclose(got, torch.tensor([math.log(0.2), math.log(0.5 * 0.7)]))
 
 
 # ---- the comparison -------------------------------------------------------------------------------------------------
@@ -209,5 +196,3 @@ def test_any_answer_can_be_drawn(tmp_path):
     evaluate.plot_demo(said).savefig(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         assert min(picture.size) > 300
-
-

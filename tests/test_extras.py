@@ -32,16 +32,11 @@ def test_stage_0_knows_no_llm():
     assert "llm" not in vars(vit) and not {"Llama", "VLM", "Tokenizer", "DEFAULT_LLM"} & vars(vit).keys()
 
 
-def test_stage_0_resumes(tmp_path, monkeypatch):
+def test_stage_0_resumes(tmp_path, killed_at):
     """Killed after two steps and resumed: the same weights as without."""
-    def killed(step, recipe, schedule=train.lr_at):
-        return schedule(step, recipe) if step < 2 else exec("raise KeyboardInterrupt")
-
     argv = ["steps=3", "batch=6", "save_every=1", "workers=0", "--out"]
     vit.main([*argv, str(tmp_path / "whole")])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "lr_at", killed)
-        vit.main([*argv, str(tmp_path / "broken")])
+    killed_at(2, lambda: vit.main([*argv, str(tmp_path / "broken")]))
     vit.main([*argv, str(tmp_path / "broken"), "--resume"])
     whole, broken = (read_checkpoint(tmp_path / run / "vit.safetensors")[0] for run in ("whole", "broken"))
     assert all(torch.equal(whole[n], broken[n]) for n in whole)
@@ -109,15 +104,6 @@ def test_distillation_loss_and_gradients(tiny_llm, ranges):
     assert_close(ours, grads(parameters))
 
 
-def test_distillation_is_zero_for_a_perfect_translator(tiny_llm):
-    vlm, llm = make_vlm(tiny_llm, [(3, 3)])
-    with torch.no_grad():
-        for ours, theirs in zip(vlm.decoder.model.layers[3].parameters(), llm.model.layers[3].parameters()):
-            ours.copy_(theirs)
-    losses = surrogate.distillation_loss(vlm.decoder, states(vlm, llm, mixed_batch(vlm)))
-    assert [x.item() for x in losses] == [0, 0]
-
-
 def test_slots_are_of_a_words_length_and_of_many_kinds(smollm, smollm_tokenizer):
     """In the image's place: points at a word's distance from the mean of words; everything else is the text's own."""
     config = ViTConfig()
@@ -141,7 +127,7 @@ def test_slots_name_no_untaught_word(smollm, smollm_tokenizer):
     assert not [w for w in world.UNTAUGHT if world.has_word(said, w)]
 
 
-def test_later_epochs_read_cached_states(tiny_llm, tmp_path, monkeypatch):
+def test_later_epochs_read_cached_states(tiny_llm, tmp_path, monkeypatch, killed_at):
     """The LLM runs once over a sample, however often it is read; one resumed amid an epoch makes the same bits."""
     calls, states = [], surrogate.teacher_states
     monkeypatch.setattr(distillation, "teacher_states", lambda *args: calls.append(1) or states(*args))
@@ -156,13 +142,7 @@ def test_later_epochs_read_cached_states(tiny_llm, tmp_path, monkeypatch):
     assert about["stage"] == "translator" and about["ranges"] == [[2, 4]] and about["recipe"]["epochs"] == 2
     assert all(n.startswith("decoder.model.layers.2.") for n in whole)      # no projector: it serves every encoder
     assert any(not torch.equal(whole[n], again[n]) for n in whole)
-
-    def killed(step, recipe, schedule=train.lr_at):
-        return schedule(step, recipe) if step < 4 else exec("raise KeyboardInterrupt")
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "lr_at", killed)
-        go("broken")
+    killed_at(4, lambda: go("broken"))
     go("broken", "--resume")
     assert without_clock(rows_of(tmp_path / "broken")) == without_clock(rows_of(tmp_path / "whole"))
     broken = read_checkpoint(tmp_path / "broken" / "translator.safetensors")[0]

@@ -6,7 +6,6 @@ extras/lmms_eval_model.py answers as graft.py does; with lmms-eval installed, it
 import importlib.util
 import json
 import os
-import random
 import subprocess
 import sys
 import types
@@ -14,22 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refuses
+from test_graft import answers
 
 import evaluate
 from cli import UserError
 from data import world
-from data.batches import Sample, wrap
+from extras.lmms_eval_model import Graft, Pair
 
 ROOT = Path(__file__).parent.parent
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 
-# ---- A task of drawn images: open, yes/no and ranked questions -------------------------------------------------------
+# ---- Drawn images: open and ranked questions -------------------------------------------------------------------------
 
 TASK = """task: world_{name}
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {folder}/{file}.json
+    test: {folder}/docs.json
 test_split: test
 output_type: {kind}
 doc_to_visual: !function utils.images
@@ -47,6 +48,8 @@ generation_kwargs:
   max_new_tokens: 40
   do_sample: false
 """
+TASKS = dict(open=dict(kind="generate_until", target="answer", metric="right", more=SAID),
+             ranked=dict(kind="multiple_choice", target="gold", metric="acc", more="doc_to_choice: options\n"))
 UTILS = """from data.images import open_image
 from data.world import is_right
 
@@ -66,54 +69,25 @@ def question(sample):
     return evaluate.question_of(sample).removeprefix("* ")
 
 
-def yes_no(sample, i):
-    """A question about the same picture that is answered by yes or no, in turns."""
-    rng = random.Random(f"yes/{i}/{sample.caption}")
-    other = rng.choice([c for c in map(world.caption, world.SUBJECTS) if c != sample.caption])
-    shown, answer, rival = (sample.caption, "Yes", "No") if i % 2 == 0 else (other, "No", "Yes")
-    messages = [{"role": "user", "content": wrap(f"Does the image show {shown}?")},
-                {"role": "assistant", "content": f"{answer}."}]
-    return Sample(sample.image, messages, "yes_no", f"{answer}.", ["Yes.", "No."], sample.caption, [(answer,)], [rival])
-
-
 def draw(n):
-    """{"open": n held-out samples of every task, "yes_no": a question about each of these pictures}"""
-    samples = [world.world(task, i, evaluate.EVAL_SEED, "test") for task in evaluate.TASKS for i in range(n)]
-    return dict(open=samples, yes_no=[yes_no(s, i) for i, s in enumerate(samples)])
+    """n held-out samples of every task."""
+    return [world.world(task, i, evaluate.EVAL_SEED, "test") for task in evaluate.TASKS for i in range(n)]
 
 
 def write_task(folder, samples):
-    """The files of three tasks: world_open, world_yes_no and world_ranked, where the open questions have options."""
-    for name, of in samples.items():
-        docs = []
-        for i, s in enumerate(of):
-            file = folder / f"{name}-{i}.png"
-            s.image.save(file)
-            docs.append(dict(image=str(file), question=question(s), answer=s.answer, options=list(s.options),
-                             gold=s.options.index(s.answer), right=[list(g) for g in s.right], rivals=list(s.rivals)))
-        (folder / f"{name}.json").write_text(json.dumps(docs), encoding="utf-8")
-        said = dict(file=name, kind="generate_until", target="answer", metric="right", more=SAID)
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder, **said), encoding="utf-8")
-    ranked = dict(file="open", kind="multiple_choice", target="gold", metric="acc", more="doc_to_choice: options\n")
-    (folder / "ranked.yaml").write_text(TASK.format(name="ranked", folder=folder, **ranked), encoding="utf-8")
+    """The files of two tasks: world_open, and world_ranked, where the same questions have options."""
+    docs = []
+    for i, s in enumerate(samples):
+        s.image.save(folder / f"{i}.png")
+        docs.append(dict(image=str(folder / f"{i}.png"), question=question(s), answer=s.answer, options=list(s.options),
+                         gold=s.options.index(s.answer), right=[list(g) for g in s.right], rivals=list(s.rivals)))
+    (folder / "docs.json").write_text(json.dumps(docs), encoding="utf-8")
     (folder / "utils.py").write_text(UTILS, encoding="utf-8")
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder, **task), encoding="utf-8")
 
 
 # ---- The adapter -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def adapter(monkeypatch):
-    """The adapter's module; without lmms-eval its base class is an empty one."""
-    if not INSTALLED:
-        api = types.ModuleType("lmms_eval.api.model")
-        api.lmms = type("lmms", (), {})
-        for module in (types.ModuleType("lmms_eval"), types.ModuleType("lmms_eval.api"), api):
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "extras.lmms_eval_model", raising=False)
-    from extras import lmms_eval_model
-    yield lmms_eval_model
-    monkeypatch.delitem(sys.modules, "extras.lmms_eval_model", raising=False)
 
 
 def request(i, question, given, task="world"):
@@ -126,17 +100,11 @@ def loaded(model, samples):
     return model
 
 
-def ask_graft(vlm, surrogate, samples):
-    """{"pair": [(choice, text), …], "graft": …} by graft.py's own functions."""
-    embeds, lengths = vlm.embed_prompts([vlm.prompt(s.messages[:-1]) for s in samples], [s.image for s in samples])
-    return evaluate.answer(embeds, lengths, samples, vlm.decoder, surrogate, vlm.tokenizer)
-
-
-@pytest.mark.parametrize("name, decoder", [("Graft", "graft"), ("Pair", "pair")])
-def test_answers_and_rankings_are_graft_py_s(name, decoder, adapter, vlm, surrogate, stages, tiny_llm):
-    samples = [s for s in draw(2)["open"] if len(s.options) == 10]
-    model = loaded(getattr(adapter, name)(llm=tiny_llm, encoder=stages["encoder"], batch_size=3), samples)
-    wanted = ask_graft(vlm, surrogate, samples)[decoder]
+@pytest.mark.parametrize("kind, decoder", [(Graft, "graft"), (Pair, "pair")])
+def test_answers_and_rankings_are_graft_py_s(kind, decoder, vlm, surrogate, stages, tiny_llm):
+    samples = [s for s in draw(1) if len(s.options) == 10]
+    model = loaded(kind(llm=tiny_llm, encoder=stages["encoder"], batch_size=3), samples)
+    wanted = answers(vlm, surrogate, samples)[decoder]
     said = model.generate_until([request(i, question(s), dict(max_new_tokens=40)) for i, s in enumerate(samples)])
     assert said == [text for _, text in wanted] and len(set(said)) > 1
     ranked = model.loglikelihood([request(i, question(s), " " + o) for i, s in enumerate(samples) for o in s.options])
@@ -144,9 +112,9 @@ def test_answers_and_rankings_are_graft_py_s(name, decoder, adapter, vlm, surrog
     assert losses.argmin(1).tolist() == [choice for choice, _ in wanted] and (losses > 0).all()
 
 
-def test_options_of_requests(adapter, stages, tiny_llm):
-    samples = draw(1)["open"][:2]
-    model = loaded(adapter.Graft(tiny_llm, stages["encoder"]), samples)
+def test_options_of_requests(stages, tiny_llm):
+    samples = draw(1)[:2]
+    model = loaded(Graft(tiny_llm, stages["encoder"]), samples)
     whole, = model.generate_until([request(0, "What is it?", dict(max_new_tokens=12))])
     middle = whole[len(whole) // 2]
     cut, short, again = model.generate_until([
@@ -162,27 +130,24 @@ def test_options_of_requests(adapter, stages, tiny_llm):
     samples[1].image = None                                     # a question without an image is put as it is
     alone = model.vlm.prompt([{"role": "user", "content": "Who are you?"}])
     assert model.ask(request(1, "Who are you?", {})) == (alone, [], {})
-    with pytest.raises(UserError, match="num_beams"):
-        model.generate_until([request(0, "What?", dict(num_beams=4))])
-    with pytest.raises(UserError, match="decoder=both: choose llm"):
-        adapter.Graft(tiny_llm, stages["encoder"], decoder="both")
-    model.task_dict["world"]["test"] = [types.SimpleNamespace(image=samples[0].image)]
-    two = types.SimpleNamespace(args=("What?", {}, lambda doc: [doc.image] * 2, 0, "world", "test"))
-    with pytest.raises(UserError, match="2 images in a question"):
-        model.generate_until([two])
+    beams, two = request(0, "What?", dict(num_beams=4)), request(0, "What?", {})
+    two.args = (*two.args[:2], lambda doc: [doc.image] * 2, *two.args[3:])
+    refuses(UserError, lambda: model.generate_until([beams]), "num_beams")
+    refuses(UserError, lambda: model.generate_until([two]), "2 images in a question")
+    refuses(UserError, lambda: Graft(tiny_llm, stages["encoder"], decoder="both"), "decoder=both: choose llm")
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs lmms-eval: pip install lmms-eval==0.7.3")
 @pytest.mark.parametrize("model", ["graft", "pair"])
 def test_lmms_eval_s_scores_are_graft_py_s(model, vlm, surrogate, stages, tiny_llm, tmp_path):
     """By lmms-eval's own command line."""
-    samples, tasks = draw(1), ("open", "yes_no", "ranked")
+    samples = draw(1)
     write_task(tmp_path, samples)
-    answers = {name: list(zip(of, ask_graft(vlm, surrogate, of)[model])) for name, of in samples.items()}
-    wanted = {name: sum(world.is_right(text, s) for s, (_, text) in of) / len(of) for name, of in answers.items()}
-    ranked = [s.options[choice] == s.answer for s, (choice, _) in answers["open"]]
+    ours = list(zip(samples, answers(vlm, surrogate, samples)[model]))
+    wanted = dict(open=sum(world.is_right(text, s) for s, (_, text) in ours) / len(ours),
+                  ranked=sum(s.options[choice] == s.answer for s, (choice, _) in ours) / len(ours))
     argv = ["--model", model, "--model_args", f"llm={tiny_llm},encoder={stages['encoder']}", "--device", "cpu",
-            "--tasks", ",".join(f"world_{name}" for name in tasks), "--include_path", str(tmp_path),
+            "--tasks", "world_open,world_ranked", "--include_path", str(tmp_path),
             "--batch_size", "8", "--output_path", str(tmp_path / "out")]
     offline = dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     got = subprocess.run([sys.executable, "-m", "extras.lmms_eval_model", *argv], cwd=ROOT, env=os.environ | offline,
@@ -190,5 +155,5 @@ def test_lmms_eval_s_scores_are_graft_py_s(model, vlm, surrogate, stages, tiny_l
     assert got.returncode == 0, (got.stdout + got.stderr)[-2000:]
     found = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text(encoding="utf-8"))["results"]
     scores = {name: next(v for k, v in found[f"world_{name}"].items() if k.split(",")[0] in ("right", "acc"))
-              for name in tasks}
-    assert scores == pytest.approx(wanted | dict(ranked=sum(ranked) / len(ranked)), abs=1e-6)
+              for name in TASKS}
+    assert scores == pytest.approx(wanted, abs=1e-6)

@@ -8,22 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import generate_slowly, save_tiny_llm
+import transformers
+from conftest import assert_refused, generate_slowly, save_gguf, save_tiny_llm, with_names
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers import LlamaConfig as HFLlamaConfig
+from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 
 import graft
 import model
@@ -54,7 +43,8 @@ def randomize(module, std=0.25):
     return module.eval()
 
 
-def hf_llama(config=HFLlamaConfig, kind=LlamaForCausalLM, **changes):
+def hf_llama(family="Llama", **changes):
+    config, kind = (getattr(transformers, f"{family}{name}") for name in ("Config", "ForCausalLM"))
     sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
                  num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
     return randomize(kind(config(**sizes | changes)))
@@ -62,6 +52,12 @@ def hf_llama(config=HFLlamaConfig, kind=LlamaForCausalLM, **changes):
 
 TINY_VIT = dict(image_size=32, patch_size=8, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
                 num_attention_heads=3)  # fmt: skip
+
+
+def assert_same_gradients(parameters, grads):
+    assert parameters.keys() == grads.keys()
+    for name, p in parameters.items():
+        assert (p.grad - grads[name]).abs().max() <= TOLERANCE * max(1, grads[name].abs().max()), name
 
 
 def assert_same_function(ours, theirs, T=40):
@@ -74,10 +70,7 @@ def assert_same_function(ours, theirs, T=40):
     weight = torch.randn_like(b) / b.numel() ** 0.5
     (a * weight).sum().backward()
     (b * weight).sum().backward()
-    theirs_grad = {n: p.grad for n, p in theirs.named_parameters()}
-    assert theirs_grad.keys() == dict(ours.named_parameters()).keys()
-    for name, p in ours.named_parameters():
-        assert (p.grad - theirs_grad[name]).abs().max() <= TOLERANCE * max(1, theirs_grad[name].abs().max()), name
+    assert_same_gradients(dict(ours.named_parameters()), {n: p.grad for n, p in theirs.named_parameters()})
 
 
 # ---- Llama: parity with transformers --------------------------------------------------------------------------------
@@ -89,8 +82,7 @@ def assert_same_function(ours, theirs, T=40):
     dict(num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True),        # 4, tied
     dict(head_dim=16),                                                                  # 6 heads of 16 in a width of 48
     dict(rope_parameters=LLAMA3_ROPE),
-    dict(config=Qwen2Config, kind=Qwen2ForCausalLM),
-    dict(config=Qwen3Config, kind=Qwen3ForCausalLM, head_dim=16, tie_word_embeddings=True),
+    dict(family="Qwen2"), dict(family="Qwen3", head_dim=16, tie_word_embeddings=True),
 ], ids=["gqa1", "gqa3", "gqa4-tied", "head_dim", "llama3-rope", "qwen2", "qwen3"])  # fmt: skip
 def test_llama_matches_transformers(tmp_path, changes):
     theirs = hf_llama(**changes)
@@ -104,19 +96,18 @@ def test_llama_matches_transformers(tmp_path, changes):
         assert (ours(tokens) - theirs(tokens).logits).abs().max() > 0.1
 
 
-def test_qwen_generates_like_transformers(tmp_path):
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_qwen_generates_like_transformers(tmp_path, family):
     """With the cache, and as a surrogate that is the whole LLM; in 8 bits, the biases stay."""
-    for name, changes in dict(qwen2=dict(config=Qwen2Config, kind=Qwen2ForCausalLM),
-                              qwen3=dict(config=Qwen3Config, kind=Qwen3ForCausalLM)).items():
-        theirs = hf_llama(**changes)
-        theirs.save_pretrained(tmp_path / name)
-        ours, prompt = surrogate.from_pretrained(tmp_path / name, [(1, 1)]), [5, 17, 3, 8]
-        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
-        assert ours.generate([prompt], max_new_tokens=12) == [expected[0, 4:].tolist()]
-        rounded, tokens = Llama.from_pretrained(tmp_path / name, quantize="int8"), torch.randint(97, (1, 20))
-        whole = build_surrogate(rounded, [(1, 1)])      # its translator is in floating point again, as rounded
-        for llm in (rounded, whole):
-            assert (llm(tokens) - ours(tokens)).abs().mean() < 0.1 * ours(tokens).std(), name
+    theirs = hf_llama(family)
+    theirs.save_pretrained(tmp_path)
+    ours, prompt = surrogate.from_pretrained(tmp_path, [(1, 1)]), [5, 17, 3, 8]
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert ours.generate([prompt], max_new_tokens=12) == [expected[0, 4:].tolist()]
+    rounded, tokens = Llama.from_pretrained(tmp_path, quantize="int8"), torch.randint(97, (1, 20))
+    whole = build_surrogate(rounded, [(1, 1)])      # its translator is in floating point again, as rounded
+    for llm in (rounded, whole):
+        assert (llm(tokens) - ours(tokens)).abs().mean() < 0.1 * ours(tokens).std()
 
 
 def test_llama_official_config(tmp_path):
@@ -128,13 +119,6 @@ def test_llama_official_config(tmp_path):
     del config["head_dim"], config["tie_word_embeddings"]
     (tmp_path / "config.json").write_text(json.dumps(config | dict(rope_theta=500.0, rope_scaling=scaling)))
     assert_same_function(Llama.from_pretrained(tmp_path), theirs, T=90)
-
-
-def test_llama_sharded_safetensors(tmp_path):
-    theirs = hf_llama()
-    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_same_function(Llama.from_pretrained(tmp_path), theirs)
 
 
 @pytest.mark.parametrize("tied, zipped", [(True, True), (False, False)], ids=["zip", "before-torch-1.6"])
@@ -157,11 +141,7 @@ def to_meta(folder, theirs, shards=1, split_embedding=0):
              "model.": ""}  # fmt: skip
     split = {"wo": 1, "w2": 1, "tok_embeddings": split_embedding}
     parts = [{} for _ in range(shards)]
-    for name, w in theirs.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            w = w.reshape(-1, 2, c.head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
-        for old, new in names.items():
-            name = name.replace(old, new)
+    for name, w in with_names(theirs, names):
         cuts = [w] * shards if w.dim() == 1 else w.chunk(shards, dim=split.get(name.split(".")[-2], 0))
         for part, cut in zip(parts, cuts):
             part[name] = cut.clone()
@@ -199,52 +179,12 @@ def test_llama_meta_layout(tmp_path, tied, shards, split_embedding, factor):
 
 def test_llama_gguf(tmp_path):
     """llama.cpp's file: interleaved q and k like Meta's, and Llama 3.1's RoPE scaling as one divisor per frequency."""
-    import gguf
     theirs = hf_llama(rope_parameters=LLAMA3_ROPE, head_dim=16)
-    c = theirs.config
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(LLAMA3_ROPE["rope_theta"])
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down",
-             "mlp.up_proj": "ffn_up", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-             "model.layers": "blk", "model.embed_tokens": "token_embd", "model.norm": "output_norm",
-             "lm_head": "output"}  # fmt: skip
-    for name, w in theirs.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            w = w.reshape(-1, 2, c.head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
-        for old, new in names.items():
-            name = name.replace(old, new)
-        writer.add_tensor(name, w.contiguous().numpy())
-    plain = 500.0 ** -(torch.arange(0, c.head_dim, 2) / c.head_dim)
-    writer.add_tensor("rope_freqs.weight", (plain / theirs.model.rotary_emb.inv_freq).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert_same_function(Llama.from_pretrained(tmp_path / "m.gguf"), theirs, T=90)
-
-
-def test_llama_dtype_and_loss(tmp_path):
-    theirs = hf_llama(tie_word_embeddings=True)
     theirs.save_pretrained(tmp_path)
-    assert {p.dtype for p in Llama.from_pretrained(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
-    ours = Llama.from_pretrained(tmp_path)
-    tokens, targets = torch.randint(97, (2, 11)), torch.randint(97, (2, 11))
-    targets[0, :7] = targets[1, 3] = -100
-    x = ours.run(ours.embed(tokens)).requires_grad_()
-    loss = ours.loss(x, targets)
-    expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    assert abs(loss - expected) < 1e-3
-    loss.backward()
-    assert (x.grad[targets < 0] == 0).all() and (x.grad[targets >= 0] != 0).any(-1).all()
+    plain = 500.0 ** -(torch.arange(0, 16, 2) / 16)
+    save_gguf(tmp_path / "m.gguf", Llama.from_pretrained(tmp_path), keys={"llama.attention.key_length": 16},
+              more={"rope_freqs.weight": plain / theirs.model.rotary_emb.inv_freq})
+    assert_same_function(Llama.from_pretrained(tmp_path / "m.gguf"), theirs, T=90)
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------
@@ -262,8 +202,7 @@ def tiny(tmp_path_factory):
 
 def test_cached_logits_equal_uncached(tiny):
     """In pieces of 5, 1, 3 and 1 positions: several new positions after old ones need a mask of their own."""
-    tokens = torch.randint(97, (2, 10))
-    cache = KVCache(tiny, 2, 10)
+    tokens, cache = torch.randint(97, (2, 10)), KVCache(tiny, 2, 10)
     pieces = [tiny(t, cache=cache) for t in tokens.split([5, 1, 3, 1], dim=1)]
     assert (torch.cat(pieces, dim=1) - tiny(tokens)).abs().max() <= TOLERANCE
 
@@ -281,16 +220,16 @@ def test_cache_with_ragged_pieces(tiny):
         assert (row - tiny(torch.tensor([a + b + [16]]))[0, -1]).abs().max() <= TOLERANCE
 
 
-def test_greedy_with_cache_equals_without(tiny):
-    for prompt in PROMPTS:
-        cached = tiny.generate([prompt], max_new_tokens=40)
-        assert cached == [generate_slowly(tiny, prompt, 40)]
-        assert len(cached[0]) == 40 and len(set(cached[0])) > 3  # not stuck on one token, which would prove little
-
-
-def test_batch_of_different_lengths_equals_each_alone(tiny):
-    alone = [tiny.generate([p], max_new_tokens=30)[0] for p in PROMPTS]
-    assert tiny.generate(PROMPTS, max_new_tokens=30) == alone
+def test_generation_equals_the_whole_sequence_anew(tiny):
+    """Prompts of different lengths, in one batch and with the cache."""
+    free = [generate_slowly(tiny, p, 40) for p in PROMPTS]
+    assert all(len(set(row)) > 3 for row in free)       # not stuck on one token, which would prove little
+    assert tiny.generate(PROMPTS, max_new_tokens=40) == free
+    stop = {free[0][4], free[1][9]}
+    cut = [generate_slowly(tiny, p, 40, stop) for p in PROMPTS]
+    assert len(cut[0]) <= 4 and len({len(row) for row in cut}) > 1
+    assert tiny.generate(PROMPTS, max_new_tokens=40, stop=stop) == cut
+    assert tiny.generate(PROMPTS, max_new_tokens=0) == [[], [], []]
 
 
 @torch.no_grad()
@@ -345,22 +284,6 @@ def test_a_recorded_step_is_kept_for_the_next_answer(tiny, monkeypatch):
     assert len(made) == 5
 
 
-def test_stop_tokens(tiny):
-    free = tiny.generate(PROMPTS, max_new_tokens=30)
-    stop = {free[0][4], free[1][9]}
-    cut = [next((row[:i] for i, t in enumerate(row) if t in stop), row) for row in free]
-    assert len(cut[0]) <= 4 and len({len(row) for row in cut}) > 1
-    assert tiny.generate(PROMPTS, max_new_tokens=30, stop=stop) == cut
-    assert tiny.generate(PROMPTS, max_new_tokens=0) == [[], [], []]
-
-
-def test_generation_refuses_what_it_cannot_do(tiny):
-    with pytest.raises(ValueError, match="empty prompt"):
-        tiny.generate([[1, 2], []])
-    with pytest.raises(ValueError, match="2048"):  # the model's context
-        tiny.generate([[1, 2]], max_new_tokens=2048)
-
-
 def test_temperature_and_top_p():
     probs = torch.tensor([0.05, 0.5, 0.3, 0.15])
     draw = lambda **options: sample(probs.log().expand(20000, -1), **options).bincount(minlength=4) / 20000
@@ -382,29 +305,23 @@ def test_seeded_generator_reproduces(tiny):
     assert draw(3) == draw(3) != draw(4)
 
 
-def test_smollm_generates_like_transformers(smollm, smollm_tokenizer):
-    """The default LLM's real weights: the same tokens as transformers', with the cache and without."""
+def test_smollm_matches_transformers(smollm, smollm_tokenizer):
+    """The default LLM's real weights. What it says is sense: the reference itself is no chance."""
     with torch.device("meta"):
-        theirs = LlamaForCausalLM(HFLlamaConfig(
+        theirs = LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
             num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, tie_word_embeddings=True,
             rope_parameters=dict(rope_type="default", rope_theta=100000.0), max_position_embeddings=8192))  # fmt: skip
     theirs.load_state_dict(smollm.state_dict(), strict=False, assign=True)
     theirs.tie_weights()
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)  # its table was on the meta device too
-    questions = ["What is the capital of France?", "Name a color.", "Is a dog an animal?", "What is 2 + 2?", "Hello!"]
-    prompts = [smollm_tokenizer.chat([{"role": "user", "content": q}]) for q in questions]
-    stop, n = smollm_tokenizer.stop_tokens, 12
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = theirs.eval().generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n,
-                                     eos_token_id=sorted(stop), pad_token_id=0)[0].tolist()  # fmt: skip
-        expected.append([t for t in out[len(prompt):] if t not in stop])
-    assert "Paris" in smollm_tokenizer.decode(expected[0])  # and not by chance: the reference itself is sane
-    assert smollm.generate(prompts, stop=stop, max_new_tokens=n) == expected  # one batch, lengths differ
-    assert [smollm.generate([p], stop=stop, max_new_tokens=n)[0] for p in prompts] == expected
-    assert [generate_slowly(smollm, p, n, stop) for p in prompts] == expected
+    prompt = smollm_tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    said = smollm.generate([prompt], stop=smollm_tokenizer.stop_tokens, max_new_tokens=12)[0]
+    assert "Paris" in smollm_tokenizer.decode(said)
+    tokens = torch.tensor([prompt + said])
+    with torch.no_grad():
+        ours, expected = smollm(tokens), theirs.eval()(tokens).logits
+    assert (ours - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 # ---- ViT ------------------------------------------------------------------------------------------------------------
@@ -420,7 +337,7 @@ def test_vit_matches_transformers(tmp_path, kind, size, patch, tokens):
     else:
         text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
                     bos_token_id=0, eos_token_id=1)  # fmt: skip
-        whole = randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=sizes)), 0.15)
+        whole = randomize(CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=sizes)), 0.15)
         tower = whole.vision_model
     whole.save_pretrained(tmp_path)
     if kind == "pytorch_model.bin":  # as OpenAI's own repository
@@ -438,9 +355,7 @@ def test_vit_matches_transformers(tmp_path, kind, size, patch, tokens):
     (ours * weight).sum().backward()
     (theirs * weight).sum().backward()
     grads = {f"vision_model.{n}": p.grad for n, p in tower.named_parameters()}
-    assert grads.keys() == dict(vit.named_parameters()).keys()
-    for name, p in vit.named_parameters():
-        assert (p.grad - grads[name]).abs().max() <= TOLERANCE * max(1, grads[name].abs().max()), name
+    assert_same_gradients(dict(vit.named_parameters()), grads)
 
 
 # ---- VLM ------------------------------------------------------------------------------------------------------------
@@ -465,84 +380,29 @@ def vlm_and_oracle(tmp_path):
     tower = getattr(tower, "vision_model", tower)
     adapter = torch.nn.Sequential(torch.nn.Linear(48, 48), torch.nn.GELU(), torch.nn.Linear(48, 48))
     adapter.load_state_dict(vlm.adapter.state_dict())
-    soi, eoi = (e.detach().clone().requires_grad_() for e in (vlm.embd_soi, vlm.embd_eoi))
 
+    @torch.no_grad()
     def oracle(rows, pixels):
-        """rows: per sample a list of token ids in which IMAGE stands once; samples without image have none."""
+        """Logits of rows of token ids in which IMAGE stands once; samples without image have none."""
         images, embeds = iter(pixels), []
         for row in rows:
             pieces = []
             for t in row:
                 if t == IMAGE:
                     x = tower.post_layernorm(tower(next(images)[None]).last_hidden_state)[0]
-                    pieces += [soi, adapter(x), eoi]
+                    pieces += [vlm.embd_soi, adapter(x), vlm.embd_eoi]
                 else:
                     pieces.append(llm.get_input_embeddings()(torch.tensor([t])))
             embeds.append(torch.cat(pieces))
         return [llm(inputs_embeds=e[None]).logits[0] for e in embeds]
-
-    oracle.grads = lambda: {f"encoder.vision_model.{n}": p.grad for n, p in tower.named_parameters()} | \
-        {f"adapter.{n}": p.grad for n, p in adapter.named_parameters()} | {"embd_soi": soi.grad, "embd_eoi": eoi.grad}
     return vlm, oracle
 
 
 ROWS = [[5, IMAGE, 7, 8], [1, 2, 3, IMAGE, 4, 5, 6], [9, 10, 11]]  # the image early, late, and none
 
 
-def expand(vlm, rows):
-    rows = [[t for i in row for t in [i] * (vlm.n_visual if i == IMAGE else 1)] for row in rows]
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for out, row in zip(tokens, rows):
-        out[:len(row)] = torch.tensor(row)
-    return tokens, [len(row) for row in rows]
-
-
-def test_visual_tokens_stand_where_image_stands(vlm_and_oracle):
-    vlm, _ = vlm_and_oracle
-    assert vlm.n_visual == 16 + 1 + 2  # patches, CLS, start and end
-    pixels = torch.randn(2, 3, 32, 32)
-    visual = vlm.visual_tokens(pixels)
-    assert visual.shape == (2, 19, 48)
-    assert torch.equal(visual[:, 0], vlm.embd_soi.expand(2, -1))
-    assert torch.equal(visual[:, -1], vlm.embd_eoi.expand(2, -1))
-    tokens, lengths = expand(vlm, ROWS)
-    x = vlm.embed(tokens, pixels)
-    assert torch.equal(x[0, 1:20], visual[0]) and torch.equal(x[1, 3:22], visual[1])
-    words = tokens != IMAGE
-    assert torch.equal(x[words], vlm.decoder.embed(tokens[words]))
-    assert vlm.prompt([{"content": "5 <image> 7 8"}]) == [5] + [IMAGE] * 19 + [7, 8]
-
-
-def test_vlm_matches_transformers(vlm_and_oracle):
-    vlm, oracle = vlm_and_oracle
-    vlm.requires_grad_(True)
-    vlm.decoder.requires_grad_(False)  # as in the stage `encoder`: the gradient passes through it all the same
-    pixels = torch.randn(2, 3, 32, 32)
-    tokens, lengths = expand(vlm, ROWS)
-    expected = oracle(ROWS, pixels)
-    targets = torch.randint(97, tokens.shape)
-    targets[tokens == IMAGE] = -100
-    targets[0, -3:] = -100
-    for i, n in enumerate(lengths):
-        targets[i, n:] = -100
-    with torch.no_grad():
-        logits = vlm.decoder(embeds=vlm.embed(tokens, pixels))
-    for ours, theirs, n in zip(logits, expected, lengths):
-        assert (ours[:n] - theirs).abs().max() <= TOLERANCE
-    loss = vlm.loss(dict(tokens=tokens, targets=targets, pixels=pixels))
-    theirs = sum(F.cross_entropy(e, t[:n], reduction="sum") for e, t, n in zip(expected, targets, lengths))
-    assert abs(loss - theirs) <= TOLERANCE * theirs
-    loss.backward()
-    theirs.backward()
-    grads = oracle.grads()
-    trained = {n: p for n, p in vlm.named_parameters() if p.requires_grad}
-    assert trained.keys() == grads.keys()
-    for name, p in trained.items():
-        assert (p.grad - grads[name]).abs().max() <= TOLERANCE * max(1, grads[name].abs().max()), name
-    assert all(p.grad is None for p in vlm.decoder.parameters())
-
-
 def test_vlm_generates_like_the_oracle(vlm_and_oracle):
+    """Its losses and gradients: test_oracle.py."""
     vlm, oracle = vlm_and_oracle
     images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 30, 3), dtype=np.uint8)) for i in range(2)]
     pixels = torch.stack([preprocess(i, 32) for i in images])
@@ -566,15 +426,12 @@ def test_vlm_from_released_checkpoint(tmp_path, vlm_and_oracle, monkeypatch):
     names = ("adapter", "embd_", f"encoder.vision_model.encoder.layers.{last}.", "encoder.vision_model.post_layernorm")
     state = {n: p.detach().clone() for n, p in vlm.named_parameters() if n.startswith(names)}
     torch.save(dict(epoch=1, global_step=4880, model=state), tmp_path / "ckpt.pth")
-    asked, base, start = [], ViT.from_pretrained(tmp_path / "vit"), ViT.from_pretrained(tmp_path / "vit")
+    asked, base = [], ViT.from_pretrained(tmp_path / "vit")
     monkeypatch.setattr(model.ViT, "from_pretrained", lambda path, *a: asked.append(path) or base)
     llm = Llama.from_pretrained(tmp_path / "llm")
     loaded = VLM.from_pretrained(llm, tmp_path / "ckpt.pth", tokenizer=WordTokenizer())
     assert asked == ["openai/clip-vit-large-patch14-336"] and loaded.decoder is llm
-    for name, p in loaded.named_parameters():
-        if name in state:
-            assert torch.equal(p, state[name]), name
-    assert not torch.equal(loaded.encoder.layers[last].mlp.fc1.weight, start.layers[last].mlp.fc1.weight)
+    assert all(torch.equal(p, state[name]) for name, p in loaded.named_parameters() if name in state)
 
 
 @pytest.fixture
@@ -616,12 +473,7 @@ def test_llava_folder(llava, capsys, layer, feature):
     expected = projector(visual)
     assert vlm.n_visual == expected.shape[1] == 16 + (feature == "cls_patch")
     assert (vlm.visual_tokens(pixels) - expected).abs().max() <= TOLERANCE
-    tokens = torch.tensor([[5, *[IMAGE] * vlm.n_visual, 7]] * 2)
-    words = llm.embed(torch.tensor([[5], [7]]))[:, None].expand(-1, 2, -1, -1)
-    ours = vlm.decoder(embeds=vlm.embed(tokens, pixels))
-    theirs = llm(embeds=torch.cat([words[0], expected, words[1]], dim=1))
-    assert (ours - theirs).abs().max() <= TOLERANCE * max(1, theirs.abs().max())
-
+    assert torch.equal(vlm.decoder(torch.arange(9)[None]), llm(torch.arange(9)[None]))
     picture, question = str(ROOT / "assets" / "flag.png"), "What is in this image?"
     command = ["--encoder", str(folder), "--image", picture, "--question", question, "--max-new-tokens", "6"]
     graft.main([*command, "--no-int8"])
@@ -639,15 +491,13 @@ def test_llava_folder(llava, capsys, layer, feature):
     ({}, "position_embedding", ("lacks a part of its vision tower", "position_embedding")),
     ({}, "model.layers.3.", ("lacks model.layers.3.",)),
 ])
-def test_other_llava_folders_say_what_was_found(llava, config, drop, words):
+def test_other_llava_folders_say_what_was_found(llava, capsys, config, drop, words):
     folder = llava[0]
     change_llava(folder, **config)
     if drop:
         tensors = load_file(folder / "model.safetensors")
         save_file({n: t for n, t in tensors.items() if drop not in n}, folder / "model.safetensors")
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        graft.main(["--encoder", str(folder), "--image", str(ROOT / "assets" / "flag.png")])
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+    assert_refused(capsys, ["graft", "--encoder", str(folder), "--image", str(ROOT / "assets" / "flag.png")], *words)
 
 
 def test_vlm_from_stage_3_has_the_trained_decoder(tmp_path, vlm_and_oracle):
@@ -663,11 +513,3 @@ def test_vlm_from_stage_3_has_the_trained_decoder(tmp_path, vlm_and_oracle):
         loaded = VLM.from_pretrained(llm, tmp_path / "c.safetensors", tokenizer=WordTokenizer())
         assert torch.equal(loaded.state_dict()[name], expected)
     assert torch.equal(llm.state_dict()[name.removeprefix("decoder.")], before)  # the LLM given stays as it was
-
-
-def test_vlm_refuses_a_checkpoint_without_projector(tmp_path, vlm_and_oracle):
-    vlm, _ = vlm_and_oracle
-    file = tmp_path / "vit.safetensors"
-    checkpoints.save_checkpoint(file, {f"encoder.{n}": p for n, p in vlm.encoder.named_parameters()}, dict(stage="vit"))
-    with pytest.raises(ValueError, match="vit.safetensors.*projector"):
-        VLM.from_pretrained(vlm.decoder, file, tokenizer=WordTokenizer())

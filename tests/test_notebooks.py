@@ -1,4 +1,4 @@
-"""The notebooks run, solutions included, and what is committed of them is whole: outputs, links, sizes."""
+"""The notebooks run, solutions included, and what is committed of them is whole: outputs, sizes, and all links."""
 import base64
 import re
 from pathlib import Path
@@ -9,46 +9,38 @@ import pytest
 from notebooks import run
 
 ROOT = Path(__file__).parent.parent
-IDS = [p.stem for p in run.NOTEBOOKS]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *run.NOTEBOOKS]
 BADGE = re.compile(r"https://colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/([^)\s]+)")
+each_notebook = pytest.mark.parametrize("path", run.NOTEBOOKS, ids=lambda p: p.stem)
 
 
 def code_of(notebook):
     return [c for c in notebook.cells if c.cell_type == "code"]
 
 
-def text_of(notebook):
-    return "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+def text_of(path):
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    return "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
 
 
-def solutions(notebook):
-    return re.findall(r"<details>.*?```python\n(.*?)```", text_of(notebook), re.S)
+def links_of(path):
+    """Where its links lead that stay within the project."""
+    text = re.sub(r"```.*?```", "", text_of(path), flags=re.S)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
 
 
-def without_code(markdown):
-    return re.sub(r"```.*?```", "", markdown, flags=re.S)
-
-
-def test_there_are_three():
-    assert [name[0] for name in IDS] == ["1", "2", "3"]
-
-
-@pytest.mark.parametrize("path", run.NOTEBOOKS, ids=IDS)
+@each_notebook
 def test_notebook_runs_in_a_fresh_kernel_and_so_do_its_solutions(path):
     """With small counts; the cells' own asserts count."""
     notebook = nbformat.read(path, as_version=4)
-    assert len(solutions(notebook)) == 2
-    notebook.cells += [nbformat.v4.new_code_cell(s) for s in solutions(notebook)]
+    solutions = re.findall(r"<details>.*?```python\n(.*?)```", text_of(path), re.S)
+    assert len(solutions) == 2
+    notebook.cells += [nbformat.v4.new_code_cell(s) for s in solutions]
     run.execute(notebook, quick=True)
 
 
-def test_an_error_in_a_cell_is_an_error(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 + 1 == 3, 'so it stops'")])
-    with pytest.raises(Exception, match="so it stops"):
-        run.execute(notebook)
-
-
-@pytest.mark.parametrize("path", run.NOTEBOOKS, ids=IDS)
+@each_notebook
 def test_committed_outputs_are_of_one_run_and_small(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -69,38 +61,31 @@ def test_committed_outputs_are_of_one_run_and_small(path):
     assert not re.search(r"/(home|root|tmp|usr|work|Users|content|opt)/|site-packages", shown)
 
 
-@pytest.mark.parametrize("path", run.NOTEBOOKS, ids=IDS)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_to_files_and_sections(path):
-    text = without_code(text_of(nbformat.read(path, as_version=4)))
-    titles = {title.replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
-    assert links
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in titles, link
-        else:
-            file = (path.parent / link).resolve()
-            assert file.is_relative_to(ROOT) and file.exists(), link
+    for link in links_of(path):
+        name, _, section = link.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.is_relative_to(ROOT) and file.exists(), link
+        if section:     # Jupyter keeps a title as it is, GitHub lowers it without its points
+            titles = [t.replace(" ", "-") for t in re.findall(r"^#+ (.+)$", text_of(file), re.M)]
+            assert section in titles or section in [re.sub(r"[^\w-]", "", t).lower() for t in titles], link
 
 
 def test_badges_lead_to_the_notebooks_of_one_repository():
     repositories = set()
     for path in run.NOTEBOOKS:
-        notebook = nbformat.read(path, as_version=4)
-        (repository, file), = BADGE.findall(text_of(notebook))
+        (repository, file), = BADGE.findall(text_of(path))
         assert (ROOT / file).samefile(path)
-        named, = re.findall(r'^REPOSITORY = "(.+?)"', code_of(notebook)[0].source, re.M)
-        assert named == repository                      # the set-up cell clones what the badge opens
+        setup = code_of(nbformat.read(path, as_version=4))[0].source        # clones what the badge opens
+        assert re.findall(r'^REPOSITORY = "(.+?)"', setup, re.M) == [repository]
         repositories.add(repository)
     assert len(repositories) == 1
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/your-data.md"])
-def test_readme_and_docs_point_to_the_notebooks(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    linked = {((ROOT / name).parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+\.ipynb)\)", text)}
-    assert linked and linked <= set(run.NOTEBOOKS)
-    assert name != "README.md" or linked == set(run.NOTEBOOKS)
+def test_the_readme_leads_to_all_three():
+    linked = {(ROOT / link).resolve() for link in links_of(ROOT / "README.md") if link.endswith(".ipynb")}
+    assert linked == set(run.NOTEBOOKS) and len(linked) == 3
 
 
 def test_what_is_kept_is_what_a_reader_sees():

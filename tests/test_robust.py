@@ -2,76 +2,61 @@
 
 import ast
 import copy
-import importlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import types
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import refuses
+from conftest import assert_refused, refuses
 from PIL import Image, PngImagePlugin
 
 import evaluate
 import graft
-from cli import MissingFile, Parser, UserError, printable, run_cli
+from cli import MissingFile, UserError, printable, run_cli
 from data.batches import Batches, Sample, without_image, wrap
 from data.images import open_image, preprocess
 from data.llava import LlavaRecords
-from extras import share
-from formats.checkpoints import open_checkpoint, read_checkpoint, save_checkpoint
+from extras import lmms_eval_model, parallel, share
+from formats.checkpoints import open_checkpoint, save_checkpoint
 from formats.tokenizer import Tokenizer
 from log import Log, check_resume, lock, unlock
 from model import VLM, Llama, ViT, ViTConfig
+from notebooks import run
 from recipes import Recipe
 from surrogate import build_surrogate, load_surrogate, parse_ranges, prediction_trajectory
-from train import adamw, build, trained_parameters, update
+from train import build, trained_parameters
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [f for f in sorted(ROOT.rglob("*.py")) if f.relative_to(ROOT).parts[0] not in ("tests", "runs", ".venv")]
 
 
-def calls(file):
-    """(a call's name, "method" or "function", the call) of every call in a file."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
-            method = isinstance(node.func, ast.Attribute)
-            of = node.func.value.id if method and isinstance(node.func.value, ast.Name) else ""
-            yield node.func.attr if method else node.func.id, of if method else None, node
-
-
-# ---- Text is UTF-8, whatever the locale says ------------------------------------------------------------------------
+# ---- What every file of the project keeps to ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_every_text_file_names_its_encoding(file):
-    """What opens a text, or the output of another program, says UTF-8; `text=True` would be the locale's encoding."""
-    for name, of, call in calls(file):
-        said = {k.arg: k.value for k in call.keywords}
-        reads = name in ("read_text", "write_text") and of not in (None, "files") or name == "open" and of is None
-        reads |= name == "open" and of not in (None, "Image", "os")
+def test_every_call_says_what_it_has_to(file):
+    """Text is UTF-8 and never the locale's, a picture is opened by the formats that we read, options by our Parser."""
+    for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, (ast.Attribute, ast.Name)):
+            continue
+        method, said = isinstance(call.func, ast.Attribute), {k.arg for k in call.keywords}
+        name = call.func.attr if method else call.func.id
+        of = getattr(call.func.value, "id", "") if method else None         # the module or variable, None: no method
+        where = f"{file}:{call.lineno}"
+        reads = name in ("read_text", "write_text") and of not in (None, "files")
+        reads |= name == "open" and of not in ("Image", "os")
         binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in call.args[:2])
-        assert not reads or binary or "encoding" in said, f"{file}:{call.lineno}"
-        if of == "subprocess":
-            assert "text" not in said and "universal_newlines" not in said, f"{file}:{call.lineno}"
-
-
-def test_a_run_in_another_locale(tmp_path):
-    """Python's UTF-8 mode switched off, the locale C: the world's instructions, its export and a Chinese record."""
-    code = ("from data.world import instructions, caption; from data import check, export; "
-            "assert not any('\\udc80' <= c <= '\\udcff' for _, q, a in instructions() for c in q + a); "
-            f"export.export({str(tmp_path / 'toy')!r}, 3); assert caption(('flag', 'Peru'))")
-    env = os.environ | dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "toy/data.json").exists()
+        assert not reads or binary or "encoding" in said, where
+        assert of != "subprocess" or not {"text", "universal_newlines"} & said, where
+        assert (name, of) != ("open", "Image") or "formats" in said, where
+        assert name != "ArgumentParser", where
 
 
 # ---- A checkpoint that is not whole ---------------------------------------------------------------------------------
@@ -124,49 +109,35 @@ def tiny(tiny_llm):
     return Llama.from_pretrained(tiny_llm)
 
 
+PARTS = ("adapter.0.weight", "adapter.2.bias", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm.weight",
+         "encoder.vision_model.encoder.layers.2.mlp.fc1.bias", "encoder.vision_model.encoder.layers.1.",
+         "decoder.model.layers.2.mlp.up_proj.weight", "decoder.model.layers.5.", "decoder.model.norm.weight",
+         "adapter.", "encoder.", "decoder.model.layers.2.")
+
+
 @pytest.mark.parametrize("kind", HELD)
-def test_whole_checkpoints_are_read(whole, tiny, kind):
-    folder, _ = whole
-    use(kind, folder / f"{kind}.safetensors", tiny)
-
-
-@pytest.mark.parametrize("kind, part", [(kind, part) for kind in HELD for part in (
-    "adapter.0.weight", "adapter.2.bias", "embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm.weight",
-    "encoder.vision_model.encoder.layers.2.mlp.fc1.bias", "encoder.vision_model.encoder.layers.1.",
-    "decoder.model.layers.2.mlp.up_proj.weight", "decoder.model.layers.5.", "decoder.model.norm.weight",
-    "adapter.", "encoder.", "decoder.model.layers.2.")])
-def test_a_part_is_missing(whole, tiny, tmp_path, kind, part):
-    """Whatever its stage trained and the file lacks is named: nothing runs on random weights."""
+def test_a_part_is_missing(whole, tiny, tmp_path, kind):
+    """A whole file is read. What its stage trained and a file lacks is named: nothing runs on random weights."""
     folder, made = whole
+    use(kind, folder / f"{kind}.safetensors", tiny)
     for name in ("vit", "translator", "encoder"):
         (tmp_path / f"{name}.safetensors").symlink_to(folder / f"{name}.safetensors")
-    tensors, about = made[kind]
-    left = {n: t for n, t in tensors.items() if not n.startswith(part)}
-    if len(left) == len(tensors) or not left:
-        pytest.skip("this stage holds no such part")
-    path = tmp_path / "cut.safetensors"
-    save_checkpoint(path, left, about)
-    with pytest.raises(UserError) as error:
-        use(kind, path, tiny)
-    assert "cut.safetensors" in str(error.value) and ("lacks" in str(error.value) or "holds no" in str(error.value))
-
-
-def test_translators_do_not_touch_the_llm(whole, tiny, tmp_path):
-    """A layer that the surrogate shares with the LLM, in a file of translators, would change the LLM in silence."""
-    _, made = whole
-    tensors, about = made["distilled"]
-    norm = {"decoder.model.layers.1.input_layernorm.weight": torch.zeros(32)}
-    save_checkpoint(tmp_path / "more.safetensors", tensors | norm, about)
-    before = tiny.model.layers[1].input_layernorm.weight.clone()
-    refuses(UserError, lambda: load_surrogate(tiny, tmp_path / "more.safetensors"), "none of its translators")
-    assert torch.equal(before, tiny.model.layers[1].input_layernorm.weight)
+    path, (tensors, about) = tmp_path / "cut.safetensors", made[kind]
+    for part in PARTS:
+        left = {n: t for n, t in tensors.items() if not n.startswith(part)}
+        if 0 < len(left) < len(tensors):
+            save_checkpoint(path, left, about)
+            with pytest.raises(UserError, match="cut.safetensors.*(lacks|holds no)"):
+                use(kind, path, tiny)
 
 
 @pytest.mark.parametrize("change, words", [
     (dict(recipe=dict(vit_layers="3")), "vit_layers"), (dict(recipe=dict(distill=-1)), "distill"),
     (dict(recipe=dict(like_words=1)), "like_words"), (dict(data=7), "data = 7"), (dict(images=[]), "images"),
     (dict(text=1.5), "text"), (dict(seed="0"), "seed"), (dict(start="\0"), "start"), (dict(vit="a\0"), "vit"),
-    (dict(llm="\0"), "llm"), (dict(step=True, recipe=[]), "recipe"),
+    (dict(llm="\0"), "llm"), (dict(step=True, recipe=[]), "recipe"), (dict(stage=3), "stage = 3"),
+    (dict(ranges="2-4"), "ranges = '2-4'"), (dict(ranges=[[2]]), "[[2]]"), (dict(ranges=[["a", 4]]), "['a', 4]"),
+    (dict(llm=["x"]), "llm = ['x']"), (dict(start=7), "start = 7"),
 ])
 def test_what_a_checkpoint_says_is_checked(whole, tmp_path, change, words):
     _, made = whole
@@ -176,37 +147,11 @@ def test_what_a_checkpoint_says_is_checked(whole, tmp_path, change, words):
 
 # ---- Options, one by one --------------------------------------------------------------------------------------------
 
-COMMANDS = ("graft", "train", "surrogate", "data.check", "data.export", "extras.vit", "extras.distillation",
-            "extras.instructions", "extras.parallel", "extras.share", "studies.results", "studies.cost")
 
-
-def options(module):
-    """Every option of a command line that takes a text, found by asking its parser for all that it has."""
-    found, init = [], Parser.add_argument
-    def note(parser, *names, **more):
-        action = init(parser, *names, **more)
-        if names and names[0].startswith("--") and action.nargs != 0 and action.type is None and not action.choices:
-            found.append(names[-1])
-        return action
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Parser, "add_argument", note)
-    try:
-        importlib.import_module(module).main(["--no-such-option"])
-    except (UserError, SystemExit):
-        pass
-    patch.undo()
-    return found
-
-
-@pytest.mark.parametrize("module", COMMANDS)
-def test_an_empty_name_is_an_error(module, capsys):
+@pytest.mark.parametrize("argv", [["train", "encoder", "--data", ""], ["data.check", ""]])
+def test_an_empty_name_is_an_error(argv, capsys):
     """--data "$DATA" without a DATA: a run on the drawn world would be another experiment, in silence."""
-    for name in options(module):
-        first = {"train": ["encoder"], "extras.parallel": ["encoder"], "data.check": ["x.json"], "data.export": ["x"],
-                 "extras.share": ["x.pth"], "studies.cost": []}.get(module, [])
-        assert run_cli(lambda: importlib.import_module(module).main([*first, name, ""])) == 2
-        err = capsys.readouterr().err
-        assert "an empty name says nothing" in err and name.strip("-") in err and err.count("\n") == 1, err
+    assert_refused(capsys, argv, "an empty name says nothing")
 
 
 NO_PICTURES = [
@@ -223,6 +168,8 @@ NAN, INF = float("nan"), float("inf")
     (lambda llm, x: llm.generate([[1, 2]], temperature=x), [-1, INF, NAN, 101, None, "hot", []], "temperature"),
     (lambda llm, x: llm.generate([[1, 2]], top_p=x), [0, -1, 1.5, NAN, None], "top_p"),
     (lambda llm, x: llm.generate([[1, 2]], max_new_tokens=x), [-5, 2.7, 10**9, None, "many"], "max_new_tokens"),
+    (lambda llm, prompt: llm.generate([[1], prompt]), [[]], "empty prompt"),
+    (lambda llm, n: llm.generate([[1]], max_new_tokens=n), [512], "513 positions are too many"),
     (lambda llm, i: llm.generate([[1], [1, i]]), [500, -1, 10**12, -200], "is not in this LLM's"),
     (lambda llm, sizes: evaluate.compare(None, None, *sizes), [(1, 0), (0, 1), (-1, 5), (3, -2)], "at least 1"),
     (lambda llm, source: preprocess(source), NO_PICTURES, ""),
@@ -231,12 +178,9 @@ def test_values_that_are_none(tiny, call, value, words):
     refuses(UserError, lambda: call(tiny, value), words)
 
 
-def test_an_address_in_capitals():
-    refuses(MissingFile, lambda: preprocess("HTTP://x/a.jpg"), "no such file")
-
-
 def test_layer_ranges():
-    assert parse_ranges("none") == [] and parse_ranges("1 6 - 2 1, 22-28") == [(16, 21), (22, 28)]
+    assert parse_ranges("none") == [] and parse_ranges("16-26") == [(16, 26)]
+    assert parse_ranges("12-17,20") == parse_ranges("1 2 - 1 7, 20") == [(12, 17), (20, 20)]
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -270,13 +214,12 @@ def test_a_text_beyond_the_context(tiny, capsys):
 def test_samples_are_drawn_as_they_are_needed(monkeypatch):
     """A million images: only those of the first batch are there when the first answer is asked for."""
     drawn = []
-    monkeypatch.setattr(evaluate.world, "world", lambda *a: drawn.append(a) or types.SimpleNamespace(
-        options=["a"], caption="", task=a[0]))
+    draw = lambda *a: drawn.append(a) or types.SimpleNamespace(options=["a"], caption="", task=a[0])
     def stop(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(evaluate, "systems", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.compare(None, n=10**6, batch=20, progress=False)
+        evaluate.compare(None, n=10**6, batch=20, progress=False, draw=draw)
     assert len(drawn) == 20
 
 
@@ -291,28 +234,6 @@ def test_no_text_shows_an_image(text):
     for left, right in (("", ""), ("x ", " y"), ("<im", "age>"), ("", text)):
         assert "<image>" not in without_image(left + text + right)
         assert wrap(left + text + right).count("<image>") == 1
-    turns = [{"from": "human", "value": "<image>\nWhat? " + text.replace("<image>", "", text.count("<image>"))},
-             {"from": "gpt", "value": "So."}]
-    assert all("<image>" not in m["content"] for m in records_of([dict(conversations=[
-        turns[0] | dict(value="Hi"), turns[1]])])[0].messages)
-
-
-def records_of(records, folder=None, name="data.json", **options):
-    with tempfile.TemporaryDirectory() as tmp:
-        path = Path(folder or tmp) / name
-        lines = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
-        path.write_text(lines, encoding="utf-8")
-        return LlavaRecords(path, path.parent, **options)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    return tmp_path
-
-
-def record(*values, names=("human", "gpt"), **more):
-    return dict(conversations=[{"from": names[i % 2], "value": v} for i, v in enumerate(values)]) | more
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3), (5, 7, 4)])
@@ -331,14 +252,6 @@ def test_no_picture_starts_another_program(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(eps.getvalue())
     refuses(UserError, lambda: open_image(tmp_path / name), name)
     refuses(UserError, lambda: open_image(Image.open(tmp_path / name)), "EPS")
-
-
-def test_every_picture_is_opened_by_its_format():
-    """Image.open of a file that someone else made names the formats that it reads."""
-    for file in SOURCES:
-        for name, of, call in calls(file):
-            if name == "open" and of == "Image":
-                assert "formats" in {k.arg for k in call.keywords}, f"{file}:{call.lineno}"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -372,64 +285,69 @@ def test_a_png_with_a_large_text(tmp_path):
 # ---- A run that goes on ---------------------------------------------------------------------------------------------
 
 
-def resume(folder, was, now, step=2):
-    save_checkpoint(folder / "run/state.safetensors", {"master.x": torch.zeros(1)}, dict(step=step, about=was))
-    return check_resume(folder / "run", now)
-
-
+RECIPE = dict(steps=4, lr=1e-3, micro_batch=0, workers=0, checkpointing=False, save_every=100)
 ABOUT = dict(stage="encoder", llm="llm", vit="vit.safetensors", start=None, seed=0, data="data.json", images=".",
-             text=None, ranges=[], recipe=dict(steps=4, lr=1e-3, micro_batch=0, workers=0, checkpointing=False,
-                                               save_every=100))
+             text=None, ranges=[], recipe=RECIPE)
 
 
-@pytest.mark.parametrize("change", [
-    dict(recipe=ABOUT["recipe"] | dict(micro_batch=2)), dict(recipe=ABOUT["recipe"] | dict(workers=4, save_every=1)),
-    dict(recipe=ABOUT["recipe"] | dict(checkpointing=True)), dict(data="sub/data.json"), dict(images="elsewhere"),
-    dict(llm="sub/../llm"), dict(vit="./vit.safetensors"),
-    dict(vit="moved/vit.safetensors", was="gone/vit.safetensors"),
-])
-def test_what_changes_nothing_goes_on(tmp_path, monkeypatch, change):
+@pytest.fixture
+def resume(tmp_path, monkeypatch):
+    """resume(was, now, step): as what a run goes on that has said the first and has come to a step."""
     monkeypatch.chdir(tmp_path)
-    for name in ("llm", "sub", "moved"):
+    for name in ("llm", "other", "sub", "moved"):
         Path(name).mkdir()
     for name in ("vit.safetensors", "moved/vit.safetensors"):
         Path(name).touch()
+
+    def resume(was, now, step=2):
+        save_checkpoint("run/state.safetensors", {"master.x": torch.zeros(1)}, dict(step=step, about=was))
+        return check_resume(Path("run"), now)
+    return resume
+
+
+@pytest.mark.parametrize("change", [
+    dict(recipe=RECIPE | dict(micro_batch=2)), dict(recipe=RECIPE | dict(workers=4, save_every=1)),
+    dict(recipe=RECIPE | dict(checkpointing=True)), dict(data="sub/data.json"), dict(images="elsewhere"),
+    dict(llm="sub/../llm"), dict(vit="./vit.safetensors"),
+    dict(vit="moved/vit.safetensors", was="gone/vit.safetensors"),
+])
+def test_what_changes_nothing_goes_on(resume, change):
     was = ABOUT | ({"vit": change.pop("was")} if "was" in change else {})
-    got = resume(tmp_path, was, ABOUT | change)
+    got = resume(was, ABOUT | change)
     assert all(got[k] == v for k, v in change.items() if k != "recipe")         # the paths of now are read
 
 
 @pytest.mark.parametrize("change, step", [
     (dict(seed=1), 2), (dict(data=None), 2), (dict(text="x.json"), 2), (dict(llm="other"), 2), (dict(start="s"), 2),
-    (dict(recipe=ABOUT["recipe"] | dict(lr=1.0)), 2), (dict(ranges=[[1, 2]]), 2), (dict(vit="v/vit.safetensors"), 2),
+    (dict(recipe=RECIPE | dict(lr=1.0)), 2), (dict(ranges=[[1, 2]]), 2), (dict(vit="moved/vit.safetensors"), 2),
     ({}, -1), ({}, 5), ({}, 10**9),
 ])
-def test_what_changes_something_does_not(tmp_path, monkeypatch, change, step):
-    monkeypatch.chdir(tmp_path)
-    for name in ("llm", "other", "v"):
-        Path(name).mkdir()
-    for name in ("vit.safetensors", "v/vit.safetensors"):
-        Path(name).touch()
+def test_what_changes_something_does_not(resume, change, step):
     with pytest.raises(UserError, match="state.safetensors"):
-        resume(tmp_path, ABOUT, ABOUT | change, step)
+        resume(ABOUT, ABOUT | change, step)
 
 
 @pytest.mark.parametrize("change", ["json", "picture", "another"])
-def test_changed_data_is_noticed(pictures, change):
-    records = [record("<image>\nWhat?", "A square.", image="a.png")]
-    before = records_of(records, pictures).digest
-    assert records_of(records, pictures).digest == before
-    (pictures / "sub").mkdir()
+def test_changed_data_is_noticed(tmp_path, change):
+    def digest(folder="."):
+        (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+        return LlavaRecords(tmp_path / folder / "data.json", tmp_path / folder).digest
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}]
+    records = [dict(conversations=turns, image="a.png")]
+    before = digest()
+    (tmp_path / "sub").mkdir()
     for file in ("a.png", "data.json"):
-        shutil.copy(pictures / file, pictures / "sub" / file)
-    assert LlavaRecords(pictures / "sub/data.json", pictures / "sub").digest == before        # moved
+        shutil.copy(tmp_path / file, tmp_path / "sub" / file)
+    assert digest() == before == digest("sub")
     if change == "picture":
-        Image.effect_noise((40, 30), 50).save(pictures / "a.png")
+        Image.effect_noise((40, 30), 50).save(tmp_path / "a.png")
     elif change == "json":
-        records[0]["conversations"][1]["value"] = "A circle."
+        turns[1]["value"] = "A circle."
     else:
         records *= 2
-    assert records_of(records, pictures).digest != before
+    assert digest() != before
 
 
 def test_a_log_of_another_run_is_noticed(tmp_path):
@@ -438,20 +356,6 @@ def test_a_log_of_another_run_is_noticed(tmp_path):
     save_checkpoint(tmp_path / "state.safetensors", {"master.x": torch.zeros(1)}, said)
     with pytest.raises(UserError, match="have changed since"):
         Log(tmp_path, about, {}, None, Recipe(steps=4), resume=True)
-
-
-@pytest.mark.parametrize("part", ["adam.x.exp_avg", "adam.x.exp_avg_sq", "adam.x.step", "master.x"])
-def test_a_state_that_is_not_whole(tmp_path, part):
-    p = torch.nn.Parameter(torch.zeros(2))
-    recipe = Recipe(steps=1)
-    optimizer = adamw({"x": p}, recipe)
-    p.grad = torch.ones(2)
-    log = Log(tmp_path, dict(stage="encoder"), {"x": p}, optimizer, recipe)
-    log.add(0, loss=1.0, lr=update(optimizer, recipe, 0))
-    state, said = read_checkpoint(tmp_path / "state.safetensors")
-    save_checkpoint(tmp_path / "state.safetensors", {n: t for n, t in state.items() if n != part}, said)
-    with pytest.raises(UserError, match="state"):
-        Log(tmp_path, dict(stage="encoder"), {"x": p}, optimizer, recipe, resume=True)
 
 
 def test_two_runs_in_one_folder(tmp_path):
@@ -523,14 +427,6 @@ def test_what_is_not_to_be_shared(tmp_path, tensors, about, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_llm_is_not_an_encoder(tiny_llm, tmp_path, capsys):
-    argv = [f"{tiny_llm}/model.safetensors"]
-    for more in (["--to", str(tmp_path / "out"), "--llm", "org/name"], [str(tmp_path / "x.safetensors")]):
-        assert run_cli(lambda: share.main(argv + more)) == 2
-        assert "no checkpoint of train.py" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("scores", [[], {}, dict(about={}, rows=3), dict(about={}, rows=[{}]), dict(about={}),
                                     dict(about={}, rows=[dict(system="a", trained=True)], samples=1, seed=0),
                                     dict(about={}, rows=[dict(system=[], trained=True, said=1)])])
@@ -542,7 +438,7 @@ def test_scores_that_are_none(tmp_path, scores):
 # ---- The terminal ---------------------------------------------------------------------------------------------------
 
 
-def fake_vlm(size, answer="So."):
+def fake_vlm(size):
     """Of a tiny context: a character is a token."""
     prompt = lambda messages: [1] * sum(len(m["content"]) + 5 for m in messages)
     config = types.SimpleNamespace(max_position_embeddings=size)
@@ -573,17 +469,14 @@ def test_a_conversation_longer_than_the_context(monkeypatch, capsys):
     assert all("<image>" not in t for turns in asked for t in turns[1:])
     asked, out = converse(monkeypatch, capsys, 200, "a", "x" * 500, "b", "")
     assert len(asked) == 2 and "too long" in out and asked[1][-1] == "b" and len(asked[1]) == 3
+    asked, _ = converse(monkeypatch, capsys, 10**4, *[f"q {m}" for m in MARKS[:6]], "b <image>?")
+    assert all("".join(turns).count("<image>") == 1 for turns in asked) and len(asked) == 7     # typed marks are none
 
 
 def test_a_closed_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     graft.chat(fake_vlm(99), None, {})
     assert "empty line" in capsys.readouterr().out
-
-
-def test_typed_marks_are_no_images(monkeypatch, capsys):
-    asked, _ = converse(monkeypatch, capsys, 10**4, *[f"q {m}" for m in MARKS[:6]], "b <image>?")
-    assert all("".join(turns).count("<image>") == 1 for turns in asked) and len(asked) == 7
 
 
 @pytest.mark.parametrize("environment, words", [
@@ -593,24 +486,16 @@ def test_typed_marks_are_no_images(monkeypatch, capsys):
 ])
 def test_a_process_alone(monkeypatch, environment, words):
     """A peer that never comes, or a hand-set RANK: after a while a line, and not half an hour of silence."""
-    from datetime import timedelta
-
-    from extras import parallel
     monkeypatch.setattr(parallel, "PATIENCE", timedelta(seconds=2))
     for name, value in (dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29613") | environment).items():
         monkeypatch.setenv(name, value)
     if "WORLD_SIZE" not in environment:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(UserError, match=words) as error:
-        parallel.join("cpu")
-    assert "\n" not in str(error.value)
+    refuses(UserError, lambda: parallel.join("cpu"), words)
 
 
 def test_without_their_packages(monkeypatch, capsys):
-    sys.path.insert(0, str(ROOT / "notebooks"))
-    import run
     monkeypatch.setattr(run, "nbformat", None)
-    assert run_cli(lambda: run.main([])) == 2 and "pip install" in capsys.readouterr().err
-    lmms = importlib.import_module("extras.lmms_eval_model")
-    monkeypatch.setattr(lmms, "lmms", None)
-    assert run_cli(lmms.main) == 2 and "pip install lmms-eval" in capsys.readouterr().err
+    assert_refused(capsys, ["notebooks.run"], "pip install")
+    monkeypatch.setattr(lmms_eval_model, "lmms", None)
+    refuses(MissingFile, lmms_eval_model.main, "pip install lmms-eval")

@@ -4,36 +4,22 @@ import json
 
 import pytest
 import torch
+from conftest import random_llama, refuses, save_llama, shake
 from safetensors.torch import save_file
-from transformers import LlamaConfig as HFLlamaConfig
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import surrogate
+from cli import UserError
 from formats import checkpoints, official
 from formats.tokenizer import Tokenizer
-from model import KVCache, Llama, LlamaConfig, collect
-from surrogate import (
-    build_surrogate,
-    find_transition,
-    kept_layers,
-    load_surrogate,
-    parse_ranges,  # fmt: skip
-    prediction_trajectory,
-    run_both,
-    text_tokens,
-)
+from model import Llama
+from surrogate import build_surrogate, find_transition, kept_layers, load_surrogate, prediction_trajectory, run_both
 
 L = 8
 
 
 def tiny_llama(tied=True):
-    torch.manual_seed(0)
-    llm = Llama(LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=L,
-                            num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied))
-    for p in llm.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.3)
-    return llm.requires_grad_(False).eval()
+    return random_llama(vocab_size=60, num_hidden_layers=L, tie_word_embeddings=tied).eval()
 
 
 @pytest.fixture
@@ -41,25 +27,7 @@ def llm():
     return tiny_llama()
 
 
-def shake(surrogate):
-    """Translators as after training: no longer copies."""
-    with torch.no_grad():
-        for i in surrogate.translators:
-            for p in surrogate.model.layers[i].parameters():
-                p.add_(torch.randn_like(p) * 0.1)
-    return surrogate
-
-
 # ---- the surrogate --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ranges", [[], [(3, 3)], [(2, 2), (5, 5)]])
-def test_all_layers_kept_is_the_full_model_bit_for_bit(llm, ranges):
-    tokens = torch.randint(60, (2, 12))
-    s = build_surrogate(llm, ranges)
-    assert len(s.model.layers) == L
-    assert torch.equal(s(tokens), llm(tokens))
-    assert s.generate([[1, 2, 3]], max_new_tokens=10) == llm.generate([[1, 2, 3]], max_new_tokens=10)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -76,21 +44,9 @@ def test_layers_kept_are_shared_and_translators_are_copies(tied):
     assert s.lm_head_weight is llm.lm_head_weight
     assert not any(p.is_meta for p in s.parameters()) and not s.training
     tokens = torch.randint(60, (1, 9))
-    before = llm(tokens)
-    x = llm.embed(tokens)
-    for i in [0, 1, 2, 4, 5, 7]:
-        x = llm.run(x, i, i + 1)
-    assert torch.equal(s(tokens), llm.logits(x))  # the dropped layers are gone, the rest is in order
-    shake(s)  # training a translator leaves the LLM alone
-    assert torch.equal(llm(tokens), before) and not torch.equal(s(tokens), llm.logits(x))
-
-
-def test_only_translators_get_gradients(llm):
-    s = build_surrogate(llm, [(2, 6)])
-    s.model.layers[2].requires_grad_(True)
-    s(torch.randint(60, (1, 9))).square().sum().backward()
-    assert all(p.grad is not None for p in s.model.layers[2].parameters())
-    assert all(p.grad is None for p in llm.parameters())
+    before, copied = llm(tokens), s(tokens)
+    shake(s)        # training a translator leaves the LLM alone
+    assert torch.equal(llm(tokens), before) and not torch.equal(s(tokens), copied)
 
 
 @pytest.mark.parametrize("ranges, words", [
@@ -98,23 +54,13 @@ def test_only_translators_get_gradients(llm):
     ([(2, 20)], "2-20"), ([(2, 4), (4, 5)], "overlap"), ([(5, 6), (2, 5)], "overlap"),
 ])  # fmt: skip
 def test_wrong_ranges(llm, ranges, words):
-    with pytest.raises(ValueError, match=words) as error:
-        build_surrogate(llm, ranges)
-    assert "\n" not in str(error.value)
+    refuses(UserError, lambda: build_surrogate(llm, ranges), words)
 
 
 def test_papers_cuts():
     """Table 1 of the paper: Llama-3.2-3B keeps 0-15 and 27, Llama-3.1-8B 0-16 and 31, 70B 0-39 and 79."""
     for layers, cut, last in [(28, 16, 26), (32, 17, 30), (80, 40, 78)]:
         assert kept_layers([(cut, last)], layers) == [*range(cut), cut, layers - 1]
-
-
-def test_parse_ranges():
-    assert parse_ranges("16-26") == [(16, 26)] and parse_ranges("none") == []
-    assert parse_ranges("12-17,20") == parse_ranges("12-17, 20") == [(12, 17), (20, 20)]
-    for bad in ("a-b", "3-", "-3", "1-2-3", "3;4", ","):
-        with pytest.raises(ValueError, match="write them like 16-26"):
-            parse_ranges(bad)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -125,11 +71,12 @@ def test_parse_ranges():
 def test_from_pretrained_reads_only_the_layers_that_it_keeps(tmp_path, monkeypatch, tied, ranges):
     """The same surrogate as out of the whole LLM, in names, values and predictions."""
     llm = tiny_llama(tied)
-    tensors = dict(llm.state_dict())
-    half = len(tensors) // 2  # two files, as large models come
-    for i, names in enumerate([list(tensors)[:half], list(tensors)[half:]]):
-        save_file({n: tensors[n] for n in names}, tmp_path / f"model-{i}.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(vars(llm.config) | dict(model_type="llama")))
+    save_llama(tmp_path, llm)
+    tensors, index = list(llm.state_dict().items()), {}
+    for name, part in (("1.safetensors", dict(tensors[:9])), ("2.safetensors", dict(tensors[9:]))):     # two files
+        save_file(part, tmp_path / name)
+        index |= dict.fromkeys(part, name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
     read, open_hf = [], official.open_hf
     monkeypatch.setattr(official, "open_hf", lambda folder: {
         n: (lambda n=n, f=f: read.append(n) or f()) for n, f in open_hf(folder).items()})
@@ -142,11 +89,11 @@ def test_from_pretrained_reads_only_the_layers_that_it_keeps(tmp_path, monkeypat
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     tokens = torch.arange(12)[None]
     assert torch.equal(ours(tokens), theirs(tokens))
-    with pytest.raises(ValueError, match="cannot replace layers 5-7"):
-        surrogate.from_pretrained(tmp_path, [(5, 7)])
+    refuses(UserError, lambda: surrogate.from_pretrained(tmp_path, [(5, 7)]), "cannot replace layers 5-7")
 
 
 def test_load_surrogate(tmp_path, llm):
+    refuses(UserError, lambda: load_surrogate(llm, "assets/vit.safetensors"), "stage vit", "surrogate")
     s = shake(build_surrogate(llm, [(2, 3), (5, 6)]))
     trained = ("model.layers.2.", "model.layers.4.")
     translator = {f"decoder.{n}": p for n, p in s.named_parameters() if n.startswith(trained)}
@@ -162,23 +109,6 @@ def test_load_surrogate(tmp_path, llm):
         assert loaded.ranges == s.ranges and torch.equal(loaded(tokens), s(tokens))
 
 
-def test_load_surrogate_refuses(tmp_path, llm):
-    file = tmp_path / "c.safetensors"
-    def refuses(tensors, about, *words):
-        checkpoints.save_checkpoint(file, tensors, about)
-        with pytest.raises((ValueError, FileNotFoundError)) as error:
-            load_surrogate(llm, file)
-        assert all(w in str(error.value) for w in words) and "\n" not in str(error.value)
-    soi = {"embd_soi": torch.zeros(1, 32)}
-    refuses(soi, dict(stage="vit"), "c.safetensors", "stage vit", "surrogate")
-    refuses(soi, dict(stage="encoder", ranges=[[2, 6]]), "c.safetensors", "no translator")
-    refuses(soi, dict(stage="encoder", ranges=[[2, 6]], start="gone.safetensors"), "gone.safetensors")
-    refuses(soi, dict(stage="translator", ranges=[[20, 28]]), "cannot replace layers 20-28")  # another LLM's
-    name = "decoder.model.layers.2.mlp.up_proj.weight"
-    about = dict(stage="translator", ranges=[[2, 6]])
-    refuses({name: torch.zeros(9, 32)}, about, "does not belong", name, "(9, 32)", "(48, 32)")
-
-
 # ---- run_both -------------------------------------------------------------------------------------------------------
 
 
@@ -191,54 +121,13 @@ def test_fork_equals_two_passes(llm, ranges):
     assert torch.equal(ours, theirs) == (ranges == [])
 
 
-def test_fork_with_caches_equals_two_passes(llm):
-    """Ranking and answering as graft.py does: prompts of different lengths, options behind each, then decoding."""
-    s = shake(build_surrogate(llm, [(3, 4), (6, 6)]))
-    prompts, options, K = [[5, 17, 3, 8, 41], [7, 1], [9, 9, 30]], [[11, 12], [13], [14, 15, 16]], 3
-    pad = lambda rows: torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows])
-    lengths = torch.tensor([len(p) for p in prompts])
-    x, behind = llm.embed(pad(prompts)), llm.embed(pad(options * len(prompts)))  # (B, T, C), (B*K, 3, C)
-
-    def full(decoder, tokens):  # the reference: no batch, no padding, no cache
-        return decoder.run(decoder.embed(torch.tensor([tokens])))[0]
-
-    caches = [KVCache(d, 3, 5) for d in (s, llm)]
-    alone = [KVCache(d, 3, 5) for d in (s, llm)]
-    prompt_states = run_both(s, llm, x, caches)
-    for cache, own, decoder, state in zip(caches, alone, (s, llm), prompt_states):
-        assert torch.equal(state, decoder.run(x, cache=own))
-        cache.advance(5, lengths)
-        own.advance(5, lengths)
-        assert all(torch.equal(a, b) for a, b in zip(cache.keys + cache.values, own.keys + own.values))
-
-    wide = [c.repeat(K, 4) for c in caches]
-    states = run_both(s, llm, behind, wide)
-    for decoder, state, own, cache in zip((s, llm), states, alone, wide):
-        assert torch.equal(state, decoder.run(behind, cache=own.repeat(K, 4)))
-        for row, (p, o) in enumerate((p, o) for p in prompts for o in options):
-            expected = full(decoder, p + o)[len(p):]
-            assert (state[row, :len(o)] - expected).abs().max() < 1e-4
-        cache.advance(3, torch.tensor([len(o) for o in options] * 3))
-    token = llm.embed(torch.full((9, 1), 20))  # one behind every option
-    for state, decoder in zip(run_both(s, llm, token, wide), (s, llm)):
-        for row, (p, o) in enumerate((p, o) for p in prompts for o in options):
-            assert (state[row, 0] - full(decoder, p + o + [20])[-1]).abs().max() < 1e-4
-
-    # each decoder's own continuation of the prompts, side by side: neither may write into the other's cache
-    last = [x[torch.arange(3), lengths - 1] for x in prompt_states]  # (B, C)
-    streams = [d.decode(h, c.repeat(1, 6), 6) for d, h, c in zip((s, llm), last, caches)]
-    steps = list(zip(*streams))  # one token of each in turn
-    got = [collect(tokens) for tokens in zip(*steps)]
-    assert got == [d.generate(prompts, max_new_tokens=6) for d in (s, llm)] and got[0] != got[1]
-
-
 # ---- prediction trajectory ------------------------------------------------------------------------------------------
 
 
 def test_trajectory_against_transformers(tmp_path):
     """The paper's measure, computed anew in float64 from transformers' hidden states."""
-    config = HFLlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
-                           num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.3)  # fmt: skip
+    config = LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.3)  # fmt: skip
     theirs = LlamaForCausalLM(config).eval()
     torch.nn.init.normal_(theirs.model.norm.weight, mean=1, std=0.2)
     theirs.save_pretrained(tmp_path)
@@ -275,32 +164,28 @@ def test_chats_give_a_curve_each(tiny_llm, tmp_path, capsys):
     assert len(fig.axes[0].lines) == 3 + 1 + 1 + 1 + 1      # thin, their mean, the texts', the paper's cuts, the turn
 
 
-@pytest.mark.parametrize("layers", [3, 12, 30, 80])
-def test_find_transition_on_clean_curves(layers):
-    for cut in range(1, layers - 1):
-        late = layers - cut  # flat up to layer cut - 1, then down to 0
-        curve = [5.0] * cut + [5.0 * (1 - (i + 1) / late) for i in range(late)]
-        assert find_transition(torch.tensor(curve)) == find_transition(curve) == cut
+def test_find_transition():
+    def curve(layers, cut):     # flat up to layer cut - 1, then down to 0
+        return torch.cat([torch.full((cut,), 5.0), torch.linspace(5, 0, layers - cut + 1)[1:]])
 
-
-def test_find_transition_with_noise():
-    g = torch.Generator().manual_seed(0)
+    for layers in (3, 12, 30):
+        for cut in range(1, layers - 1):
+            assert find_transition(curve(layers, cut)) == find_transition(curve(layers, cut).tolist()) == cut
     for cut in (10, 17, 22):
-        for _ in range(20):
-            curve = torch.cat([torch.full((cut,), 5.0), torch.linspace(5, 0, 31 - cut)[1:]])
-            assert abs(find_transition(curve + 0.25 * torch.randn(30, generator=g)) - cut) <= 2
+        for _ in range(20):     # with noise
+            assert abs(find_transition(curve(30, cut) + 0.25 * torch.randn(30)) - cut) <= 2
 
 
 def test_text_tokens(smollm_tokenizer):
     long, short = "one two three four five six seven eight nine ten", "too short"
-    rows = text_tokens(smollm_tokenizer, f"{long}\n\n{short}\n\n{long} eleven", length=8)
+    rows = surrogate.text_tokens(smollm_tokenizer, f"{long}\n\n{short}\n\n{long} eleven", length=8)
     assert rows.shape == (2, 8) and torch.equal(rows[0], rows[1])
     assert smollm_tokenizer.decode(rows[0]) == "one two three four five six seven eight"
 
 
 def test_smollm_turns_in_the_middle(smollm, smollm_tokenizer):
     """On its real weights the default LLM has the two phases that the method rests on."""
-    tokens = text_tokens(smollm_tokenizer, open("assets/text.txt", encoding="utf-8").read(), length=64)[:2]
+    tokens = surrogate.read_texts(smollm_tokenizer, length=32)[:2]
     trajectory = prediction_trajectory(smollm, tokens)
     assert trajectory.shape == (30,) and trajectory[-1] == 0
     assert 12 <= find_transition(trajectory) <= 20
