@@ -541,7 +541,7 @@ class VLM(nn.Module):
         if trunk is None:
             x = self.decoder.run(self.embed(batch["tokens"], batch["pixels"]))              # (B, T, d)
         else:
-            x = self.decoder.run(trunk, self.decoder.trunk)
+            x = self.decoder.run(trunk, self.decoder.n_shared)
         return self.decoder.loss(x, batch["targets"], batch.get("factors"))
 
     @classmethod

@@ -127,7 +127,7 @@ def build_surrogate(llm, ranges):
     A translator starts as a copy of the range's first layer: that layer expects what the layers before it put out, as
     the translator will have to. The last layer stays, since its output is what the final norm and the LM head read.
     All other layers, the embeddings and the head *are* the LLM's (shared, not copied). `surrogate.translators` lists
-    the translators' positions in the surrogate, `surrogate.ranges` what they replace; `surrogate.trunk` says how many
+    the translators' positions in the surrogate, `surrogate.ranges` what they replace; `surrogate.n_shared` says how many
     first layers it has in common with the LLM. ranges = [] gives a surrogate that is the LLM.
     """
     L = llm.config.num_hidden_layers
@@ -161,7 +161,7 @@ def mark(surrogate, ranges, num_layers):
     """Note in a surrogate what it replaces of an LLM with `num_layers` layers (see build_surrogate)."""
     surrogate.ranges, kept = ranges, kept_layers(ranges, num_layers)
     surrogate.translators = [kept.index(first) for first, _ in ranges]
-    surrogate.trunk = min((first for first, _ in ranges), default=num_layers)
+    surrogate.n_shared = min((first for first, _ in ranges), default=num_layers)
     return surrogate
 
 
@@ -202,11 +202,11 @@ def run_both(surrogate, llm, embeds, caches=(None, None)):
     tensors, so before the two go on with different tokens, give each its own: `cache.repeat(1, room)`.
     """
     ours, theirs = caches
-    x = surrogate.run(embeds, 0, surrogate.trunk, ours)
+    x = surrogate.run(embeds, 0, surrogate.n_shared, ours)
     if ours is not None:
-        for i in range(surrogate.trunk):
+        for i in range(surrogate.n_shared):
             theirs.keys[i], theirs.values[i] = ours.keys[i], ours.values[i]
-    return surrogate.run(x, surrogate.trunk, None, ours), llm.run(x, surrogate.trunk, None, theirs)
+    return surrogate.run(x, surrogate.n_shared, None, ours), llm.run(x, surrogate.n_shared, None, theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def teacher_states(surrogate, llm, trunk, batch):
     """The LLM's states behind the common trunk, whose output for a batch is trunk (B, T, C): a dict of tensors that
     `distillation_loss` compares the translators with."""
     after = surrogate.ranges[-1][1] + 1                     # the LLM's layer behind the last replaced range
-    theirs = llm.run(trunk, surrogate.trunk, after)                                     # (B, T, C): the target
+    theirs = llm.run(trunk, surrogate.n_shared, after)                                     # (B, T, C): the target
     index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(trunk.device)     # (N,) positions with a target
     full = llm.run(theirs, after).flatten(0, 1)[index]                                  # (N, C): the LLM's last state
     real = (torch.arange(trunk.shape[1]) < batch["lengths"][:, None]).to(trunk.device)  # (B, T): not padding
@@ -230,7 +230,7 @@ def distillation_loss(surrogate, states):
     states from the LLM's, mean over positions. states: the LLM's, of `teacher_states`."""
     last = surrogate.translators[-1] + 1                    # the layer behind the last translator
     theirs, real = states["theirs"], states["real"]
-    ours = surrogate.run(states["trunk"], surrogate.trunk, last)                        # (B, T, C)
+    ours = surrogate.run(states["trunk"], surrogate.n_shared, last)                        # (B, T, C)
     # each position in units of its own length: the first token's state is many times as long as the others' ("massive
     # activations", arXiv 2402.17762), and would be all that a common unit sees
     off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (B, T) each

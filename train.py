@@ -186,7 +186,7 @@ def teach(vlm, llm, batch, translators, noise, generator, parts=1):
     shift = size * F.normalize(torch.randn(x.shape, generator=generator), dim=-1)       # (B, T, C)
     mean, _ = s.word_statistics()                                                       # (C,)
     length = (x.detach() - mean).norm(dim=-1, keepdim=True)                             # (B, T, 1)
-    trunk = s.run(x + shift.to(x) * length, 0, s.trunk)
+    trunk = s.run(x + shift.to(x) * length, 0, s.n_shared)
     for p in translators:
         p.requires_grad_(True)
     states = surrogate.teacher_states(s, llm, trunk.detach(), batch)

@@ -113,7 +113,7 @@ def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resu
             if (batch["targets"] < 0).all():
                 raise UserError(f"max_length={recipe.max_length} cuts all samples before their answer: give more")
             with torch.no_grad():
-                trunk = decoder.run(slots.embed(samples, batch, seed * 10**6 + k), 0, decoder.trunk)
+                trunk = decoder.run(slots.embed(samples, batch, seed * 10**6 + k), 0, decoder.n_shared)
             cache[k] = teacher_states(decoder, llm, trunk, batch)
         kl, distance = distillation_loss(decoder, cache[k])
         (kl + distance).backward()

@@ -154,7 +154,7 @@ def plot_lens(vlm, surrogate, prompt, image, ids, columns=11):
     llm, ids = vlm.decoder, (ids + vlm.tokenizer.turn_end)[:columns]
     embeds, _ = vlm.embed_prompts([prompt + ids], [image])
     at, targets = slice(len(prompt) - 1, -1), torch.tensor(ids, device=llm.device)
-    trunk, L, n = surrogate.trunk, len(llm.model.layers), len(ids)
+    trunk, L, n = surrogate.n_shared, len(llm.model.layers), len(ids)
     full, ours = layers_say(llm, embeds, at, targets), layers_say(surrogate, embeds, at, targets, trunk)
     logp = full[2].log_softmax(1)                                                   # normalised over the answer
     kl = (logp.exp() * (logp - logp[-1])).sum(1)                                    # (L,)

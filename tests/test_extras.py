@@ -85,7 +85,7 @@ def oracle(vlm, llm, batch):
 def states(vlm, llm, batch):
     s = vlm.decoder
     with torch.no_grad():
-        return surrogate.teacher_states(s, llm, s.run(vlm.embed(batch["tokens"], batch["pixels"]), 0, s.trunk), batch)
+        return surrogate.teacher_states(s, llm, s.run(vlm.embed(batch["tokens"], batch["pixels"]), 0, s.n_shared), batch)
 
 
 @pytest.mark.parametrize("ranges", [[(2, 4)], [(1, 2), (4, 4)]])

@@ -148,7 +148,7 @@ def test_lens_ends_where_the_models_do(vlm, surrogate):
     embeds, _ = vlm.embed_prompts([prompt + ids.tolist()], [web.picture(KENYA)])
     at = slice(len(prompt) - 1, -1)
     full, ours = (web.layers_say(vlm.decoder, embeds, at, ids),
-                  web.layers_say(surrogate, embeds, at, ids, surrogate.trunk))
+                  web.layers_say(surrogate, embeds, at, ids, surrogate.n_shared))
     for (tokens, p, logp), decoder, layers in ((full, vlm.decoder, 6), (ours, surrogate, 2)):
         assert tokens.shape == p.shape == logp.shape == (layers, 3)
         probs = decoder(embeds=embeds)[0, at].softmax(-1)

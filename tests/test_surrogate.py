@@ -34,7 +34,7 @@ def llm():
 def test_layers_kept_are_shared_and_translators_are_copies(tied):
     llm = tiny_llama(tied)
     s = build_surrogate(llm, [(5, 6), (2, 3)])  # in any order
-    assert s.ranges == [(2, 3), (5, 6)] and s.translators == [2, 4] and s.trunk == 2
+    assert s.ranges == [(2, 3), (5, 6)] and s.translators == [2, 4] and s.n_shared == 2
     assert s.config.num_hidden_layers == len(s.model.layers) == 6 and llm.config.num_hidden_layers == L
     for ours, theirs in enumerate([0, 1, 2, 4, 5, 7]):
         for a, b in zip(s.model.layers[ours].parameters(), llm.model.layers[theirs].parameters()):
@@ -84,7 +84,7 @@ def test_from_pretrained_reads_only_the_layers_that_it_keeps(tmp_path, monkeypat
     kept = kept_layers(ranges, L)
     layers = [n for n in read if "layers" in n]             # a head beside tied words is read twice, to compare it
     assert {int(n.split(".")[2]) for n in layers} == set(kept) and len(layers) == len(set(layers))
-    assert (ours.ranges, ours.translators, ours.trunk) == (theirs.ranges, theirs.translators, theirs.trunk)
+    assert (ours.ranges, ours.translators, ours.n_shared) == (theirs.ranges, theirs.translators, theirs.n_shared)
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     tokens = torch.arange(12)[None]

@@ -580,7 +580,7 @@ def test_the_lesson_trains_translators_alone_and_the_loss_the_encoder(tiny_llm):
 
     def lesson(noise, seed, parts=1):
         trunk, off = train.teach(vlm, llm, batch, translators, noise, torch.Generator().manual_seed(seed), parts)
-        return s.loss(s.run(trunk, s.trunk), batch["targets"]), off, grads(learns)
+        return s.loss(s.run(trunk, s.n_shared), batch["targets"]), off, grads(learns)
 
     loss, off, got = lesson(0.0, 1)
     assert got.keys() == {n for n in learns if n.startswith("decoder.")} and off > 0
