@@ -127,8 +127,8 @@ def build_surrogate(llm, ranges):
     A translator starts as a copy of the range's first layer: that layer expects what the layers before it put out, as
     the translator will have to. The last layer stays, since its output is what the final norm and the LM head read.
     All other layers, the embeddings and the head *are* the LLM's (shared, not copied). `surrogate.translators` lists
-    the translators' positions in the surrogate, `surrogate.ranges` what they replace; `surrogate.n_shared` says how many
-    first layers it has in common with the LLM. ranges = [] gives a surrogate that is the LLM.
+    the translators' positions in the surrogate, `surrogate.ranges` what they replace; `surrogate.n_shared` how many
+    leading layers are the LLM's. ranges = [] gives a surrogate that is the LLM.
     """
     L = llm.config.num_hidden_layers
     ranges = check_ranges(ranges, L)
@@ -218,7 +218,7 @@ def teacher_states(surrogate, llm, trunk, batch):
     """The LLM's states behind the common trunk, whose output for a batch is trunk (B, T, C): a dict of tensors that
     `distillation_loss` compares the translators with."""
     after = surrogate.ranges[-1][1] + 1                     # the LLM's layer behind the last replaced range
-    theirs = llm.run(trunk, surrogate.n_shared, after)                                     # (B, T, C): the target
+    theirs = llm.run(trunk, surrogate.n_shared, after)                                  # (B, T, C): the target
     index = (batch["targets"].flatten() >= 0).nonzero().squeeze(1).to(trunk.device)     # (N,) positions with a target
     full = llm.run(theirs, after).flatten(0, 1)[index]                                  # (N, C): the LLM's last state
     real = (torch.arange(trunk.shape[1]) < batch["lengths"][:, None]).to(trunk.device)  # (B, T): not padding
@@ -230,7 +230,7 @@ def distillation_loss(surrogate, states):
     states from the LLM's, mean over positions. states: the LLM's, of `teacher_states`."""
     last = surrogate.translators[-1] + 1                    # the layer behind the last translator
     theirs, real = states["theirs"], states["real"]
-    ours = surrogate.run(states["trunk"], surrogate.n_shared, last)                        # (B, T, C)
+    ours = surrogate.run(states["trunk"], surrogate.n_shared, last)                     # (B, T, C)
     # each position in units of its own length: the first token's state is many times as long as the others' ("massive
     # activations", arXiv 2402.17762), and would be all that a common unit sees
     off, size = (h.float().square().sum(-1) for h in (ours - theirs, theirs))           # (B, T) each

@@ -100,7 +100,7 @@ def step_flops(stage, target, recipe, images, texts=NOTHING, lora=0, text_gradie
         scores = causal * 4 * T * T * s.q                                           # q k^T, and its product with v
         forward, backward = 2 * weights * T + scores, 2 * weights * T + 2 * scores
         last = 2 * T * d * s.M                                  # a layer's last product: no gradient needs it again
-        above = s.layers if from_below else s.layers - s.n_shared
+        above = s.layers if from_below else s.layers - s.trunk
         out["forward"] += n * s.layers * forward
         out["recomputation"] += recipe.checkpointing * n * above * (forward - last)
         out["gradients of activations"] += n * above * backward

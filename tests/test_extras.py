@@ -85,7 +85,8 @@ def oracle(vlm, llm, batch):
 def states(vlm, llm, batch):
     s = vlm.decoder
     with torch.no_grad():
-        return surrogate.teacher_states(s, llm, s.run(vlm.embed(batch["tokens"], batch["pixels"]), 0, s.n_shared), batch)
+        trunk = s.run(vlm.embed(batch["tokens"], batch["pixels"]), 0, s.n_shared)
+        return surrogate.teacher_states(s, llm, trunk, batch)
 
 
 @pytest.mark.parametrize("ranges", [[(2, 4)], [(1, 2), (4, 4)]])

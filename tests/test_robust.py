@@ -448,7 +448,7 @@ def fake_vlm(size):
 def converse(monkeypatch, capsys, size, *typed):
     """(what was asked, what was printed) when these lines are typed."""
     lines, asked = iter(typed), []
-    def ask(vlm, image, messages, show, **options):
+    def ask(vlm, image, messages, **options):
         if len(vlm.prompt(messages)) > size - options["max_new_tokens"]:
             raise UserError("too many positions")
         asked.append([m["content"] for m in messages])
