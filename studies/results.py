@@ -253,7 +253,7 @@ def table(results):
 COLORS, SHAPES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "os^DvP*X<>"
 
 
-def plot(results, measures=("what the image brings", "trained, ranked", "never trained, said")):
+def plot(results, measures=("what the image brings", "trained, ranked", "never trained, ranked")):
     """Score of the graft against FLOPs, every point a run of its own length: a figure. Dashed: stage 1 counted, which
     serves further encoders, too."""
     grouped, fig = by_arm(results), Figure(figsize=(13, 4.4), dpi=120, facecolor="white", layout="constrained")
@@ -267,7 +267,9 @@ def plot(results, measures=("what the image brings", "trained, ranked", "never t
             ax.plot(alone, y, **style, label=arm)
             if alone != whole:
                 ax.plot(whole, y, ls="--", lw=0.8, mfc="white", **style)
-        ax.set(title=title, xlabel="training, TFLOP; dashed: with stage 1", xscale="log")
+        ax.set(title=title, xlabel="training, TFLOP; dashed: with stage 1")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
         ax.grid(alpha=0.3)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return fig
