@@ -52,6 +52,7 @@ ARMS = {    # each: the commands of its stages, the last with --steps; a stage g
     "a quarter of stage 1": ["distillation steps=500", "train encoder"],
     "cut at 16": ["distillation steps=500 --replace 16-21,22-28", "train encoder"],
     "early layers": ["distillation steps=500 --replace 1-4,5-9", "train encoder"],
+    "projector alone": ["distillation", "train encoder vit_lr=0"],
     "untrained": ["distillation steps=1 lr=0", "train encoder distill=0"],
     "untrained, taught": ["distillation steps=1 lr=0", "train encoder"],
     "random": ["random", "train encoder distill=0"],
