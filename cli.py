@@ -40,9 +40,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", type=available_device, default=default, help="default: %(default)s")
 
     def add_run(self, out):
-        """The options of every training run. out: its folder, if none is given."""
+        """The options of every training run. out: its folder, where none is given."""
         self.add_argument("settings", nargs="*", metavar="key=value", help="changes a number of the recipe, see below")
-        self.add_argument("--out", default=out, help="folder for checkpoint, log and plot (default: %(default)s)")
+        self.add_argument("--out", default=out, help=f"folder for checkpoint, log and plot (default: {out})")
         self.add_argument("--resume", action="store_true",
                           help="go on from the checkpoint in --out, exactly as if never stopped")
         self.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0,

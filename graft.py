@@ -206,7 +206,7 @@ def main(argv=None):
     if args.web:
         from extras import page  # only here: it takes a second, and it needs Gradio
         page.need_gradio()
-    held = HeldOut(args.data, args.images or Path(args.data).parent) if args.data else None
+    held = HeldOut(args.data, args.images) if args.data else None
     _, about = checkpoints.open_checkpoint(args.encoder)
     name = args.llm or about.get("llm", official.DEFAULT_LLM)
     asked = image is not None or args.chat or args.web

@@ -152,9 +152,9 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
         n_targets = over_processes(n_targets)               # in the whole global batch
         distilling = distill and step % distill == 0
         total, distance = torch.zeros(2, device=vlm.decoder.device)
-        generator = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)
+        generator = torch.Generator().manual_seed(about.get("seed", 0) * 10**6 + step)      # of the noise
         if recipe.balance:
-            balance(micro_batches, recipe.balance, vlm.decoder.device)
+            balance(micro_batches, recipe.balance, vlm.tokenizer.turn_end, vlm.decoder.device)
         for batch in micro_batches:
             trunk = None
             if distilling:
@@ -202,19 +202,29 @@ def count_targets(micro_batches):
     return max(1, sum(int((b["targets"] >= 0).sum()) for b in micro_batches))
 
 
-def balance(micro_batches, exponent, device):
+def balance(micro_batches, exponent, turn_end, device):
     """Give each target a factor in the loss: the paper's dynamic loss weights (appendix A.7; in the authors' code
     `_calc_loss_weights_with_batchmean` of src/methods/engine_ar_instruction_llama.py), by which short turns about an
     image count for more than their length.
 
     A target in a turn of n targets has the factor (log(N + 1) / log(n + 1)) ** exponent, where N is the most targets of
-    a turn in the global batch; without an image it is 1.
+    a turn in the global batch; without an image it is 1. turn_end: the tokens that end a turn.
     """
-    longest = max([1, *(int(b["turns"].max()) for b in micro_batches)])
-    longest = over_processes(torch.tensor(float(longest), device=device), "MAX").cpu()
-    for batch in micro_batches:
-        n = batch["turns"].float()                                                      # (B, T)
+    sizes = [turn_sizes(b["targets"], turn_end) * (b["tokens"] == IMAGE).any(1, keepdim=True) for b in micro_batches]
+    longest = torch.tensor(max([1.0, *(n.max().item() for n in sizes)]), device=device)
+    longest = over_processes(longest, "MAX").cpu()
+    for batch, n in zip(micro_batches, sizes):                                          # n: (B, T)
         batch["factors"] = torch.where(n > 0, (longest.log1p() / n.clamp(min=1).log1p()) ** exponent, 1.0)
+
+
+def turn_sizes(targets, turn_end):
+    """For every position of targets (B, T): how many targets its turn has, up to and with the token that ends it."""
+    sizes = torch.zeros_like(targets)
+    for row, size in zip(targets, sizes):
+        ends = (torch.isin(row, torch.tensor(turn_end)).nonzero()[:, 0] + 1).tolist()
+        for start, stop in zip([0, *ends], [*ends, len(row)]):
+            size[start:stop] = (row[start:stop] >= 0).sum()
+    return sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,6 +360,7 @@ def parse(argv):
     add("--text", help="stage translator: JSON of text instructions (default: assets/chats.json, which the LLM wrote)")
     add("--on-bad-record", default="stop", choices=["stop", "skip"], help="stop at it or go on (default: %(default)s)")
     parser.add_run("runs/STAGE")
+    parser.set_defaults(out=None)           # `prepare` puts in the stage
     words = " ".join(argv).replace("=", " ").split()
     stage, name = (next((s for s in names if s in words), names[0]) for names in (STAGES, list(RECIPES)))
     parser.epilog = f"key=value, with the values of {name}, stage {stage}:\n{help_text(RECIPES[name][stage])}"
@@ -373,8 +384,7 @@ def prepare(args):
     text = args.text or (CHATS if stage == "translator" else None)
     about = plan(stage, recipe, args.recipe, args.llm, args.vit, args.init, args.replace, args.direct, args.seed,
                  data=args.data, images=args.images if args.data else None, text=text)
-    if args.out == "runs/STAGE":
-        args.out = f"runs/{'direct' if args.direct else stage}"
+    args.out = args.out or f"runs/{'direct' if args.direct else stage}"
     check_out(args.out)
     check_start(about, args.out)
     about = check_resume(args.out, about) if args.resume else about

@@ -123,13 +123,12 @@ def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", 
     """Samples -> a batch, padded on the right to its longest sequence:
         tokens  (B, T) int64    IMAGE stands n_visual times where the image goes; padding is tokenizer.pad
         targets (B, T) int64    the token to predict AT position t, i.e. token t + 1; -100 where there is no loss
-        turns   (B, T) int64    how many targets the turn has that this target is in; 0 where there is no image
         pixels  (images, 3, size, size) float32, the existing images in order; None if there are none
         lengths (B,) int64      positions that are not padding
     max_length cuts a sequence at its end; UserError if the image would not fit."""
     if loss_on not in LOSS_KINDS:
         raise UserError(f"unknown loss_on {loss_on!r}: choose one of {', '.join(LOSS_KINDS)}")
-    rows, targets, turns, pixels = [], [], [], []
+    rows, targets, pixels = [], [], []
     for i, sample in enumerate(samples):
         ids, kinds = tokenizer.chat_targets(sample.messages)
         if ids.count(IMAGE) != (sample.image is not None):
@@ -143,22 +142,10 @@ def collate(samples, tokenizer, n_visual, size=SIZE, loss_on="answers+special", 
                 raise UserError(f"sample {i}: max_length {max_length} would cut the image; it needs {at + n_visual}")
             pixels.append(preprocess(sample.image, size))
         next_ids = [t if kind in LOSS_KINDS[loss_on] else -100 for t, kind in zip(ids[1:], kinds[1:])] + [-100]
-        sizes = turn_sizes(next_ids, tokenizer.turn_end) if sample.image is not None else [0] * len(ids)
         rows.append(ids[:max_length])
         targets.append(next_ids[:max_length])
-        turns.append(sizes[:max_length])
-    return {"tokens": pad(rows, tokenizer.pad), "targets": pad(targets, -100), "turns": pad(turns),
+    return {"tokens": pad(rows, tokenizer.pad), "targets": pad(targets, -100),
             "pixels": torch.stack(pixels) if pixels else None, "lengths": torch.tensor([len(r) for r in rows])}
-
-
-def turn_sizes(targets, turn_end):
-    """For every target of a chat: how many its turn has, up to and with the token that ends it."""
-    sizes, start = [], 0
-    for i, t in enumerate(targets, 1):
-        if t in turn_end or i == len(targets):
-            sizes += [sum(t != -100 for t in targets[start:i])] * (i - start)
-            start = i
-    return sizes
 
 
 # ---- What a step reads ----------------------------------------------------------------------------------------------

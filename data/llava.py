@@ -13,6 +13,7 @@ import random
 import re
 import sys
 from itertools import chain
+from pathlib import Path
 
 from cli import MissingFile, UserError, printable
 from data.batches import Sample, without_image, wrap
@@ -28,7 +29,7 @@ class LlavaRecords:
     """The good records of a LLaVA-format JSON file; records[i] is a Sample, and opens its image only then.
 
     All records are checked when the file is loaded, so that a long run does not stop at record 500,000. Image paths are
-    relative to `image_folder`, which a file of text alone does not need. `seed` draws the openings of records without
+    relative to `image_folder` (default: the file's own). `seed` draws the openings of records without
     an "opening" of their own (None: the default one). What happens at a bad record (wrong structure, image missing,
     damaged or too large):
 
@@ -43,7 +44,7 @@ class LlavaRecords:
     def __init__(self, json_path, image_folder=None, seed=0, on_bad="stop"):
         if on_bad not in ("stop", "skip"):
             raise UserError(f"unknown on_bad {on_bad!r}: choose 'stop' or 'skip'")
-        self.path, self.image_folder = str(json_path), str(image_folder or ".")
+        self.path, self.image_folder = str(json_path), str(image_folder or Path(json_path).parent)
         self.seed, self.on_bad, self.errors = seed, on_bad, {}
         if self.path.endswith(".jsonl"):
             lines = enumerate(read_text(json_path, MAX_BYTES).split("\n"), 1)

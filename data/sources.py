@@ -44,10 +44,10 @@ def read_data(stage, about, on_bad="stop"):
 
 
 class HeldOut:
-    """A test's records, e.g. test.json of data/icons.py: HeldOut(path, images)(task, index, seed, split) gives samples
-    as data.world.world does."""
+    """A test's records, e.g. test.json of data/icons.py: HeldOut(path)(task, index, seed, split) gives samples as
+    data.world.world does."""
 
-    def __init__(self, path, images):
+    def __init__(self, path, images=None):
         self.read, self.numbers = LlavaRecords(path, images, seed=None), {}
         for i in self.read.pictured:
             record = self.record(i)

@@ -16,7 +16,6 @@ import dataclasses
 import math
 import random
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +93,7 @@ def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resu
                  vit_config=vars(vit), recipe=dataclasses.asdict(recipe))
     source, captions = World(seed), ()
     if data:
-        records = LlavaRecords(data, images or Path(data).parent, seed)
+        records = LlavaRecords(data, images, seed)
         source = Shuffled(records, records.pictured, seed)
         captions = [records.read(i).caption for i in records.pictured]
         about |= dict(data=data, images=records.image_folder, read=[records.digest])

@@ -198,7 +198,7 @@ def main(argv=None):
     check_out_file(out)
     records, subjects, never = [], TRAINED_SUBJECTS, HELD_OUT_WORDS
     if args.data:
-        records = LlavaRecords(args.data, Path(args.data).parent).records
+        records = LlavaRecords(args.data).records
         subjects = [("picture", text) for text in sorted({r["caption"] for r in records if "caption" in r})]
         known = Path(args.data).with_name("known.json")             # of data/icons.py: with what is held out
         held = {r["caption"] for r in read_json(known, list)} - {s[1] for s in subjects} if known.exists() else ()

@@ -14,7 +14,6 @@ import dataclasses
 import math
 import random
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -151,7 +150,7 @@ def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False, data=
     about = dict(stage="vit", start=start, vit_config=vars(ViTConfig()), seed=seed, recipe=dataclasses.asdict(recipe))
     records = None
     if data:
-        records = LlavaRecords(data, images or Path(data).parent, seed)
+        records = LlavaRecords(data, images, seed)
         about |= dict(data=data, images=records.image_folder, read=[records.digest])
     check_start(about, out)
     if resume:

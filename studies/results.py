@@ -43,7 +43,7 @@ PROGRAMS = {"distillation": distillation.main, "train": train.main, "parallel": 
 SHARED = ("distillation", "random", "train translator")     # commands of stage 1, which serves many encoders
 BATCH = "batch=8"                           # of stage 2 in all arms: half the recipe's, in half the time
 PAPER = "like_words=false vit_layers=0 vit_lr=1"
-ADAPTER = "train encoder --direct vit_lr=0 steps=300 batch=8"       # the paper's warm-up: the projector alone learns
+ADAPTER = f"train encoder --direct vit_lr=0 steps=300 {BATCH}"       # the paper's warm-up: the projector alone learns
 ARMS = {    # each: the commands of its stages, the last with --steps; a stage goes on from the one before
     "ours": ["distillation", "train encoder"],
     "frozen": ["distillation", "train encoder distill=0"],
@@ -65,7 +65,7 @@ ARMS = {    # each: the commands of its stages, the last with --steps; a stage g
     "direct, half the rate": ["train encoder --direct lr=5e-4"],
     "ours, half the rate": ["distillation", "train encoder lr=5e-4"],
     # the whole route of the paper's figure 2: 20 % of stage 3 behind the graft, or all of it behind a warm-up
-    "ours, then stage 3": ["distillation", "train encoder steps=300 batch=8", "train decoder"],
+    "ours, then stage 3": ["distillation", f"train encoder steps=300 {BATCH}", "train decoder"],
     "full decoder": [ADAPTER, "train decoder"],
     "LoRA": [ADAPTER, "parallel decoder --lora 8"],
 }

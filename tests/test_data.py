@@ -441,7 +441,7 @@ def test_shuffled_index_shows_every_record_once_an_epoch():
 class LetterTokenizer:
     """One token a letter; a turn is role letter, text, "." as in a chat format: 1 special, 2 answer, 0 nothing."""
 
-    pad, turn_end = 0, [ord(".")]
+    pad = 0
 
     def chat_targets(self, messages):
         ids, kinds = [], []
@@ -470,7 +470,6 @@ def test_collate_by_hand():
     assert batch["tokens"].tolist() == tokens and batch["targets"].tolist() == special
     assert batch["tokens"].dtype == batch["targets"].dtype == batch["lengths"].dtype == torch.int64
     assert batch["lengths"].tolist() == [11, 6, 8]
-    assert batch["turns"].tolist() == [[1] * 6 + [4] * 4 + [0], [0] * 11, [1] * 4 + [3] * 3 + [0] * 4]
     assert torch.equal(batch["pixels"], torch.stack([preprocess(red, 64), preprocess(blue, 64)]))
     answers = read("-------xy.- ---z.------ -----z.----")
     assert collate(samples, LetterTokenizer(), 3, loss_on="answers")["targets"].tolist() == answers

@@ -202,22 +202,22 @@ def test_loss_and_gradients_equal_full_logits(tiny_llm, stage, ranges):
 
 def test_short_turns_about_images_weigh_more_in_the_loss(tiny_llm):
     """balance: the paper's dynamic loss weights, here turn by turn; the same however the samples are cut."""
-    vlm, llm = make_vlm(tiny_llm, [(2, 4)])
+    vlm, _ = make_vlm(tiny_llm, [(2, 4)])
     step = [mixed_batch(vlm), collate([world.world("color", 3, 0)], vlm.tokenizer, vlm.n_visual)]
-    train.balance(step, 2.0, "cpu")
-    end, longest = vlm.tokenizer.turn_end[0], max(int(b["turns"].max()) for b in step)
-    for batch in step:
+    train.balance(step, 2.0, vlm.tokenizer.turn_end, "cpu")
+    end, turns = vlm.tokenizer.turn_end[0], {}                  # turns: {(batch, row, start, stop): number of targets}
+    for b, batch in enumerate(step):
+        for r, targets in enumerate(batch["targets"]):
+            ends = [0, *((targets == end).nonzero()[:, 0] + 1).tolist()]
+            turns |= {(b, r, i, j): int((targets[i:j] >= 0).sum()) for i, j in zip(ends, ends[1:])}
+    longest = max(n for (b, r, *_), n in turns.items() if IMAGE in step[b]["tokens"][r])
+    assert longest > 4 * min(turns.values())
+    for b, batch in enumerate(step):
         logits = vlm.decoder(embeds=vlm.embed(batch["tokens"], batch["pixels"]))            # (B, T, vocab)
         losses = F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none")        # (B, T)
-        wanted, sizes = 0, []
-        for tokens, targets, row in zip(batch["tokens"], batch["targets"], losses):
-            start, ends = 0, (targets == end).nonzero()[:, 0] + 1
-            for stop in ends.tolist():
-                n = int((targets[start:stop] >= 0).sum())
-                share = (math.log(longest + 1) / math.log(n + 1)) ** 2 if IMAGE in tokens else 1
-                wanted, sizes, start = wanted + share * row[start:stop].sum(), [*sizes, n], stop
-        assert max(sizes) > 2 * min(sizes) and relative(vlm.loss(batch).item(), wanted.item()) < 1e-5
-    assert max(s for b in step for s in b["turns"].flatten().tolist()) == longest
+        factor = lambda r, n: (math.log(longest + 1) / math.log(n + 1)) ** 2 if IMAGE in batch["tokens"][r] else 1
+        wanted = sum(factor(r, n) * losses[r, i:j].sum() for (k, r, i, j), n in turns.items() if k == b)
+        assert relative(vlm.loss(batch).item(), wanted.item()) < 1e-5
 
 
 def test_text_alone_needs_no_gradient_below_the_translator(tiny_llm):
