@@ -344,7 +344,7 @@ def plot_demo(examples, columns=3):
         for k, (name, text) in enumerate(said.items()):
             right = world.is_right(text, sample)
             short = textwrap.shorten(text, 120, placeholder=" …")
-            shown = textwrap.fill(f"{name} {'✓' if right else '✗'}  {short}", 48)
+            shown = textwrap.fill(f"{name} {'✓' if right else '✗'}  {printable(short)}", 48)
             words.text(0, 1 - 0.36 * k, shown, transform=words.transAxes, va="top", fontsize=9, parse_math=False,
                        color="#0072B2" if right else "#B34700")         # $5 and $6 is no formula
     return fig

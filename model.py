@@ -417,7 +417,8 @@ class ViTLayer(nn.Module):
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
         h = self.mlp.fc1(self.layer_norm2(x))
-        return x + self.mlp.fc2(kernels.quick_gelu(h))                      # h * sigmoid(1.702 h)
+        # quick GELU, a cheap approximation of GELU (Hendrycks & Gimpel 2016)
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))
 
 
 class ViT(nn.Module):

@@ -69,21 +69,24 @@ def trained_parameters(vlm, stage, vit_layers=0, distill=0):
 # 2. The optimizer's step
 
 
-def lr_at(step, recipe):
-    """Linear warm-up, then a cosine to 0."""
+def lr_at(step, recipe, falls=True):
+    """Linear warm-up, then a cosine to 0, or with falls=False the same rate to the end."""
     warmup = math.ceil(recipe.warmup * recipe.steps)
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
+    return recipe.lr * (cosine if falls else 1.0)
 
 
-def adamw(learns, recipe, rates={}):
-    """AdamW over named parameters. rates: {start of a name: its learning rate in units of the recipe's}, if not 1."""
+def adamw(learns, recipe, rates={}, constant=()):
+    """AdamW over named parameters. rates: {start of a name: its learning rate in units of the recipe's}, if not 1;
+    constant: starts of the names whose rate does not fall."""
     groups = {}
     for n, p in learns.items():
-        groups.setdefault(next((x for start, x in rates.items() if n.startswith(start)), 1.0), []).append(p)
-    return torch.optim.AdamW([dict(params=ps, scale=x) for x, ps in groups.items()], lr=recipe.lr, betas=(0.9, 0.999),
-                             weight_decay=0.0)
+        scale = next((x for start, x in rates.items() if n.startswith(start)), 1.0)
+        groups.setdefault((scale, not n.startswith(constant)), []).append(p)
+    return torch.optim.AdamW([dict(params=ps, scale=scale, falls=falls) for (scale, falls), ps in groups.items()],
+                             lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 
 def clip(parameters, limit, step):
@@ -105,13 +108,12 @@ def clip(parameters, limit, step):
 
 def update(optimizer, recipe, step):
     """One step with the gradients that are there. Returns the learning rate used."""
-    lr = lr_at(step, recipe)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = group["scale"] * lr_at(step, recipe, group["falls"])
     clip([p for group in optimizer.param_groups for p in group["params"]], recipe.clip, step)
     optimizer.step()
     optimizer.zero_grad()
-    return lr
+    return lr_at(step, recipe)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +147,8 @@ def train(vlm, recipe, batches, out, about, resume=False, llm=None, saved=dict.i
     for p in translators:                                   # known to the optimizer, but only `teach` may reach them
         p.requires_grad_(False)
     rates = {"encoder.": recipe.vit_lr, "decoder.": recipe.distill_lr if distill else 1.0}      # in units of lr
-    optimizer = adamw(learns, recipe, rates)
+    # the encoder moves to the end, so the translators have to follow to the end: their rate does not fall
+    optimizer = adamw(learns, recipe, rates, constant=("decoder.",) if distill else ())
     log = Log(out, about, learns, optimizer, recipe, resume, saved)
     for step, micro_batches in zip(log.bar, batches.loader(log.steps, recipe.workers)):
         n_targets = torch.full((), count_targets(micro_batches), device=vlm.decoder.device)
@@ -185,8 +188,8 @@ def teach(vlm, llm, batch, translators, noise, generator, parts=1):
     size = noise * torch.rand(len(tokens), 1, 1, generator=generator) * (tokens == IMAGE)[..., None]    # (B, T, 1)
     shift = size * F.normalize(torch.randn(x.shape, generator=generator), dim=-1)       # (B, T, C)
     mean, _ = s.word_statistics()                                                       # (C,)
-    length = (x.detach() - mean).norm(dim=-1, keepdim=True)                             # (B, T, 1)
-    trunk = s.run(x + shift.to(x) * length, 0, s.n_shared)
+    length = (x.detach() - mean).norm(dim=-1, keepdim=True)                             # (B, T, 1) float32
+    trunk = s.run(x + (shift.to(length) * length).to(x), 0, s.n_shared)
     for p in translators:
         p.requires_grad_(True)
     states = surrogate.teacher_states(s, llm, trunk.detach(), batch)

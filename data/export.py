@@ -16,15 +16,24 @@ from data.batches import OPENINGS, shuffled_index
 from data.world import World
 
 
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
 def record_of(sample, name):
     """A sample as a record of LLaVA's JSON. "opening", which only this project reads, are the words around the image;
     a record without it gets one drawn at random (data.batches.wrap)."""
     question, answer = (m["content"] for m in sample.messages)
     opening = next(o for o in OPENINGS if question.startswith(o))
     question = question.removeprefix(opening)
-    return dict(id=Path(name).stem, image=name, opening=opening, conversations=[
-        {"from": "human", "value": f"<image>\n{question[:1].upper() + question[1:]}"},
-        {"from": "gpt", "value": answer}])
+    conversations = turns(f"<image>\n{question[:1].upper() + question[1:]}", answer)
+    return dict(id=Path(name).stem, image=name, opening=opening, conversations=conversations)
+
+
+def write_records(path, records):
+    """LLaVA's JSON, a record a line."""
+    lines = ",\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+    write_whole(path, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
 
 
 def export(folder, n=200, seed=0):
@@ -40,7 +49,7 @@ def export(folder, n=200, seed=0):
         name = f"{k:05d}-{sample.task}.png"
         write_whole(folder / name, lambda part: sample.image.save(part, format="png"))
         records[shuffled_index(k, n, seed)] = record_of(sample, name)
-    write_whole(folder / "data.json", lambda part: part.write_text(json.dumps(records, indent=1), encoding="utf-8"))
+    write_records(folder / "data.json", records)
     return folder / "data.json"
 
 

@@ -7,30 +7,34 @@ Icon sets as data: a thousand things as several artists draw them, one of whom i
     npm pack openmoji                       # OpenMoji, CC BY-SA 4.0: SVG, which needs pip install resvg-py
     python -m data.icons twitter google fluent --test openmoji --out runs/icons
 
-Into --out go pictures and LLaVA's JSON: known.json for stage 0, all that the artists draw, as CLIP knows the world;
-train.json for stages 1 and 2, the same without 50 things; test.json, which no stage reads, the test artist's pictures
-(python graft.py --data): its split "untaught" is about the 50 things.
+emoji.json of the first folder names the things. Into --out go pictures and LLaVA's JSON: known.json for stage 0, all
+that the artists draw, as CLIP knows the world; train.json for stages 1 and 2, the same without 50 things; test.json,
+which no stage reads, the test artist's pictures (python graft.py --data): its split "untaught" is about the 50 things.
 """
-import json
 import random
 import re
 import sys
 from collections import Counter, namedtuple
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from cli import MAX_SEED, MissingFile, Parser, UserError, number, printable, run_cli, write_whole
+from cli import MissingFile, Parser, UserError, run_cli, write_whole
 from data import TABLE, world
 from data.drawing import background
-from data.export import record_of
+from data.export import record_of, write_records
 from data.images import SIZE
 from formats.files import read_json
 
+try:
+    import resvg_py
+except ImportError:         # only pictures in SVG need it
+    resvg_py = None
+
 PLACES = ("img/*/64/*.png", "assets/*.webp", "color/svg/*.svg")     # of the pictures in the packages
+VARIANTS = 2            # pictures of each drawing in training, differently placed
 ICONS, KINDS = TABLE["icons"], TABLE["icons"]["kinds"]
 QUESTIONS = world.QUESTIONS | world.KNOWLEDGE_QUESTIONS | {"kind": ICONS["questions"]}
 Thing = namedtuple("Thing", "code name caption kind group")         # kind: one of KINDS or None
@@ -58,26 +62,23 @@ def thing_of(entry):
 
 
 def read_package(folder):
-    """An unpacked package -> (its name, {code: file}, the entries of its emoji.json)."""
-    folder = Path(folder) / "package" if (Path(folder) / "package").is_dir() else Path(folder)
+    """An unpacked package -> (its name, {code: file})."""
     files = {f.stem.lower().replace("-fe0f", ""): f for place in PLACES for f in folder.glob(place)}
     if not files:
         raise MissingFile(f"{folder}: no package of icons: it has no {', '.join(PLACES)}")
-    if any(f.suffix == ".svg" for f in files.values()) and find_spec("resvg_py") is None:
-        raise MissingFile(f"{folder}: its pictures are SVG, which needs: pip install resvg-py")
-    name, names = read_json(folder / "package.json", dict).get("name"), folder / "emoji.json"
-    return re.sub(r"\W+", "-", str(name)).strip("-"), files, read_json(names, list) if names.exists() else []
+    return re.sub(r"\W+", "-", str(read_json(folder / "package.json", dict).get("name"))).strip("-"), files
 
 
 def drawing(path):
     """The picture in a file, in RGBA."""
+    if path.suffix == ".svg" and resvg_py is None:
+        raise MissingFile(f"{path} needs: pip install resvg-py")
     try:
         if path.suffix == ".svg":
-            import resvg_py  # only here: nothing else needs it, and read_package has looked for it
             path = BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=2 * SIZE, skip_system_fonts=True)))
         return Image.open(path, formats=("PNG", "WEBP")).convert("RGBA")
     except Exception as error:  # the decoders raise many kinds
-        raise UserError(f"{path}: damaged, or no picture ({error})") from None
+        raise UserError(f"{path}: damaged, or no picture ({error}): delete it, and its thing is left out") from None
 
 
 def place(rng, icon):
@@ -124,73 +125,42 @@ def held_out(things):
     return {t.caption for t in held}
 
 
-def skip(error):
-    print(printable(f"skipped: {error}"), file=sys.stderr)
-
-
-def drawings(package, things):
-    """(thing, its drawing) of all that a package has; what it should have and has not is named."""
-    artist, files, names = package
-    for thing in tqdm(things, desc=artist, unit="thing"):
-        file = files.get(thing.code)
-        if file is None and names:                                  # others do not draw everything
-            skip(f"{artist}: no picture {thing.code} of {thing.caption}")
-        if file is None or file.suffix == ".webp" and thing.kind == "flag":
-            continue
-        try:
-            yield thing, drawing(file)
-        except UserError as error:
-            skip(error)
-
-
-def read_things(entries):
-    """All things that emoji.json names, each once."""
-    things = {}
-    for entry in entries:
-        try:
-            if thing := thing_of(entry):
-                things.setdefault(thing.caption, thing)
-        except (KeyError, TypeError, ValueError):
-            skip(f"an entry of emoji.json lacks its name, category or image: {entry!r:.100}")
-    return list(things.values())
-
-
-def write(folders, test, out, variants=2, seed=0):
+def write(folders, test, out):
     """Write pictures, known.json, train.json and test.json into `out`. Returns {artist: how many things}."""
+    folders = [next(Path(f).glob("package"), Path(f)) for f in [test, *folders]]        # as npm packs them
     out, records, counts = Path(out), dict(known=[], train=[], test=[]), Counter()
     if (out / "train.json").exists():
         raise UserError(f"{out}/train.json is there already: give another folder, or delete it")
-    packages = [read_package(f) for f in [*folders, test]]
-    things = read_things(next((names for *_, names in packages if names), []))
+    packages, entries = [read_package(f) for f in folders], read_json(folders[1] / "emoji.json", list)
+    try:
+        things = list({t.caption: t for t in map(thing_of, entries) if t}.values())
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folders[1]}/emoji.json: an entry is none of emoji-datasource's ({error!r})") from None
     held = held_out(things)
-
-    def picture(artist, thing, icon, v):
-        rng, name = random.Random(f"icon/{seed}/{artist}/{thing.code}/{v}"), f"{artist}/{thing.code}-{v}.png"
-        image = place(rng, icon)
-        write_whole(out / name, lambda part: image.save(part, format="png"))
-        return rng, name, image
-
-    for package in packages[:-1]:
-        for thing, icon in drawings(package, things):
-            counts[package[0]] += 1
-            for v in range(variants):
-                rng, name, image = picture(package[0], thing, icon, v)
-                sample = ask(rng, image, thing, "flag" if thing.kind == "flag" and v % 2 else "describe")
-                for part in ["known"] if thing.caption in held else ["known", "train"]:
-                    records[part].append(record_of(sample, name) | dict(caption=thing.caption))
-    for thing, icon in drawings(packages[-1], things):
-        counts[packages[-1][0]] += 1
-        rng, name, image = picture(packages[-1][0], thing, icon, 0)
-        tasks = ["describe", *["kind"] * bool(thing.kind), *["flag"] * (thing.kind == "flag")]
-        for task in [*tasks, *world.KNOWLEDGE_TASKS] if thing.kind == "flag" and thing.name in world.FACTS else tasks:
-            s = ask(rng, image, thing, task, things)
-            about = dict(split="untaught" if thing.caption in held else "test", task=task, caption=thing.caption)
-            records["test"].append(record_of(s, name) | about | dict(options=s.options, right=s.right, rivals=s.rivals))
+    for number, (artist, files) in enumerate(packages):
+        for thing in tqdm(things, desc=artist, unit="thing"):
+            file, is_flag, test = files.get(thing.code), thing.kind == "flag", number == 0
+            if file is None or file.suffix == ".webp" and is_flag:          # Fluent's flags are Noto's
+                continue
+            icon, untaught = drawing(file), thing.caption in held
+            parts = ["test"] if test else ["known"] if untaught else ["known", "train"]
+            counts[artist] += 1
+            for v in range(1 if test else VARIANTS):
+                rng, name = random.Random(f"icon/0/{artist}/{thing.code}/{v}"), f"{artist}/{thing.code}-{v}.png"
+                image = place(rng, icon)
+                write_whole(out / name, lambda part: image.save(part, format="png"))
+                tasks = ["describe", *["kind"] * bool(thing.kind), *["flag"] * is_flag]
+                tasks += world.KNOWLEDGE_TASKS if is_flag and thing.name in world.FACTS else ()
+                for task in tasks if test else ["flag" if is_flag and v % 2 else "describe"]:
+                    s = ask(rng, image, thing, task, things if test else ())
+                    record = record_of(s, name) | dict(caption=thing.caption)
+                    if test:
+                        record |= dict(split="untaught" if untaught else "test", task=task, options=s.options,
+                                       right=s.right, rivals=s.rivals)
+                    for part in parts:
+                        records[part].append(record)
     for part, found in records.items():
-        if not found:
-            raise UserError(f"{part}.json would be empty: no picture of a thing that emoji.json names")
-        lines = ",\n".join(json.dumps(r, ensure_ascii=False) for r in found)
-        write_whole(out / f"{part}.json", lambda file: file.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+        write_records(out / f"{part}.json", found)
     return counts
 
 
@@ -199,11 +169,8 @@ def main(argv=None):
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="unpacked packages to train on")
     parser.add_argument("--test", required=True, metavar="FOLDER", help="the package of the artist for the test")
     parser.add_argument("--out", default="runs/icons", help="where pictures and JSON go (default: %(default)s)")
-    parser.add_argument("--variants", type=number(int, 1, 1000), default=2,
-                        help="pictures of each drawing, differently placed (default: %(default)s)")
-    parser.add_argument("--seed", type=number(int, 0, MAX_SEED), default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
-    for artist, n in write(args.folders, args.test, args.out, args.variants, args.seed).items():
+    for artist, n in write(args.folders, args.test, args.out).items():
         print(f"{artist}: {n} things")
     print(f"next: python -m data.check {args.out}/train.json")
 

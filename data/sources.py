@@ -43,6 +43,16 @@ def read_data(stage, about, on_bad="stop"):
     return Mixed(images, texts, len(images), len(texts)), len(images) + len(texts)      # each once
 
 
+def read_pictures(path, seed):
+    """For extras/, LLaVA's JSON: (an endless walk over its images, all their captions, what metadata say of it)."""
+    records = LlavaRecords(path, None, seed)
+    if not records.pictured:
+        raise UserError(f"{path} has no record with an image")
+    captions = [records.read(i).caption for i in records.pictured]
+    about = dict(data=path, images=records.image_folder, read=[records.digest])
+    return Shuffled(records, records.pictured, seed), captions, about
+
+
 class HeldOut:
     """A test's records, e.g. test.json of data/icons.py: HeldOut(path)(task, index, seed, split) gives samples as
     data.world.world does."""

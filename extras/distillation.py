@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 import surrogate
 from cli import Parser, UserError, check_out, run_cli
-from data.batches import Shuffled, collate
-from data.llava import LlavaRecords
+from data.batches import collate
+from data.sources import read_pictures
 from data.world import TRAINED_SUBJECTS, World, caption
 from formats.official import DEFAULT_LLM, find
 from formats.tokenizer import IMAGE, Tokenizer
@@ -83,20 +83,14 @@ class Slots:
         return x
 
 
-def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resume=False, data=None,
-            images=None):
+def distill(decoder, llm, tokenizer, recipe, out, name=DEFAULT_LLM, seed=0, resume=False, data=None):
     """Train the translators of `decoder`, a surrogate of `llm`, and nothing else; into the folder `out` goes
     translator.safetensors. name: of the LLM, for its metadata. data: LLaVA's JSON in place of the drawn world. Returns
     the log: a dict a step."""
     vit = ViTConfig()
+    source, captions, read = read_pictures(data, seed) if data else (World(seed), (), {})
     about = dict(stage="translator", llm=name, ranges=[list(r) for r in decoder.ranges], start=None, seed=seed,
-                 vit_config=vars(vit), recipe=dataclasses.asdict(recipe))
-    source, captions = World(seed), ()
-    if data:
-        records = LlavaRecords(data, images, seed)
-        source = Shuffled(records, records.pictured, seed)
-        captions = [records.read(i).caption for i in records.pictured]
-        about |= dict(data=data, images=records.image_folder, read=[records.digest])
+                 vit_config=vars(vit), recipe=dataclasses.asdict(recipe), **read)
     if resume:
         check_resume(out, about)
     slots, B = Slots(llm, tokenizer, vit, captions), recipe.batch
@@ -125,8 +119,7 @@ def main(argv=None):
     parser.add_argument("--llm", default=DEFAULT_LLM, help="folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two translators "
                         "(default: the recipe's)")
-    parser.add_argument("--data", help="LLaVA-format JSON in place of the drawn world")
-    parser.add_argument("--images", help="folder of the images that --data names (default: the file's own folder)")
+    parser.add_argument("--data", help="LLaVA-format JSON beside its images, in place of the drawn world")
     parser.add_run("runs/translator")
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
@@ -136,8 +129,8 @@ def main(argv=None):
     llm = Llama.from_pretrained(path, dtype_of(recipe, args.device), args.device)
     decoder = surrogate.build_surrogate(llm, ranges)
     print(f"stage translator, distilled: for {args.llm} with the layers {decoder.ranges} replaced")
-    distill(decoder, llm, Tokenizer.from_pretrained(path), recipe, args.out, args.llm, args.seed, args.resume,
-            args.data, args.images)
+    tokenizer = Tokenizer.from_pretrained(path)
+    distill(decoder, llm, tokenizer, recipe, args.out, args.llm, args.seed, args.resume, args.data)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ import torch
 from PIL import ImageColor
 from tqdm import tqdm
 
-from cli import MAX_SEED, Parser, UserError, check_out_file, number, run_cli, write_whole
+from cli import MAX_SEED, Parser, UserError, check_out_file, number, run_cli
 from data import TABLE
 from data.batches import pad, wrap
 from data.drawing import COLORS, DYES, FLAGS, SHAPES
+from data.export import turns, write_records
 from data.llava import LlavaRecords
 from data.world import FACTS, KNOWLEDGE_TASKS, TRAINED_SUBJECTS, WORDS, caption, has_word, knowledge
 from evaluate import Reading
@@ -89,9 +90,9 @@ def with_instructions(records, written, seed):
     rng, pictures = random.Random(seed), collections.defaultdict(list)
     for r in (r for r in records if "caption" in r):
         pictures[r["caption"]].append(r["image"])
-    return records + [dict(id=f"instruct-{i}", image=rng.choice(pictures[text]), caption=text, conversations=[
-        {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}])
-        for i, ((_, text), question, answer) in enumerate(written)]
+    return records + [dict(id=f"instruct-{i}", image=rng.choice(pictures[text]), caption=text,
+                           conversations=turns(f"<image>\n{question}", answer))
+                      for i, ((_, text), question, answer) in enumerate(written)]
 
 
 @torch.no_grad()
@@ -169,8 +170,7 @@ def write_chats(llm, tokenizer, n=256, seed=0, batch=64):
         answers = llm.generate(prompts, max_new_tokens=48, **sample)
         for question, answer in zip(questions, (tokenizer.decode(a).strip() for a in answers)):
             if answer and len(records) < n:
-                turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-                records.append({"id": len(records), "conversations": turns})
+                records.append(dict(id=len(records), conversations=turns(question, answer)))
                 bar.update()
     bar.close()
     if len(records) < n:
@@ -211,8 +211,7 @@ def main(argv=None):
     else:
         written, report = write(llm, tokenizer, args.seed, subjects=subjects, most=args.most, never=never)
         written = with_instructions(records, written, args.seed) if args.data else written
-    lines = ",\n".join(json.dumps(w, ensure_ascii=False) for w in written)
-    write_whole(out, lambda part: part.write_text(f"[\n{lines}\n]\n", encoding="utf-8"))
+    write_records(out, written)
     if report:
         print("\nfilter                                 left")
     for name, n in report:

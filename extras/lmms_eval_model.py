@@ -6,8 +6,8 @@ benchmarks, as in the paper. Takes all options of `python -m lmms_eval`:
     python -m extras.lmms_eval_model --model graft --tasks pope,mme,gqa,mmvet --batch_size 8 \\
         --model_args llm=meta-llama/Llama-3.1-8B-Instruct,encoder=runs/encoder/encoder.safetensors,dtype=bfloat16
 
-model_args: llm (default: the encoder's), encoder, dtype, decoder=llm or surrogate; `pair` is `graft` with
-decoder=surrogate. Questions are put as graft.py puts them. One image a question, one process.
+model_args: llm (default: the encoder's), encoder, dtype. Questions are put as graft.py puts them. One image a question,
+one process.
 """
 import re
 import sys
@@ -29,14 +29,14 @@ except ImportError:
 
 
 class Graft(lmms or object):
-    def __init__(self, llm=None, encoder="assets/encoder.safetensors", decoder="llm", dtype="float32",
+    through_surrogate = False
+
+    def __init__(self, llm=None, encoder="assets/encoder.safetensors", dtype="float32",
                  device="cuda" if torch.cuda.is_available() else "cpu", batch_size=8):
         super().__init__()
-        if decoder not in ("llm", "surrogate"):
-            raise UserError(f"decoder={decoder}: choose llm (the graft) or surrogate (the pair)")
         llm = llm or checkpoints.open_checkpoint(encoder)[1].get("llm", official.DEFAULT_LLM)
         self.vlm = VLM.from_pretrained(llm, encoder, dtype, device)
-        if decoder == "surrogate":
+        if self.through_surrogate:
             self.vlm.decoder = load_surrogate(self.vlm.decoder, encoder)
         self.batch_size = int(batch_size)
 
@@ -95,8 +95,7 @@ class Graft(lmms or object):
 
 
 class Pair(Graft):
-    def __init__(self, decoder="surrogate", **options):
-        super().__init__(decoder=decoder, **options)
+    through_surrogate = True
 
 
 def main():

@@ -20,10 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cli import Parser, check_out, run_cli
-from data.batches import Shuffled
 from data.drawing import draw
 from data.images import preprocess
-from data.llava import LlavaRecords
+from data.sources import read_pictures
 from data.world import KNOWN_SUBJECTS, SUBJECTS, caption
 from formats.checkpoints import load_checkpoint, read_checkpoint
 from log import Log, check_resume, check_start
@@ -144,19 +143,17 @@ class Pictures(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(steps, batch_size=None, num_workers=workers, collate_fn=self.__getitem__)
 
 
-def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False, data=None, images=None):
+def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False, data=None):
     """Train in float32, and leave a run's files in the folder `out`. start: a checkpoint to go on from. data: LLaVA's
     JSON, whose images and captions are half of what is seen. Returns the log."""
-    about = dict(stage="vit", start=start, vit_config=vars(ViTConfig()), seed=seed, recipe=dataclasses.asdict(recipe))
-    records = None
-    if data:
-        records = LlavaRecords(data, images, seed)
-        about |= dict(data=data, images=records.image_folder, read=[records.digest])
+    samples, texts, read = read_pictures(data, seed) if data else (None, (), {})
+    about = dict(stage="vit", start=start, vit_config=vars(ViTConfig()), seed=seed, recipe=dataclasses.asdict(recipe),
+                 **read)
     check_start(about, out)
     if resume:
         check_resume(out, about)
     torch.manual_seed(seed)
-    captions = Captions(records.read(i).caption for i in records.pictured) if records else Captions()
+    captions = Captions(texts)
     model = Pretraining(captions, ViTConfig())
     if start:
         load_checkpoint(model, read_checkpoint(start)[0], start, needs=["encoder."])
@@ -164,7 +161,7 @@ def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False, data=
     optimizer = adamw(learns, recipe)
     saved = lambda weights: [(n, t) for n, t in weights.items() if n.startswith("encoder.")]
     log = Log(out, about, learns, optimizer, recipe, resume, saved)
-    pictures = Pictures(recipe.batch, seed, samples=records and Shuffled(records, records.pictured, seed))
+    pictures = Pictures(recipe.batch, seed, samples=samples)
     for step, (pixels, texts) in zip(log.bar, pictures.loader(log.steps, recipe.workers)):
         contrast, nearest, words, whole = model(pixels.to(device), captions(texts).to(device))
         loss = contrast + 2 * words
@@ -176,13 +173,12 @@ def train_vit(recipe, out, start=None, seed=0, device="cpu", resume=False, data=
 def main(argv=None):
     parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
     parser.add_argument("--init", help="checkpoint to go on from (default: a new ViT)")
-    parser.add_argument("--data", help="LLaVA-format JSON: half of the pictures are its, with their captions")
-    parser.add_argument("--images", help="folder of the images that --data names (default: the file's own folder)")
+    parser.add_argument("--data", help="LLaVA-format JSON beside its images, which become half of the pictures")
     parser.add_run("runs/vit")
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)
-    train_vit(recipe, args.out, args.init, args.seed, args.device, args.resume, args.data, args.images)
+    train_vit(recipe, args.out, args.init, args.seed, args.device, args.resume, args.data)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     decode_attention.py                        the same for few queries and many keys: a step with a cache
     rope.py              apply_rope            rotary position embedding
     rms_norm.py          rms_norm              RMSNorm, fused with the residual addition before it
-    swiglu.py            swiglu, quick_gelu    silu(gate) * up of Llama's MLP, x sigmoid(1.702 x) of CLIP's
+    swiglu.py            swiglu                silu(gate) * up, of Llama's MLP
     cross_entropy.py     linear_cross_entropy  LM head and cross-entropy together, without the (N, vocabulary) logits
     int8_matmul.py       int8_linear           a product by weights in 8 bits (int8.py rounds them), to decode faster
     operators.py                               how a launch becomes an operator of PyTorch
@@ -205,12 +205,6 @@ def swiglu(gate, up):
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), the activation of Llama's MLP. Same shape, any strides."""
     _check("gate", gate, ("up", up, gate.shape))
     return _elementwise(gate, _swiglu).swiglu(gate, up)
-
-
-def quick_gelu(x):
-    """x sigmoid(1.702 x), the activation of CLIP's MLP: a cheap approximation of GELU (Hendrycks & Gimpel 2016)."""
-    _check("x", x)
-    return _elementwise(x, _swiglu).quick_gelu(x)
 
 
 FEW = 16  # rows up to which int8 weights have kernels of their own: one and eight were measured to be faster

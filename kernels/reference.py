@@ -104,10 +104,6 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
 def int8_linear(x, weight, scale, dtype):
     """x (…, K) W^T of W[n] = scale[n] * integers[n], multiplied in `dtype`. Never in float16: before it meets its scale
     a sum of products by integers up to 127 leaves its range."""

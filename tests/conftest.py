@@ -6,9 +6,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")      # before anything imports triton
 
+import csv
 import dataclasses
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
@@ -49,15 +51,25 @@ def killed_at(monkeypatch):
     import train
 
     def killed_at(step, run):
-        def schedule(i, recipe, lr_at=train.lr_at):
+        def schedule(i, *args, lr_at=train.lr_at, **options):
             if i == step:
                 raise KeyboardInterrupt
-            return lr_at(i, recipe)
+            return lr_at(i, *args, **options)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train, "lr_at", schedule)
             run()
     return killed_at
+
+
+def rows_of(folder):
+    """The rows of a run's log: [{column: text}, …]."""
+    with open(Path(folder) / "log.csv") as f:
+        return list(csv.DictReader(f))
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ EVEN = [world.world("color", i, 3, "test") for i in range(2)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1], EVEN], ids=["ragged", "one", "even"])
+@pytest.mark.parametrize("samples", [RAGGED, EVEN], ids=["ragged", "even"])
 def test_ranking_equals_brute_force(vlm, surrogate, samples):
     embeds, lengths = vlm.embed_prompts([vlm.prompt(s.messages[:1]) for s in samples], [s.image for s in samples])
     options, got = [evaluate.option_ids(vlm.tokenizer, s.options) for s in samples], answers(vlm, surrogate, samples)
@@ -82,36 +82,31 @@ def test_bootstrap():
 
 
 def test_compare_counts_right(monkeypatch):
-    """Rigged systems: the pair ranks two of every three right and says nothing, the graft ranks the third right and
-    says everything; `direct` is always right and shouts; the text says the right word and a rival."""
+    """Rigged systems: the graft ranks every third right and shouts what is right; the pair ranks the others right and
+    says the right word and a rival."""
     seen = []
 
     def systems(vlm, surrogate, samples, before, direct, text):
         assert (vlm, surrogate, before, direct, text) == ("vlm", "surrogate", None, "direct", True)
-        out = {"pair": [], "graft": [], "direct": [], "text": []}
+        out = {"pair": [], "graft": []}
         for s in samples:
-            right, wrong, third = s.options.index(s.answer), s.options.index(s.answer) - 1, len(seen) % 3 == 2
-            out["text"].append((wrong, f"{s.answer} Or is it {s.rivals[0]}?"))
-            out["direct"].append((right, s.answer.upper()))
-            out["graft"].append((right if third else wrong, s.answer))
-            out["pair"].append((wrong if third else right, ""))
+            right, third = s.options.index(s.answer), len(seen) % 3 == 2
+            out["pair"].append((right - third, f"{s.answer} Or is it {s.rivals[0]}?"))
+            out["graft"].append((right - (not third), s.answer.upper()))
             seen.append(s)
         return out.items()
 
     monkeypatch.setattr(evaluate, "systems", systems)
     tasks = ("color", "capital")
     rows = evaluate.compare("vlm", "surrogate", n=7, batch=3, tasks=tasks, seed=5, direct="direct", progress=False)
-    names = [(task, system, task == "color") for task in tasks for system in ("pair", "graft", "direct", "text")]
-    assert [(r["task"], r["system"], r["trained"]) for r in rows] == names
+    assert seen == [world.world(task, i, 5, "test") for task in tasks for i in range(7)]
+    assert [(r["task"], r["system"], r["trained"]) for r in rows] == [
+        (task, system, task == "color") for task in tasks for system in ("pair", "graft")]
     thirds = [[int(i % 3 == 2) for i in range(a, a + 7)] for a in (0, 7)]
-    for (pair, grafted, direct, text), third, options in zip((rows[:4], rows[4:]), thirds, (8, 10)):
-        assert text["said"] == text["ranked"] == [0] * 7
-        assert direct["ranked"] == direct["said"] == [1] * 7
+    for pair, grafted, third, options in zip(rows[::2], rows[1::2], thirds, (8, 10)):
         assert grafted["ranked"] == third and grafted["said"] == [1] * 7
         assert pair["ranked"] == [1 - x for x in third] and pair["said"] == [0] * 7
-        for r in (text, direct, grafted, pair):
-            assert len(r["about"]) == 7 and r["chance"] == pytest.approx(1 / options)
-    assert seen == [world.world(task, i, 5, "test") for task in tasks for i in range(7)]
+        assert len(pair["about"]) == 7 and pair["chance"] == pytest.approx(1 / options)
 
 
 def test_systems_are_what_they_say(vlm, surrogate, stages, tiny_llm):
@@ -160,11 +155,10 @@ def test_tables():
                  about=list("abcd"))
             for task in ("read", "capital") for system, said in (("pair", [0, 0, 0, 0]), ("graft", [1, 0, 1, 0]))]
     said, ranked = (part.split("\n") for part in evaluate.table(rows).split("\n\n"))
-    assert said[0] == "| said freely, right | pair | graft |"
-    assert ranked[0] == "| ranked first among options | pair | graft |"
-    assert said[2].startswith("| read | 0% (0%–0%) | 50% (")
-    assert [line.split(" | ")[0] for line in ranked[2:]] == ["| read", "| capital *", "| **trained, mean**",
-                                                             "| **never trained, mean** *"]
+    assert said[0] == "| said freely, right | pair | graft |" and said[2].startswith("| read | 0% (0%–0%) | 50% (")
+    assert [line.split(" | ")[0] for line in ranked] == [
+        "| ranked first among options", "| ---", "| read", "| capital *", "| **trained, mean**",
+        "| **never trained, mean** *"]
     untaught = evaluate.table([r | dict(split="untaught") for r in rows])
     assert "| said freely, right, of what no training named | pair" in untaught
     brings = [dict(system="graft", samples=4, right=1.0, wrong=1.5, brings=0.5, low=0.25, high=0.75)]
@@ -184,15 +178,14 @@ def test_demo_says_what_the_systems_say(vlm, surrogate, stages, capsys):
     sample = world.sample_of(random.Random(0), "capital", ("sign", "Kenya"))
     evaluate.show_demo([(sample, {"pair": "I see a sign.", "graft": "The capital of Kenya is Nairobi."})])
     printed = capsys.readouterr().out
-    assert "a sign with the word Kenya | * What" in printed or "a sign with the word Kenya | * Name" in printed
+    assert "a sign with the word Kenya | * " in printed
     assert "pair:  -" in printed and "graft: right  The capital of Kenya is Nairobi." in printed
 
 
 def test_any_answer_can_be_drawn(tmp_path):
     """Formulas, many lines, no answer: matplotlib must not read anything into them."""
-    samples = [world.world("read", i, 0, "test") for i in range(5)]
-    texts = ["$5 {and} $6_", "two\nlines\n" * 9, "", samples[3].answer, "long " * 50]
-    said = [(s, {"pair": s.answer, "graft": a}) for s, a in zip(samples, texts)]
+    texts = ["$5 {and} $6_", "two\nlines\n" * 9, "", "long " * 50]
+    said = [(world.world("read", i, 0, "test"), {"pair": "", "graft": text}) for i, text in enumerate(texts)]
     evaluate.plot_demo(said).savefig(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         assert min(picture.size) > 300

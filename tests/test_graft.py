@@ -3,28 +3,25 @@
 import copy
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import evaluate
 import graft
-import train
 from cli import UserError, printable
 from data import world
 from data.batches import wrap
 from extras import share
+from formats.checkpoints import read_checkpoint, save_checkpoint
 from model import VLM, Llama
 from surrogate import build_surrogate, load_surrogate, load_translators
 
 ROOT = Path(__file__).parent.parent
 Q = "What is it?"
-SYSTEMS = ("before", "pair", "graft", "direct", "text", "text, pair")
 
 
 def as_pair(vlm, surrogate):
@@ -34,17 +31,17 @@ def as_pair(vlm, surrogate):
     return pair
 
 
-def make_samples(questions, options):
+def about_signs(*asked):
     """Samples with questions and options of our choice, each about another image."""
-    samples = [world.world("read", i, 7, "test") for i in range(len(questions))]
-    for s, question, o in zip(samples, questions, options):
-        s.messages[0]["content"], s.options, s.answer = wrap(question), o, o[0]
+    samples = [world.world("read", i, 7, "test") for i in range(len(asked))]
+    for s, (question, *options) in zip(samples, asked):
+        s.messages[0]["content"], s.options, s.answer = wrap(question), options, options[0]
     return samples
 
 
-RAGGED = make_samples(["What?", "What word is on the sign, and what is the color of the sign?", "Which animal is it?"],
-                      [["Yes.", "The word is Bread.", "Not at all, it is a cat."], ["It is a fish.", "No.", "A."],
-                       ["A sign.", "The capital is Paris."]])
+RAGGED = about_signs(("What?", "Yes.", "The word is Bread.", "Not at all, it is a cat."),
+                     ("What word is on the sign, and what is the color of the sign?", "It is a fish.", "No.", "A."),
+                     ("Which animal is it?", "A sign.", "The capital is Paris."))
 
 
 def answers(vlm, surrogate, samples, **options):
@@ -58,27 +55,21 @@ def answers(vlm, surrogate, samples, **options):
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # a random LLM writes control characters
 def test_comparison_from_the_command_line(stages, tiny_llm, tmp_path, capsys):
-    argv = ["--encoder", stages["encoder"], "--direct", stages["full"], "--eval", "2", "--batch", "2"]
-    argv += ["--out", str(tmp_path)]
+    out = ["--eval", "1", "--out", str(tmp_path)]
+    argv = ["--encoder", stages["encoder"], "--direct", stages["full"], "--batch", "2", *out]
     graft.main(argv)
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["command"] == "python graft.py " + " ".join(argv)
-    assert results["samples"] == 2 and results["llm"] == tiny_llm and results["about"]["stage"] == "encoder"
-    tasks = world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
-    names = [(task, system) for task in tasks for system in SYSTEMS]
-    assert [(r["task"], r["system"]) for r in results["rows"]] == names
-    assert [r["system"] for r in results["brings"]] == [*SYSTEMS[:4]] and results["brings"][0]["samples"] == 20
-    for r in results["rows"]:
-        assert len(r["said"]) == len(r["ranked"]) == 2 and {*r["ranked"], *r["said"]} <= {0, 1}
-        assert r["chance"] == pytest.approx({"color": 1 / 8, "shape": 1 / 8, "continent": 1 / 4}.get(r["task"], 1 / 10))
-    assert evaluate.table(results["rows"]) in printed and "4 of 6 layers" in printed and "2 held-out images" in printed
-    with Image.open(tmp_path / "demo.png") as picture:
-        picture.load()
-        assert min(picture.size) > 300
+    assert results["samples"] == 1 and results["llm"] == tiny_llm and results["about"]["stage"] == "encoder"
+    assert [(r["task"], r["system"]) for r in results["rows"]] == [
+        (task, system) for task in world.TRAINED_TASKS + world.KNOWLEDGE_TASKS
+        for system in ("before", "pair", "graft", "direct", "text", "text, pair")]
+    assert [r["system"] for r in results["brings"]] == ["before", "pair", "graft", "direct"]
+    assert evaluate.table(results["rows"]) in printed and "4 of 6 layers" in printed and "1 held-out images" in printed
     assert {f.name for f in tmp_path.iterdir()} == {"results.json", "demo.png"}
     # the same numbers again, whatever the batch; without a surrogate there is no pair
-    graft.main(["--encoder", stages["full"], "--eval", "2", "--batch", "1", "--out", str(tmp_path)])
+    graft.main(["--encoder", stages["full"], "--batch", "1", *out])
     printed = capsys.readouterr().out
     assert "there is no surrogate" in printed and "zero-shot" not in printed
     alone = json.loads((tmp_path / "results.json").read_text())["rows"]         # there the direct one is the graft
@@ -90,11 +81,13 @@ def test_comparison_from_the_command_line(stages, tiny_llm, tmp_path, capsys):
 
 
 def test_released_layout_grafts(stages, tiny_llm, tmp_path):
-    """A checkpoint through the paper's .pth and back: encoder, projector and translator have every weight again."""
-    pth, back = str(tmp_path / "ckpt_01_0000003.pth"), str(tmp_path / "encoder.safetensors")
-    trained = str(tmp_path / "e" / "encoder.safetensors")
-    train.main(["encoder", "--llm", tiny_llm, "--init", stages["translator"], "steps=1", "like_words=false",
-                "--out", str(tmp_path / "e")])
+    """A checkpoint through the paper's .pth and back: encoder, projector and translator have every weight again. It has
+    no place for what says that visual tokens are like words."""
+    trained, pth, back = (str(tmp_path / name) for name in ("a.safetensors", "ckpt_01_0000003.pth", "b.safetensors"))
+    with pytest.raises(UserError, match="like_words=false"):
+        share.main([stages["encoder"], pth])
+    tensors, about = read_checkpoint(stages["encoder"])
+    save_checkpoint(trained, tensors, about | dict(recipe=about["recipe"] | dict(like_words=False)))
     share.main([trained, pth])
     share.main([pth, back, "--llm", tiny_llm, "--vit", stages["vit"], "--replace", "2-4"])
     llm = Llama.from_pretrained(tiny_llm)
@@ -102,13 +95,8 @@ def test_released_layout_grafts(stages, tiny_llm, tmp_path):
                  (load_surrogate(llm, file) for file in (trained, back))]:
         a, b = dict(a.named_parameters()), dict(b.named_parameters())
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    with pytest.raises(ValueError, match="does not belong.*layers.2.* is of none of its translators"):
+    with pytest.raises(UserError, match="does not belong.*layers.2.* is of none of its translators"):
         load_translators(build_surrogate(llm, [(3, 4)]), back)
-
-
-def test_the_papers_layout_has_no_place_for_tokens_like_words(stages, tmp_path):
-    with pytest.raises(UserError, match="like_words=false"):
-        share.main([stages["encoder"], str(tmp_path / "x.pth")])
 
 
 def test_streamed_answer_equals_chat(vlm):
@@ -124,23 +112,16 @@ def test_streamed_answer_equals_chat(vlm):
 
 def test_conversation_remembers(vlm, stages, tmp_path, monkeypatch, capsys):
     """Two turns at the terminal: the second prompt holds the first turn; only the first question holds the image."""
-    lines, heard, ask = iter([" What is it? ", "Are you sure?", ""]), [], graft.ask
-
-    def listen(vlm, image, messages, **options):
-        heard.append([dict(m) for m in messages])
-        return ask(vlm, image, messages, **options)
-
+    lines = iter([" What is it? ", "Are you sure?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr(graft, "ask", listen)
     graft.main(["--encoder", stages["encoder"], "--chat", "--max-new-tokens", "8", "--no-int8", "--out", str(tmp_path)])
     printed, sign = capsys.readouterr().out, str(tmp_path / "sign.png")     # without --image it is about this one
     first = vlm.chat(sign, Q, max_new_tokens=8)
     turns = [{"role": "user", "content": wrap(Q)}, {"role": "assistant", "content": first},
              {"role": "user", "content": "Are you sure?"}]
-    assert heard == [turns[:1], turns]
     second = vlm.tokenizer.decode(vlm.generate([vlm.prompt(turns)], [sign], max_new_tokens=8)[0]).strip()
-    assert printed.index(printable(first)) < printed.rindex(printable(second))
-    assert printed.count("llm> ") == printed.count("first token after") == 2
+    said = [part.split("\n     [first token after")[0].strip() for part in printed.split("llm> ")[1:]]
+    assert said == [printable(first), printable(second)] and first != second
 
 
 @pytest.mark.parametrize("stage, options", [("encoder", ["--no-int8"]), ("encoder", ["--no-int8", "--pair"]),
@@ -181,12 +162,3 @@ def test_the_surrogate_taught_the_encoder(shipped, smollm, smollm_tokenizer):
     rows = evaluate.image_brings(*shipped, 32, before=before, progress=False)
     brings = {r["system"]: r["brings"] for r in rows}
     assert abs(brings["before"]) < 0.03 and brings["graft"] > 0.15 and brings["pair"] > 0.15, brings
-
-
-def test_the_graft_knows_what_the_pair_does_not(shipped):
-    """Of flags that were chosen for nothing: never trained, said freely."""
-    samples = [world.sample_of(random.Random(f"demo/language/{s}"), "language", s)
-               for s in world.TRAINED_SUBJECTS if s[0] == "flag"]
-    said = evaluate.say(*shipped, samples, max_new_tokens=24)
-    right = {name: sum(world.is_right(texts[name], s) for s, texts in said) for name in ("pair", "graft")}
-    assert right["graft"] >= right["pair"] + 3, right           # 7 and 0 of 49 where it was trained

@@ -1,19 +1,18 @@
 """kernels/int8.py: the rounding against its own bound, every way to load, the real LLM."""
-import json
 import math
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refuses, save_tiny_llm
+from conftest import random_llama, refuses, save_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
 from cli import UserError
 from kernels import int8
-from model import VLM, KVCache, Llama
+from model import VLM, Llama
 from surrogate import build_surrogate, load_surrogate, read_texts
 
 
@@ -35,11 +34,7 @@ def test_weights_are_off_by_half_a_scale_at_most():
 
 def test_loads_as_if_quantized_afterwards(tiny_llm, quantized, tmp_path):
     """Tied and untied, linear layers and head: the same numbers, and nothing else is rounded."""
-    untied = Llama.from_pretrained(save_tiny_llm(tmp_path)).state_dict()
-    untied["lm_head.weight"] = torch.randn_like(untied["model.embed_tokens.weight"])
-    save_file(untied, tmp_path / "model.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=False)))
+    save_llama(tmp_path, random_llama(tie_word_embeddings=False))
     for path in (tiny_llm, tmp_path):
         plain, got = Llama.from_pretrained(path), Llama.from_pretrained(path, quantize="int8")
         want = int8.quantize(Llama.from_pretrained(path)).state_dict()
@@ -51,15 +46,6 @@ def test_loads_as_if_quantized_afterwards(tiny_llm, quantized, tmp_path):
         assert not any(isinstance(m, nn.Linear) for m in got.modules())
         assert torch.equal(got.model.embed_tokens.weight, plain.model.embed_tokens.weight.half().float())
         assert torch.equal(got.lm_head.weight, int8.round_rows(plain.lm_head_weight)[0])
-
-
-def test_steps_with_the_cache_follow_the_whole_sequence(quantized):
-    """A prompt is multiplied in floating point, a step by the int8 kernel: the same distribution, but for bfloat16."""
-    tokens = torch.randint(500, (1, 40))
-    whole = quantized(tokens).log_softmax(-1)
-    cache = KVCache(quantized, 1, 40)
-    steps = torch.cat([quantized(tokens[:, i:i + 1], cache=cache) for i in range(40)], dim=1).log_softmax(-1)
-    assert F.kl_div(steps, whole, log_target=True, reduction="none").sum(-1).mean() < 0.02
 
 
 def test_the_pair_of_a_quantized_llm(tiny_llm, stages, quantized):

@@ -72,7 +72,9 @@ def test_links_lead_to_files_and_sections(path):
             assert section in titles or section in [re.sub(r"[^\w-]", "", t).lower() for t in titles], link
 
 
-def test_badges_lead_to_the_notebooks_of_one_repository():
+def test_the_readme_and_the_badges_lead_to_the_notebooks_of_one_repository():
+    linked = {(ROOT / link).resolve() for link in links_of(ROOT / "README.md") if link.endswith(".ipynb")}
+    assert linked == set(run.NOTEBOOKS) and len(linked) == 3
     repositories = set()
     for path in run.NOTEBOOKS:
         (repository, file), = BADGE.findall(text_of(path))
@@ -81,11 +83,6 @@ def test_badges_lead_to_the_notebooks_of_one_repository():
         assert re.findall(r'^REPOSITORY = "(.+?)"', setup, re.M) == [repository]
         repositories.add(repository)
     assert len(repositories) == 1
-
-
-def test_the_readme_leads_to_all_three():
-    linked = {(ROOT / link).resolve() for link in links_of(ROOT / "README.md") if link.endswith(".ipynb")}
-    assert linked == set(run.NOTEBOOKS) and len(linked) == 3
 
 
 def test_what_is_kept_is_what_a_reader_sees():

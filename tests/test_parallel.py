@@ -1,5 +1,4 @@
 """Several processes (gloo on the CPU) must train as one does: data parallel, sharded, accumulated, resumed by fewer."""
-import csv
 import os
 import subprocess
 import sys
@@ -7,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import rows_of
 
 from formats.checkpoints import read_checkpoint
 
@@ -24,14 +24,9 @@ def launch(processes, *argv, script=("-m", "extras.parallel"), expect=0):
     assert done.returncode == expect, done.stderr[-3000:]
 
 
-def log(folder):
-    with open(folder / "log.csv") as f:
-        return list(csv.DictReader(f))
-
-
 def assert_same_run(a, b, stage):
     """Losses and trained weights of two runs agree."""
-    for x, y in zip(log(a), log(b), strict=True):
+    for x, y in zip(rows_of(a), rows_of(b), strict=True):
         assert x["targets"] == y["targets"] and float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-4)
     one, other = (read_checkpoint(folder / f"{stage}.safetensors")[0] for folder in (a, b))
     assert one.keys() == other.keys()
@@ -60,12 +55,12 @@ def test_killed_and_resumed_by_fewer(stages, tiny_llm, tmp_path):
         "from extras import parallel\n"
         "lr_at = train.lr_at\n"
         "dies = lambda step: step == 4 and os.environ['RANK'] == '1'\n"
-        "train.lr_at = lambda step, recipe: os._exit(3) if dies(step) else lr_at(step, recipe)\n"
+        "train.lr_at = lambda step, *args, **more: os._exit(3) if dies(step) else lr_at(step, *args, **more)\n"
         "parallel.main()\n")
     common = ["translator", "--llm", tiny_llm, "steps=5", "batch=12", "micro_batch=3", "save_every=3",
               "--init", stages["vit"], "--replace", "2-4", "lr=1e-4"]
     launch(1, *common, "--out", tmp_path / "whole")
     launch(2, *common, "--out", tmp_path / "killed", "--fsdp", script=[tmp_path / "dying.py"], expect=1)
-    assert len(log(tmp_path / "killed")) == 3
+    assert len(rows_of(tmp_path / "killed")) == 3
     launch(1, *common, "--out", tmp_path / "killed", "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "killed", "translator")
