@@ -15,7 +15,7 @@ import functools
 import importlib.metadata
 import itertools
 import platform
-import resource
+import re
 import shlex
 import statistics
 import sys
@@ -31,7 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 import train
 from cli import Parser, number, run_cli
-from extras.lora import add_lora
 from formats.tokenizer import IMAGE
 from kernels import int8
 from model import VLM, Llama, LlamaConfig, ViT
@@ -44,7 +43,7 @@ SIZES = {name: target for name, target in TARGETS.items() if not target.llm_conf
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, rope_theta=500000.0))}
 BEFORE, TEXT, ANSWER = 10, 100, 60      # tokens of a sample: before the image; beside it; of these, with loss
-STEP, LORA = Recipe(lr=0.0), 8          # lr=0: every step sees the same weights
+STEP = Recipe(lr=0.0)                   # every step sees the same weights
 
 # ---- The harness ----------------------------------------------------------------------------------------------------
 
@@ -52,20 +51,20 @@ Measured = namedtuple("Measured", "seconds held peak result")       # held: byte
 
 
 def peak_memory(device, reset=False):
-    """Bytes: the most that was held, on a GPU by tensors, on a CPU by the process, code included. reset: forget it
-    first, so that what is held now is returned (a CPU's can be reset on Linux alone)."""
+    """Bytes: the most that was held, on a GPU by tensors, on a CPU by the process, code included (Linux; elsewhere 0).
+    reset: forget it first, so that what is held now is returned."""
     if device.startswith("cuda"):
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
     if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return 0
     if reset:
         ctypes.CDLL(None).malloc_trim(0)            # what was freed is kept for later use: here it is given back
-        with suppress(OSError):
+        with suppress(OSError):                     # not every container allows it
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    rows = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(row for row in rows if row.startswith("VmHWM")).split()[1]) * 2**10
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 2**10
 
 
 def measured(run, device, clock=None):
@@ -128,23 +127,19 @@ def sdpa(q, k, v, causal=True, backend=SDPBackend.FLASH_ATTENTION):
 
 def llava_batch(target, batch):
     """A batch as data.batches.collate makes it of LLaVA's samples, out of random tokens: an image, and TEXT tokens of
-    which the last ANSWER are the answer; lengths fall by 8, beginning again every four rows, and are padded."""
+    which the last ANSWER are the answer."""
     n_visual, size = target.vit_config.num_patches + 3, target.vit_config.image_size        # CLS, start, end of image
     tokens = torch.randint(target.llm_config.vocab_size, (batch, n_visual + TEXT))          # (B, T)
     tokens[:, BEFORE:BEFORE + n_visual] = IMAGE
     targets = torch.full_like(tokens, -100)
-    for b in range(batch):
-        end = tokens.shape[1] - 8 * (b % 4)
-        targets[b, end - ANSWER - 1:end - 1] = tokens[b, end - ANSWER:end]      # at position t the token t + 1
+    targets[:, -ANSWER - 1:-1] = tokens[:, -ANSWER:]                        # at position t the token t + 1
     return dict(tokens=tokens, targets=targets, pixels=torch.rand(batch, 3, size, size))
 
 
-def stage_of(stage, target, dtype, device, lora=0):
+def stage_of(stage, target, dtype, device):
     """The VLM of a stage with random weights, and its optimizer."""
     def build():
         llm = Llama(target.llm_config)
-        if lora:
-            add_lora(llm, lora)
         return VLM(ViT(target.vit_config), llm if stage == "decoder" else build_surrogate(llm, target.ranges))
 
     vlm = random_model(build, dtype, device)
@@ -179,46 +174,27 @@ def llama_twin(llm):
     return twin.eval().to(llm.device)
 
 
-class TransformersVLM(torch.nn.Module):
-    """The same VLM as the paper's code has it, over the very same parameters: transformers' CLIP and Llama, and logits
-    of every position."""
+def all_logits(vlm):
+    """The loss as the paper's code has it, over the very same parameters: transformers' Llama behind our ViT and
+    projector, and logits of every position. A function of a batch."""
+    twin = llama_twin(vlm.decoder)
 
-    def __init__(self, vlm):
-        super().__init__()
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-        with torch.device("meta"):
-            clip = CLIPVisionModel(CLIPVisionConfig(**vars(vlm.encoder.config), projection_dim=8))
-        self.clip = getattr(clip, "vision_model", clip)             # transformers 4 or 5
-        self.clip.load_state_dict(vlm.encoder.vision_model.state_dict(keep_vars=True), assign=True)
-        places = torch.arange(vlm.encoder.config.num_patches + 1, device=vlm.decoder.device)
-        self.clip.embeddings.position_ids = places[None]            # no parameter, and so still on "meta"
-        self.adapter, self.embd_soi, self.embd_eoi = vlm.adapter, vlm.embd_soi, vlm.embd_eoi
-        self.decoder, self.dtype = llama_twin(vlm.decoder), vlm.decoder.dtype
+    def loss(batch):
+        x = vlm.embed(batch["tokens"], batch["pixels"])                                             # (B, T, d)
+        cast = {name: p.to(x.dtype) for name, p in twin.named_parameters()}     # as our modules cast theirs
+        logits = torch.func.functional_call(twin, cast, kwargs=dict(inputs_embeds=x)).logits        # (B, T, vocab)
+        targets = batch["targets"].flatten().to(x.device)                                           # (B * T,)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-100, reduction="sum")
 
-    def forward(self, tokens, targets, pixels):
-        x = self.clip(pixels).last_hidden_state                                                     # (B, 1 + P, C)
-        x = self.adapter(self.clip.post_layernorm(x))                                               # (B, 1 + P, d)
-        soi, eoi = (e.expand(len(x), 1, -1) for e in (self.embd_soi, self.embd_eoi))
-        x = torch.cat([soi, x, eoi], dim=1)                                                         # (B, n_visual, d)
-        text = self.decoder.get_input_embeddings()(tokens.clamp(min=0))                             # (B, T, d)
-        x = torch.cat([text[:, :BEFORE], x, text[:, BEFORE + x.shape[1]:]], dim=1)                  # (B, T, d)
-        logits = self.decoder(inputs_embeds=x).logits.float()                                       # (B, T, vocab)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-
-    def loss(self, batch):
-        """By weights that are cast to the dtype in which all is computed, as our modules cast theirs."""
-        tokens, targets, pixels = (batch[k].to(self.embd_soi.device) for k in ("tokens", "targets", "pixels"))
-        cast = {name: p.to(self.dtype) for name, p in self.named_parameters()}
-        return torch.func.functional_call(self, cast, (tokens, targets, pixels.to(self.dtype)))
+    return loss
 
 
 def step_rows(args):
-    """Time and memory of a training step: ours, and transformers' on the same weights. Stage decoder: by LoRA, ours
-    alone. By formula: what studies/cost.py counts in bfloat16, which a GPU's peak may be compared with."""
-    target, lora = SIZES[args.model], LORA * (args.stage == "decoder")
-    before = peak_memory(args.device, reset=True)
-    vlm, optimizer = stage_of(args.stage, target, args.dtype, args.device, lora)
-    losses = {"ours": vlm.loss} | ({} if lora else {"transformers, all logits": TransformersVLM(vlm).loss})
+    """Time and memory of a training step: ours, and with transformers' LLM on the same weights. By formula: what
+    studies/cost.py counts in bfloat16, which a GPU's peak may be compared with."""
+    target, before = SIZES[args.model], peak_memory(args.device, reset=True)
+    vlm, optimizer = stage_of(args.stage, target, args.dtype, args.device)
+    losses = {"ours": vlm.loss, "transformers' LLM, all logits": all_logits(vlm)}
     if args.device.startswith("cuda"):
         losses["ours, PyTorch only"] = kernels.backend("torch")(vlm.loss)
     for size in args.batch:
@@ -226,7 +202,7 @@ def step_rows(args):
         turns = in_turns({name: functools.partial(take_step, loss, optimizer, batch) for name, loss in losses.items()},
                          args.rounds, args.device)
         positions = batch["tokens"].shape[1]
-        formula = cost.memory(args.stage, target, STEP, size, positions, ANSWER, lora=lora)
+        formula = cost.memory(args.stage, target, STEP, size, positions, ANSWER)
         for name, t in turns.items():
             yield {"batch": size, "positions": positions, "system": name,
                    "ms a step": f"{1e3 * t.seconds:.1f}", "ratio": f"{t.seconds / turns['ours'].seconds:.2f}",
@@ -274,8 +250,7 @@ def decode_rows(args):
             same = sum(a == b for x, y in pairs for a, b in zip(x, y)) / (batch * args.new)
             yield {"prompt": length, "batch": batch, "system": name, "tokens/s": f"{batch * rate:.1f}",
                    "first token, ms": f"{1e3 * first:.0f}", "weights, GB": f"{size / 1e9:.2f}",
-                   "of the bandwidth": f"{size * rate / bandwidth:.0%}",
-                   "peak beside them, GB": f"{(t.peak - t.held) / 1e9:.2f}", "same": f"{same:.0%}"}
+                   "of the bandwidth": f"{size * rate / bandwidth:.0%}", "same": f"{same:.0%}"}
 
 
 # ---- Kernels --------------------------------------------------------------------------------------------------------
@@ -338,16 +313,19 @@ def kernel_cases(target, B, T, device, dtype):
 
 
 def kernel_run(function, inputs, direction):
-    """What is timed: forward, backward, or both."""
-    def outputs():
-        y = function(*inputs)
-        return y if isinstance(y, tuple) else (y,)
+    """What is timed: the forward pass, the backward pass over a graph that is kept, or both (of a loss)."""
+    forward, learns = functools.partial(function, *inputs), [x for x in inputs if x.requires_grad]
+    if direction == "both":
+        return lambda: torch.autograd.grad(forward(), learns)
 
-    once, wanted = functools.cache(outputs), [x for x in inputs if x.requires_grad]
-    grads = functools.cache(lambda: [torch.randn_like(y) for y in once()])
-    return {"forward": outputs,
-            "backward": lambda: torch.autograd.grad(once(), wanted, grads(), retain_graph=True),
-            "both": lambda: torch.autograd.grad(outputs(), wanted, grads())}[direction]
+    @functools.cache
+    def graph():
+        y = forward()
+        outputs = y if isinstance(y, tuple) else (y,)
+        return outputs, [torch.randn_like(y) for y in outputs]
+
+    backward = lambda: torch.autograd.grad(graph()[0], learns, graph()[1], retain_graph=True)
+    return forward if direction == "forward" else backward
 
 
 def kernel_rows(args):
@@ -375,29 +353,22 @@ def kernel_rows(args):
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
-KINDS = {       # what is measured: (its rows, the options that it takes beside those of all)
-    "step": (step_rows, dict(batch=[8, 16])),
-    "decode": (decode_rows, dict(batch=[1, 8], length=[512], new=128)),
-    "kernels": (kernel_rows, dict(batch=[8], length=[1024])),
-}
+KINDS = {"step": step_rows, "decode": decode_rows, "kernels": kernel_rows}
 
 
 def parse(argv):
     parser = Parser(__doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
-    for kind, (rows, defaults) in KINDS.items():
-        sub = kinds.add_parser(kind, doc=rows.__doc__)
-        sub.set_defaults(rows=rows)
-        if kind == "step":
-            sub.add_argument("stage", nargs="?", choices=STAGES, default="encoder", help="default: %(default)s")
-        sub.add_device()
-        add = functools.partial(sub.add_argument, help="default: %(default)s")
-        add("--model", choices=SIZES, help="whose sizes; default: see above")
-        add("--dtype", choices=["float32", "bfloat16"], help="default: see above")
-        add("--rounds", type=number(int, 1, 1000), default=5)
-        for option, default in defaults.items():
-            add(f"--{option}", type=number(int, 1 + (option == "new"), 2**16), default=default, metavar="N",
-                nargs="+" if isinstance(default, list) else None)
+    add = functools.partial(parser.add_argument, help="default: %(default)s")
+    add("kind", choices=KINDS, help="what is measured")
+    add("stage", nargs="?", choices=STAGES, default="encoder", help="of `step`; default: %(default)s")
+    parser.add_device()
+    add("--model", choices=SIZES, help="whose sizes; default: see above")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: see above")
+    add("--rounds", type=number(int, 1, 1000), default=5)
+    size = dict(type=number(int, 1, 2**16), metavar="N", nargs="+")
+    add("--batch", **size, default=[8])
+    add("--length", **size, default=[512], help="of `decode` and `kernels`: positions before; default: %(default)s")
+    add("--new", type=number(int, 2, 2**16), default=128, help="of `decode`: tokens of an answer; default: %(default)s")
     args = parser.parse_args(argv)
     cuda = args.device.startswith("cuda")
     args.model = args.model or ("llama-3.2-3b" if cuda else "small")
@@ -419,7 +390,7 @@ def main(argv=None):
     args = parse(argv)
     print(f"{machine(args.device)}; `python -m studies.benchmark {shlex.join(argv)}`\n")
     line = lambda cells: print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    for i, row in enumerate(args.rows(args)):
+    for i, row in enumerate(KINDS[args.kind](args)):
         if i == 0:
             line(row)
             line(["---"] * len(row))

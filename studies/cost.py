@@ -7,6 +7,7 @@ the surrogate saves. Only arithmetic on sizes: it needs no weights, no data and 
     python -m studies.cost encoder --recipe llama-3.1-8b --gpus 8       # the plan of a stage
     python -m studies.cost decoder --recipe llama-3.1-70b --gpus 32 --fsdp micro_batch=2
 """
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -15,7 +16,6 @@ from types import SimpleNamespace
 from cli import Parser, UserError, check_out_file, number, run_cli, write_whole
 from data.batches import shares
 from recipes import RECIPES, STAGES, TARGETS, help_text, override
-from surrogate import check_ranges, parse_ranges
 
 # ---- 1. What the paper has beside its recipes (recipes.py): a baseline, the data, the hours --------------------------
 
@@ -128,14 +128,13 @@ def memory(stage, target, recipe, samples, positions, targets, ranks=1, fsdp=Fal
     kept = (s.layers * d + kept + extra * (trained_layers > 0) if recipe.checkpointing else
             s.layers * kept + extra * trained_layers)
     rows = min(samples * targets, max(128, 4 * (2 ** 25 // vocab) // 128 * 128))        # as linear_cross_entropy
+    before = 2 * (v.num_patches + 1) * (s.upper * (9 * C + 3 * v.intermediate_size) + 3 * C + 3 * d)    # ViT, projector
+    whole_layers = fsdp * (s.matrices + 2 * d) * (2 * 2 + 6 * (trained_layers > 0))     # and the gradient of one
     return {
-        "weights": 2 * sum(shared[p] * sum(counts) for p, counts in parts.items()),
-        "whole layers": fsdp * (s.matrices + 2 * d) * (2 * 2 + 6 * (trained_layers > 0)),   # and the gradient of one
+        "weights": 2 * sum(shared[p] * sum(counts) for p, counts in parts.items()) + whole_layers,
         "gradients": 4 * trained,
-        "float32 weights, Adam": (4 + 8) * trained,
-        "activations of the decoder": 2 * kept * samples * positions,
-        "activations before it": 2 * samples * (v.num_patches + 1) * (
-            s.upper * (9 * C + 3 * v.intermediate_size) + 3 * C + 3 * d),
+        "optimizer": (4 + 8) * trained,                                                 # float32 weights, Adam
+        "activations": samples * (2 * kept * positions + before),
         "logits": 2 * rows * vocab + 6 * s.whole * vocab * d,                           # and the LM head's gradient
     }
 
@@ -143,33 +142,31 @@ def memory(stage, target, recipe, samples, positions, targets, ranks=1, fsdp=Fal
 # ---- 4. The plan of a stage ------------------------------------------------------------------------------------------
 
 
-def stage_plan(stage, name, ranks=8, fsdp=False, lora=0, text_gradients=None, target=None, recipe=None, data=None):
-    """All about a stage before anything is loaded: a dict for `show_plan`.
+def stage_plan(stage, name, ranks=8, fsdp=False, lora=0, text_gradients=None, recipe=None, data=None):
+    """All about a stage before anything is loaded, for `show_plan`.
 
     text_gradients: see `step_flops`; default: as with fsdp, whose sharded layers work in step (extras/parallel.py).
-    In place of the paper's: target, recipe, data = (images, texts), each (samples, tokens of text, targets among them).
+    In place of the paper's: recipe, data = (images, texts), each (samples, tokens of text, targets among them).
     """
-    target, recipe = target or TARGETS[name], recipe or recipe_of(stage, name)
+    target, recipe = TARGETS[name], recipe or recipe_of(stage, name)
     images, texts = data or (IMAGES[recipe.loss_on], TEXTS[stage])
     share, micro_batch = shares(recipe, ranks)
-    visual, longest = target.vit_config.num_patches + 3, recipe.max_length
-    if longest < visual:
-        raise UserError(f"max_length={longest} would cut the image: it has {visual} visual tokens")
+    visual = target.vit_config.num_patches + 3
+    if recipe.max_length < visual:
+        raise UserError(f"max_length={recipe.max_length} would cut the image: it has {visual} visual tokens")
     if recipe.dtype == "float32":
         raise UserError("dtype=float32: a plan counts with bfloat16, as the paper does")
     records = images[0] + texts[0]
-    recipe = replace(recipe, steps=recipe.steps or max(1, records // recipe.batch), micro_batch=micro_batch)
-    images, texts = ((n * recipe.batch / records, min(T + seen, longest), N)        # of an average step
+    recipe = replace(recipe, steps=recipe.steps or max(1, records // recipe.batch))
+    images, texts = ((n * recipe.batch / records, min(T + seen, recipe.max_length), N)        # of an average step
                      for (n, T, N), seen in ((images, visual), (texts, 0)))
     flops = step_flops(stage, target, recipe, images, texts, lora, fsdp if text_gradients is None else text_gradients)
+    needs = memory(stage, target, recipe, micro_batch, images[1], images[2], ranks, fsdp, lora)
     total = recipe.steps * sum(flops.values())
-    needs, most = (memory(stage, target, recipe, micro_batch, T, images[2], ranks, fsdp, lora)
-                   for T in (images[1], longest))
-    return dict(
-        stage=stage, name=name, recipe=recipe, ranks=ranks, fsdp=fsdp, lora=lora, accumulation=share // micro_batch,
-        images=images, texts=texts, parts=trained_and_frozen(stage, target, recipe, lora), step_flops=flops,
-        flops=total, hours=total / PEAK / UTILIZATION / 3600, memory=needs, peak=sum(needs.values()),
-        longest=sum(most.values()))
+    return SimpleNamespace(
+        recipe=recipe, images=images, texts=texts, parts=trained_and_frozen(stage, target, recipe, lora),
+        batches=f"{micro_batch} at a time x {share // micro_batch} times x {ranks} GPU(s)", step_flops=flops,
+        flops=total, hours=total / PEAK / UTILIZATION / 3600, memory=needs, peak=sum(needs.values()))
 
 
 def table(head, rows):
@@ -180,31 +177,26 @@ def table(head, rows):
 
 def show_plan(p):
     """The plan of a stage as a text for people."""
-    r, (n, T, N), (n_text, T_text, N_text) = p["recipe"], p["images"], p["texts"]
-    parts = p["parts"] | {"sum": map(sum, zip(*p["parts"].values()))}
-    flops = p["step_flops"] | {"sum": p["flops"] / r.steps}
-    needs = p["memory"] | {"sum": p["peak"], f"sum if all samples were {r.max_length} long": p["longest"]}
+    r, (n, T, N), (n_text, T_text, N_text) = p.recipe, p.images, p.texts
+    trained, frozen = ({part: counts[k] for part, counts in p.parts.items()} for k in (0, 1))
+    rows = [(title, part, f"{x / unit:,.2f}")
+            for title, unit, amounts in (("trained parameters, millions", 1e6, trained), ("frozen", 1e6, frozen),
+                                         ("PFLOPs (1e15) of a step", 1e15, p.step_flops), ("GB a GPU", 1e9, p.memory))
+            for part, x in (amounts | {"sum": sum(amounts.values())}).items() if x]
     return "\n".join([
-        f"{p['name']}, stage {p['stage']}{', LoRA of rank %d' % p['lora'] if p['lora'] else ''}: {r.steps:,} steps of "
-        f"{r.batch} samples = {r.micro_batch} at a time x {p['accumulation']} times x {p['ranks']} GPU(s)",
-        f"loss on {r.loss_on}; learning rate {r.lr:g}, warm-up over {r.warmup:.2%} of the steps, cosine to 0",
+        f"{r.steps:,} steps of {r.batch} samples = {p.batches}",
         f"{r.steps * r.batch:,} samples, {r.steps * (n * T + n_text * T_text) / 1e6:,.0f} M positions; a step has "
-        f"{n:.0f} images of {T} ({N} targets)" + (f" and {n_text:.0f} texts of {T_text} ({N_text})" if n_text else ""),
-        "", table(("parameters", "trained", "frozen"), [(k, *(f"{n:,}" for n in of)) for k, of in parts.items()]),
-        "", table(("PFLOPs (1e15)", "a step", "all steps"),
-                  [(k, f"{f / 1e15:,.2f}", f"{r.steps * f / 1e15:,.0f}") for k, f in flops.items() if f]),
-        "", table(("memory of a GPU", "GB"), [(k, f"{b / 1e9:.2f}") for k, b in needs.items() if b]),
-        f"({'decoder layers sharded' if p['fsdp'] else 'all weights on every GPU'}, activation checkpointing "
-        f"{'on' if r.checkpointing else 'off'}; CUDA, NCCL and the allocator's gaps take some GB more)",
-        "", f"{p['hours']:,.1f} GPU-hours, {p['hours'] / p['ranks']:,.1f} hours on {p['ranks']} GPU(s), if "
-        f"training gets {UTILIZATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s in bf16"])
+        f"{n:.0f} images of {T} ({N} targets) and {n_text:.0f} texts of {T_text} ({N_text})",
+        "", table(("", "part", "amount"), rows), "",
+        f"{p.flops / 1e18:,.1f} EFLOPs (1e18) in all steps, {p.hours:,.1f} GPU-hours if training gets {UTILIZATION:.0%} "
+        f"of an H100's {PEAK / 1e12:.0f} TFLOP/s. CUDA, NCCL and the allocator's gaps take some GB more."])
 
 
 # ---- 5. Three routes to a VLM with the full LLM, and what the surrogate saves (paper, section 5 and figure 2) --------
 
 
-def routes(name, ranks=16, text=1.0, sharegpt=True, checkpointing=True, text_gradients=False):
-    """{route: dict(stages={stage: plan}, flops, hours, peak)}: with the surrogate, the full decoder, LoRA.
+def routes(name, text=1.0, sharegpt=True, checkpointing=True, text_gradients=False):
+    """With the surrogate, the full decoder, LoRA, on 16 GPUs: {route: stages={stage: plan}, and flops, hours, peak}.
 
     peak: bytes that a GPU needs in the hungriest stage. text: a factor on the length of all text. sharegpt: does the
     stage `decoder` read LLaVA's conversations without image?
@@ -215,46 +207,44 @@ def routes(name, ranks=16, text=1.0, sharegpt=True, checkpointing=True, text_gra
         if stage == "decoder":
             r = replace(r, steps=math.ceil(part * sum(n for n, _, _ in data) / r.batch))
         data = [(n, round(T * text), round(N * text)) for n, T, N in data]
-        return stage_plan(stage, name, ranks, True, lora, text_gradients, recipe=r, data=data)
+        return stage_plan(stage, name, 16, True, lora, text_gradients, r, data)
 
     adapter = {"adapter": plan_of("adapter")}
     stages_of = {"surrogate": {"translator": plan_of("translator"), "encoder": plan_of("encoder"),
                                "decoder, 20 %": plan_of("decoder", 0.2)},
                  "full decoder": adapter | {"decoder": plan_of("decoder")},
                  "LoRA": adapter | {"LoRA": plan_of("decoder", lora=LORA_RANK)}}
-    total = lambda stages, what: sum(p[what] for p in stages.values())
-    return {route: dict(stages=stages, flops=total(stages, "flops"), hours=total(stages, "hours"),
-                        peak=max(p["peak"] for p in stages.values())) for route, stages in stages_of.items()}
+    return {route: SimpleNamespace(stages=stages, flops=sum(p.flops for p in stages.values()),
+                                   hours=sum(p.hours for p in stages.values()),
+                                   peak=max(p.peak for p in stages.values())) for route, stages in stages_of.items()}
 
 
 def saving(of):
     """The part of the full decoder's FLOPs that the surrogate's route saves. of: as `routes` returns it."""
-    return 1 - of["surrogate"]["flops"] / of["full decoder"]["flops"]
+    return 1 - of["surrogate"].flops / of["full decoder"].flops
 
 
-def show_routes(name, ranks=16):
+def show_routes(name):
     """The three routes of a recipe as a table, and how much each assumption (docs/real-size.md) matters."""
-    ours, paper = routes(name, ranks), HOURS_70B if name == "llama-3.1-70b" else {}
-    full, full_hours, rows = ours["full decoder"]["flops"], sum(paper.get("full decoder", {}).values()), []
+    ours, paper = routes(name), HOURS_70B if name == "llama-3.1-70b" else {}
+    full, full_hours, rows = ours["full decoder"].flops, sum(paper.get("full decoder", {}).values()), []
     for route, r in ours.items():
         hours = paper.get(route, {})
-        for what, p, h in (*((stage, p, hours.get(stage)) for stage, p in r["stages"].items()),
+        for what, p, h in (*((stage, p, hours.get(stage)) for stage, p in r.stages.items()),
                            (f"**{route}**", r, sum(hours.values()))):
-            rows.append((what, f"{p['recipe'].steps:,}" if p is not r else "", f"{p['flops'] / 1e18:,.1f}",
-                         f"{p['flops'] / full:.0%}", f"{h:.2f} h, {h / full_hours:.0%}" if h else "–",
-                         f"{p['hours']:,.1f}", f"{p['peak'] / 1e9:.0f}"))
+            rows.append((what, f"{p.recipe.steps:,}" if p is not r else "", f"{p.flops / 1e18:,.1f}",
+                         f"{p.flops / full:.0%}", f"{h:.2f} h, {h / full_hours:.0%}" if h else "–",
+                         f"{p.hours:,.1f}", f"{p.peak / 1e9:.0f}"))
     lines = [table((name, "steps", "EFLOPs", "of full", "the paper's: of full", "GPU-hours", "GB a GPU"), rows), "",
              f"The surrogate's route saves {saving(ours):.1%} of the FLOPs of training the full decoder."]
     if paper:
-        terms = [" + ".join(map(str, hours.values())) for hours in paper.values()]
-        lines.append(f"The paper saves {1 - sum(paper['surrogate'].values()) / full_hours:.1%} of the hours: "
-                     f"1 - ({terms[0]}) / ({terms[1]}).")
+        lines.append(f"The paper saves {1 - sum(paper['surrogate'].values()) / full_hours:.1%} of the hours.")
     what_if = {"text 30 % shorter": dict(text=0.7), "text 30 % longer": dict(text=1.3),
                "no activation checkpointing": dict(checkpointing=False),
                "text sends gradients through the trunk, too, as in the paper's code": dict(text_gradients=True),
                "the decoder reads LLaVA without its conversations that have no image": dict(sharegpt=False)}
     lines += ["What is assumed is listed in docs/real-size.md. Were it otherwise, it would save:"]
-    return "\n".join(lines + [f"- {k}: {saving(routes(name, ranks, **v)):.1%}" for k, v in what_if.items()])
+    return "\n".join(lines + [f"- {k}: {saving(routes(name, **v)):.1%}" for k, v in what_if.items()])
 
 
 def plot_routes():
@@ -268,8 +258,8 @@ def plot_routes():
         ours = routes(name)
         for route, r in ours.items():
             left = 0
-            for stage, p in r["stages"].items():
-                width, (color, ink) = 100 * p["flops"] / ours["full decoder"]["flops"], looks[stage]
+            for stage, p in r.stages.items():
+                width, (color, ink) = 100 * p.flops / ours["full decoder"].flops, looks[stage]
                 bar = ax.barh(route, width, 0.8, left, color=color, edgecolor="white")
                 ax.bar_label(bar, [f"{stage}\n{width:.0f}"], label_type="center", color=ink, size=7.5)
                 left += width
@@ -286,9 +276,6 @@ def plot_routes():
 # ---- 6. Which stage fits on which GPUs -------------------------------------------------------------------------------
 
 GPUS, CARDS = (1, 8, 32), (24, 40, 80, 141)     # how many; GB of each: 4090, A100 40, A100 or H100 80, H200
-COLUMNS = {     # of the table: the parts of `memory` that each sums
-    "weights": ("weights", "whole layers"), "gradients": ("gradients",), "optimizer": ("float32 weights, Adam",),
-    "activations": ("activations of the decoder", "activations before it"), "logits": ("logits",)}
 
 
 def show_fits(name):
@@ -299,69 +286,54 @@ def show_fits(name):
     that it has are left to CUDA, NCCL and the allocator's gaps.
     """
     rows = []
-    for stage, lora in (*((s, 0) for s in STAGES), ("decoder", LORA_RANK)):
-        for n in GPUS:
-            recipe = recipe_of(stage, name)
-            plans = {micro: stage_plan(stage, name, n, n > 1, lora, recipe=replace(recipe, micro_batch=micro))
-                     for micro in (1, 2, 4, 8, 16, 32, 64) if recipe.batch // n % micro == 0}
-            p = plans[1]
-            needs = [*(sum(p["memory"][part] for part in of) for of in COLUMNS.values()), p["peak"]]
-            fit = [max((m for m, p in plans.items() if p["peak"] <= card * 1e9), default="–") for card in CARDS]
-            rows.append((f"{stage}, LoRA {lora}" if lora else stage, n, *(f"{b / 1e9:.1f}" for b in needs), *fit,
-                         f"{p['flops'] / 1e18:.1f}", f"{p['hours'] / n:,.2f}"))
-    return table((name, "GPUs", *COLUMNS, "sum", *(f"{card} GB" for card in CARDS), "EFLOPs", "hours"), rows)
+    for (stage, lora), n in itertools.product((*((s, 0) for s in STAGES), ("decoder", LORA_RANK)), GPUS):
+        recipe = recipe_of(stage, name)
+        plans = {micro: stage_plan(stage, name, n, n > 1, lora, recipe=replace(recipe, micro_batch=micro))
+                 for micro in (1, 2, 4, 8, 16, 32, 64) if recipe.batch // n % micro == 0}
+        fit = [max((m for m, p in plans.items() if p.peak <= card * 1e9), default="–") for card in CARDS]
+        p = plans[1]
+        needs = [f"{b / 1e9:.1f}" for b in (*p.memory.values(), p.peak)]
+        rows.append((f"{stage}, LoRA {lora}" if lora else stage, n, *needs, *fit,
+                     f"{p.flops / 1e18:.1f}", f"{p.hours / n:,.2f}"))
+    return table((name, "GPUs", *p.memory, "sum", *(f"{card} GB" for card in CARDS), "EFLOPs", "hours"), rows)
 
 
 # ---- 7. Command line -------------------------------------------------------------------------------------------------
 
 
-def parse(argv):
-    parser = Parser(__doc__)
+def main(argv=None):
+    example = help_text(RECIPES[PAPER[0]]["encoder"])
+    parser = Parser(__doc__, epilog=f"key=value, with the values of stage encoder:\n{example}")
     add = parser.add_argument
     add("stage", nargs="?", choices=PLANS, help="plan this stage (default: show the three routes)")
     add("settings", nargs="*", metavar="key=value", help="changes a number of the stage's recipe, see below")
     add("--recipe", choices=PAPER, help="(default: all of them)")
-    add("--gpus", type=number(int, 1, 10**6),
-        help="how many GPUs share the work (default: 8 for a stage, 16 for the routes)")
+    add("--gpus", type=number(int, 1, 10**6), help="a stage: how many GPUs share the work (default: 8)")
     add("--fsdp", action="store_true", help="a stage: shard the decoder's layers over the GPUs")
     add("--lora", type=number(int, 1, 1024), metavar="RANK",
         help="stage decoder: low-rank updates in place of the whole decoder")
-    add("--replace", help="a stage with a surrogate: layers to replace, e.g. 16-26, or none (default: the recipe's)")
     add("--memory", action="store_true", help="tables: which stage fits on which GPUs")
     add("--out", help="the routes: where their plot goes (default: runs/routes.png)")
-    parser.epilog = f"key=value, with the values of stage encoder:\n{help_text(RECIPES[PAPER[0]]['encoder'])}"
     args = parser.parse_intermixed_args(argv)
-    more = {"decoder": "lora", "translator": "replace", "encoder": "replace"}
-    what, takes = (("--memory", ["memory"]) if args.memory else ("the three routes", ["gpus", "out"]) if not args.stage
-                   else (f"stage {args.stage}", ["stage", "settings", "gpus", "fsdp", more.get(args.stage)]))
+    takes = ["memory"] if args.memory else ["stage", "settings", "gpus", "fsdp", "lora"] if args.stage else ["out"]
     if odd := [name for name, x in vars(args).items() if x and name not in ("recipe", *takes)]:
-        raise UserError(f"{what} cannot go with {odd[0]}, only with {', '.join(filter(None, ['recipe', *takes]))}")
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
+        raise UserError(f"{odd[0]} cannot go with {takes[0]}" if args.memory or args.stage else f"{odd[0]}: of a stage")
+    if args.lora and args.stage != "decoder":
+        raise UserError("--lora: stage decoder alone trains low-rank updates")
     names = [args.recipe] if args.recipe else PAPER
     if args.memory:
         print("\n\n".join(map(show_fits, names)))
-        return
-    if not args.stage:
+    elif args.stage:
+        for name in names:
+            recipe = override(recipe_of(args.stage, name), args.settings)
+            plan = stage_plan(args.stage, name, args.gpus or 8, args.fsdp, args.lora or 0, recipe=recipe)
+            print(f"{name}, stage {args.stage}: {show_plan(plan)}\n")
+    else:
         out = args.out or "runs/routes.png"
         check_out_file(out)
-        print("\n\n".join(show_routes(name, args.gpus or 16) for name in names))
-        figure = plot_routes()
-        write_whole(out, lambda part: figure.savefig(part, format="png"))
+        print("\n\n".join(map(show_routes, names)))
+        write_whole(out, lambda part: plot_routes().savefig(part, format="png"))
         print(f"\nplot: {out}")
-        return
-    for name in names:
-        recipe, target = override(recipe_of(args.stage, name), args.settings), TARGETS[name]
-        if args.replace:
-            ranges = check_ranges(parse_ranges(args.replace), target.llm_config.num_hidden_layers)
-            if args.stage == "translator" and not ranges:
-                raise UserError("--replace none: without a surrogate there is no translator to train")
-            target = replace(target, ranges=ranges)
-        plan = stage_plan(args.stage, name, args.gpus or 8, args.fsdp, args.lora or 0, target=target, recipe=recipe)
-        print(show_plan(plan), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -161,10 +161,9 @@ def probe(file, steps=500, batch=128, seed=1, device="cpu"):
 @torch.no_grad()
 def perplexity(llm, tokens):
     """exp of the mean -log p of the tokens (B, T) given those before them, the first of each row left out."""
-    total = 0.0
-    for row in tokens:
-        x = llm.run(llm.embed(row[None].to(llm.device)))                                    # (1, T, C)
-        total += llm.loss(x, F.pad(row[None, 1:], (0, 1), value=-100)).item()
+    tokens = tokens.to(llm.device)
+    x = llm.run(llm.embed(tokens))                                                          # (B, T, C)
+    total = llm.loss(x, F.pad(tokens[:, 1:], (0, 1), value=-100)).item()
     return math.exp(total / (tokens.numel() - len(tokens)))
 
 

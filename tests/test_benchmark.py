@@ -26,13 +26,12 @@ def target(vocab=300):
 def table(monkeypatch):
     """A function: the rows of a command, on tiny models; on the CPU unless it says something else."""
     monkeypatch.setitem(benchmark.SIZES, "small", target())
+    monkeypatch.setitem(benchmark.SIZES, "wide", target(vocab=2**17))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
 
-    def rows(command, more=()):
-        for name, sizes in more:
-            monkeypatch.setitem(benchmark.SIZES, name, sizes)
+    def rows(command):
         args = benchmark.parse([*command.split(), *["--device", "cpu"] * ("--device" not in command)])
-        return list(args.rows(args))
+        return list(benchmark.KINDS[args.kind](args))
 
     return rows
 
@@ -63,7 +62,7 @@ def test_peaks_are_those_of_one_run():
 
 
 def test_the_table_is_markdown(monkeypatch, capsys):
-    monkeypatch.setitem(benchmark.KINDS, "step", (lambda args: iter([{"a": 1, "b": 2}, {"a": 3, "b": 4}]), {}))
+    monkeypatch.setitem(benchmark.KINDS, "step", lambda args: iter([{"a": 1, "b": 2}, {"a": 3, "b": 4}]))
     benchmark.main(["step", "--device", "cpu"])
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert "torch" in head and "`python -m studies.benchmark step --device cpu`" in head
@@ -73,49 +72,40 @@ def test_the_table_is_markdown(monkeypatch, capsys):
 # ---- A step, and its memory -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=pytest.mark.skipif(
-    kernels.triton is None, reason="needs Triton"))])
-def test_the_two_steps_are_the_same_step(backend):
-    """One loss and one gradient, on the very same parameters; with the kernels and without."""
+def test_the_two_steps_are_the_same_step():
+    """One loss and one gradient, on the very same parameters."""
     vlm, optimizer = benchmark.stage_of("encoder", target(), torch.float32, DEVICE)
     learns = [p for group in optimizer.param_groups for p in group["params"]]
-    batch, seen = benchmark.llava_batch(target(), 1), []       # one row: interpreted, Triton is slow
-    assert (batch["targets"] >= 0).sum() == benchmark.ANSWER and batch["tokens"].shape == (1, 112)
-    for loss in (vlm.loss, benchmark.TransformersVLM(vlm).loss):
-        with kernels.backend(backend):
-            value = loss(batch)
-            seen.append((value.detach(), *torch.autograd.grad(value, learns)))
+    batch, seen = benchmark.llava_batch(target(), 2), []
+    assert (batch["targets"] >= 0).sum() == 2 * benchmark.ANSWER and batch["tokens"].shape == (2, 112)
+    for loss in (vlm.loss, benchmark.all_logits(vlm)):
+        value = loss(batch)
+        seen.append((value.detach(), *torch.autograd.grad(value, learns)))
     for ours, theirs in zip(*seen):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert seen[0][0] > 1 and all(p.is_leaf and p.requires_grad for p in learns)
 
 
 def test_both_steps_compute_in_bfloat16_and_learn_in_float32():
-    vlm, optimizer = benchmark.stage_of("encoder", target(), torch.bfloat16, "cpu")
-    theirs, batch = benchmark.TransformersVLM(vlm), benchmark.llava_batch(target(), 1)
+    vlm, optimizer = benchmark.stage_of("decoder", target(), torch.bfloat16, "cpu")
+    theirs, batch = benchmark.all_logits(vlm), benchmark.llava_batch(target(), 1)
     assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.float32}
     before = vlm.adapter[0].weight.clone()
-    ours, theirs = (benchmark.take_step(loss, optimizer, batch) for loss in (vlm.loss, theirs.loss))
+    ours, theirs = (benchmark.take_step(loss, optimizer, batch) for loss in (vlm.loss, theirs))
     assert ours == pytest.approx(theirs, rel=1e-3) and torch.equal(before, vlm.adapter[0].weight)       # lr=0
 
 
-def test_logits_of_every_position_take_memory(table):
-    ours, theirs, *_ = table(f"step --batch 2 --rounds 1 --model wide --dtype float32 --device {DEVICE}",
-                             [("wide", target(vocab=32768))])
-    assert (ours["system"], theirs["system"]) == ("ours", "transformers, all logits")
-    assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-5)
-    if sys.platform == "linux":
-        assert float(ours["of it the step's"]) < 0.7 * float(theirs["of it the step's"])
-
-
-@pytest.mark.parametrize("stage", ["translator", "decoder"])
+@pytest.mark.parametrize("stage", ["translator", "encoder", "decoder"])
 def test_a_step_of_every_stage_beside_the_formula(stage, table):
-    lora = benchmark.LORA * (stage == "decoder")
-    rows = table(f"step {stage} --batch 2 --rounds 1 --model wide", [("wide", target(vocab=2**19))])
-    assert [row["system"] for row in rows] == ["ours", "transformers, all logits"][:1 + (not lora)]
-    formula = cost.memory(stage, target(vocab=2**19), benchmark.STEP, 2, 112, 60, lora=lora)
-    assert rows[0]["by formula"] == f"{sum(formula.values()) / 2**30:.2f}" != "0.00"
-    assert 1e-3 < float(rows[0]["loss"]) and float(rows[0]["peak GiB"]) > float(rows[0]["of it the step's"])
+    ours, theirs, *_ = table(f"step {stage} --batch 2 --rounds 1 --model wide --dtype float32 --device {DEVICE}")
+    assert (ours["system"], theirs["system"]) == ("ours", "transformers' LLM, all logits")
+    assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-5) and float(ours["loss"]) > 1e-3
+    formula = cost.memory(stage, target(vocab=2**17), benchmark.STEP, 2, 112, 60)
+    assert ours["by formula"] == f"{sum(formula.values()) / 2**30:.2f}" != "0.00"
+    if sys.platform == "linux":
+        assert float(ours["peak GiB"]) > float(ours["of it the step's"])
+        if stage == "encoder":                  # logits of every position take memory
+            assert float(ours["of it the step's"]) < 0.7 * float(theirs["of it the step's"])
 
 
 # ---- Decoding and kernels -------------------------------------------------------------------------------------------

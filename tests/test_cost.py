@@ -134,42 +134,40 @@ def test_memory_by_hand():
     n = 8_030_261_248 + sum(sum(counts) for part, counts in parts.items() if "ViT" in part or "projector" in part)
     frozen = parts["ViT, frozen part"][1]
     whole = cost.memory("decoder", EIGHT, recipe, **sizes)
-    assert whole["weights"] == 2 * n and whole["float32 weights, Adam"] == 12 * (n - frozen) == 3 * whole["gradients"]
-    layers = 32 * 218_112_000
+    assert whole["weights"] == 2 * n and whole["optimizer"] == 12 * (n - frozen) == 3 * whole["gradients"]
+    layer = 218_112_000
     shared = cost.memory("decoder", EIGHT, recipe, **sizes, ranks=8, fsdp=True)
-    assert shared["weights"] == whole["weights"] - 2 * layers * 7 / 8 and shared["whole layers"] == 10 * 218_112_000
+    assert shared["weights"] == whole["weights"] - 2 * 32 * layer * 7 / 8 + 10 * layer
     kept = cost.memory("decoder", EIGHT, replace(recipe, checkpointing=False), **sizes)
     per_layer = 2 * (4096 + 4096 + 4096 + 2 * 1024 + 4096 + 2 * 14336 + 2 * 4096 + 14336)   # bytes of a position
-    assert kept["activations of the decoder"] == 4 * 799 * 32 * per_layer
-    assert whole["activations of the decoder"] == 4 * 799 * (32 * 2 * 4096 + per_layer)
+    assert kept["activations"] - whole["activations"] == 4 * 799 * (31 * per_layer - 32 * 2 * 4096)
 
 
 def test_stage_plan():
     p = cost.stage_plan("translator", "llama-3.1-8b", ranks=8)
-    assert p["images"][0] + p["texts"][0] == pytest.approx(256) and p["recipe"].steps == 4393
-    positions = p["images"][0] * p["images"][1] + p["texts"][0] * p["texts"][1]
+    assert p.images[0] + p.texts[0] == pytest.approx(256) and p.recipe.steps == 4393
+    positions = p.images[0] * p.images[1] + p.texts[0] * p.texts[1]
     assert 4393 * positions == pytest.approx(624_610 * 799 + 500_000 * 400, rel=1e-5)
-    text, sums = cost.show_plan(p), map(sum, zip(*p["parts"].values()))
-    for words in ("= 8 at a time x 4 times x 8 GPU(s)", "1,124,608 samples, 699 M positions", "3.05%",
-                  "| sum | {:,} | {:,} |".format(*sums)):
+    text, (trained, frozen) = cost.show_plan(p), map(sum, zip(*p.parts.values()))
+    for words in ("= 8 at a time x 4 times x 8 GPU(s)", "1,124,608 samples, 699 M positions",
+                  f"| trained parameters, millions | sum | {trained / 1e6:,.2f} |",
+                  f"| frozen | sum | {frozen / 1e6:,.2f} |", f"| GB a GPU | sum | {p.peak / 1e9:.2f} |"):
         assert words in text
-    tiny = cost.stage_plan("encoder", "tiny", 2, target=TINY, recipe=Recipe(steps=0, batch=6),
-                           data=((13, 9, 5), cost.NOTHING))
-    assert (tiny["recipe"].steps, tiny["recipe"].micro_batch, tiny["images"]) == (2, 3, (6, 19 + 9, 5))
-    short = replace(RECIPES["llama-3.1-8b"]["encoder"], max_length=700)
-    assert cost.stage_plan("encoder", "llama-3.1-8b", recipe=short)["images"][1] == 700
+    epoch = replace(RECIPES["llama-3.1-8b"]["encoder"], max_length=700, steps=0)
+    p = cost.stage_plan("encoder", "llama-3.1-8b", recipe=epoch)
+    assert p.images[1] == 700 and p.recipe.steps == 624_610 // 128
 
 
 def test_the_surrogate_saves_what_the_paper_says(tmp_path, capsys):
     cost.main(["--out", str(tmp_path / "routes.png")])
     printed = capsys.readouterr().out
     assert Image.open(tmp_path / "routes.png").size[0] > 800
-    assert printed.count(" h, ") == 7 and all(hours in printed for hours in ("44.9%", "19.17 h", "34.79 h"))    # of 70B
+    assert printed.count(" h, ") == 7 and all(x in printed for x in ("44.9%", "19.17 h", "34.79 h"))   # of 70B
     for name in cost.PAPER:
         found = cost.routes(name)
         surrogate, full, lora = found.values()
-        assert surrogate["flops"] < lora["flops"] < full["flops"]           # LoRA saves memory more than time
-        assert lora["peak"] < surrogate["peak"] == full["peak"]             # both train the full decoder in the end
+        assert surrogate.flops < lora.flops < full.flops           # LoRA saves memory more than time
+        assert lora.peak < surrogate.peak == full.peak             # both train the full decoder in the end
         assert f"route saves {cost.saving(found):.1%} of" in printed
     assert abs(cost.saving(found) - (1 - (9.36 + 4.25 + 5.56) / (7.01 + 27.78))) < 0.05
 
@@ -185,8 +183,8 @@ def test_what_fits_where(capsys):
     assert float(needs[-1]) == pytest.approx(sum(map(float, needs[:-1])), abs=0.3)
     recipe = RECIPES["llama-3.1-70b"]["decoder"]
     plan = cost.stage_plan("decoder", "llama-3.1-70b", 32, True, recipe=replace(recipe, micro_batch=int(fit141)))
-    assert (fit24, fit40, fit80) == ("–",) * 3 and 80e9 < plan["peak"] < 141e9
-    assert flops == f"{plan['flops'] / 1e18:.1f}" and hours == f"{plan['hours'] / 32:.2f}"
+    assert (fit24, fit40, fit80) == ("–",) * 3 and 80e9 < plan.peak < 141e9
+    assert flops == f"{plan.flops / 1e18:.1f}" and hours == f"{plan.hours / 32:.2f}"
 
 
 def test_plan_of_a_stage(tmp_path, capsys, monkeypatch):
@@ -196,14 +194,11 @@ def test_plan_of_a_stage(tmp_path, capsys, monkeypatch):
         cost.main(line.split())
         return capsys.readouterr().out
 
-    text = plan("encoder steps=100 --recipe llama-3.1-8b --gpus 4 micro_batch=4 lr=1e-4")
-    assert "100 steps of 128 samples = 4 at a time x 8 times x 4 GPU(s)" in text and "learning rate 0.0001" in text
-    assert "LoRA of rank 8" in plan("decoder --recipe llama-3.1-70b --gpus 16 --fsdp --lora 8")
-    one, two, sharded = (plan(f"translator --recipe llama-3.1-8b {more}")
-                         for more in ("", "--replace 17-22,23-30", "--fsdp"))
-    assert "218,112,000" in one and "436,224,000" in two
+    text = plan("encoder steps=100 --recipe llama-3.1-8b --gpus 4 micro_batch=4")
+    assert "llama-3.1-8b, stage encoder: 100 steps of 128 samples = 4 at a time x 8 times x 4 GPU(s)" in text
+    assert "| LoRA |" in plan("decoder --recipe llama-3.1-70b --gpus 16 --fsdp --lora 8")
+    one, sharded = (plan(f"translator --recipe llama-3.1-8b {more}") for more in ("", "--fsdp"))
     petaflops = lambda text: float(text.split("| gradients of activations | ")[1].split()[0])
     assert petaflops(sharded) > petaflops(one)                              # text's gradients go through the trunk
-    batches = "4,880 steps of 128 samples = 8 at a time x 2 times x 8 GPU(s)"
-    assert all(f"{name}, stage encoder: {batches}" in plan("encoder") for name in cost.PAPER)
+    assert [name in plan("adapter") for name in cost.PAPER] == [True] * 3
     assert not list(tmp_path.iterdir())                                     # a plan writes nothing
