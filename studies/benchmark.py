@@ -167,8 +167,10 @@ def llama_twin(llm):
     with torch.device("meta"):
         twin = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, bos_token_id=1, eos_token_id=2,
                                             pad_token_id=2))
-    weights = llm.state_dict(keep_vars=True)
-    twin.load_state_dict(weights | {"lm_head.weight": llm.lm_head_weight}, assign=True)
+    weights = llm.state_dict(keep_vars=True) | {"lm_head.weight": llm.lm_head_weight}
+    for name, p in twin.named_parameters():         # load_state_dict hands these flags on: what is frozen stays frozen
+        p.requires_grad_(weights[name].requires_grad)
+    twin.load_state_dict(weights, assign=True)
     twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config)        # it holds frequencies, and no parameter
     twin.tie_weights()
     return twin.eval().to(llm.device)

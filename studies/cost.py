@@ -188,7 +188,7 @@ def show_plan(p):
         f"{r.steps * r.batch:,} samples, {r.steps * (n * T + n_text * T_text) / 1e6:,.0f} M positions; a step has "
         f"{n:.0f} images of {T} ({N} targets) and {n_text:.0f} texts of {T_text} ({N_text})",
         "", table(("", "part", "amount"), rows), "",
-        f"{p.flops / 1e18:,.1f} EFLOPs (1e18) in all steps, {p.hours:,.1f} GPU-hours if training gets {UTILIZATION:.0%} "
+        f"{p.flops / 1e18:,.1f} EFLOPs in all steps, {p.hours:,.1f} GPU-hours if training gets {UTILIZATION:.0%} "
         f"of an H100's {PEAK / 1e12:.0f} TFLOP/s. CUDA, NCCL and the allocator's gaps take some GB more."])
 
 
