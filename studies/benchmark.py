@@ -16,6 +16,7 @@ import importlib.metadata
 import itertools
 import platform
 import re
+import resource
 import shlex
 import statistics
 import sys
@@ -51,14 +52,14 @@ Measured = namedtuple("Measured", "seconds held peak result")       # held: byte
 
 
 def peak_memory(device, reset=False):
-    """Bytes: the most that was held, on a GPU by tensors, on a CPU by the process, code included (Linux; elsewhere 0).
-    reset: forget it first, so that what is held now is returned."""
+    """Bytes: the most that was held, on a GPU by tensors, on a CPU by the process, code included. reset: forget it
+    first, so that what is held now is returned (a CPU's can be reset on Linux alone)."""
     if device.startswith("cuda"):
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
     if sys.platform != "linux":
-        return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if reset:
         ctypes.CDLL(None).malloc_trim(0)            # what was freed is kept for later use: here it is given back
         with suppress(OSError):                     # not every container allows it

@@ -43,6 +43,7 @@ PROGRAMS = {"distillation": distillation.main, "train": train.main, "parallel": 
 SHARED = ("distillation", "random", "train translator")     # commands of stage 1, which serves many encoders
 BATCH = "batch=8"                           # of stage 2 in all arms: half the recipe's, in half the time
 PAPER = "like_words=false vit_layers=0 vit_lr=1"
+ROUTE = ("ours, then stage 3", "full decoder", "LoRA")      # the paper's figure 2: everything until the LLM is a VLM
 ADAPTER = f"train encoder --direct vit_lr=0 steps=300 {BATCH}"       # the paper's warm-up: the projector alone learns
 ARMS = {    # each: the commands of its stages, the last with --steps; a stage goes on from the one before
     "ours": ["distillation", "train encoder"],
@@ -65,9 +66,9 @@ ARMS = {    # each: the commands of its stages, the last with --steps; a stage g
     "direct, half the rate": ["train encoder --direct lr=5e-4"],
     "ours, half the rate": ["distillation", "train encoder lr=5e-4"],
     # the whole route of the paper's figure 2: 20 % of stage 3 behind the graft, or all of it behind a warm-up
-    "ours, then stage 3": ["distillation", f"train encoder steps=300 {BATCH}", "train decoder"],
-    "full decoder": [ADAPTER, "train decoder"],
-    "LoRA": [ADAPTER, "parallel decoder --lora 8"],
+    ROUTE[0]: ["distillation", f"train encoder steps=300 {BATCH}", "train decoder"],
+    ROUTE[1]: [ADAPTER, "train decoder"],
+    ROUTE[2]: [ADAPTER, "parallel decoder --lora 8"],
 }
 
 # ---- Run ------------------------------------------------------------------------------------------------------------
@@ -99,8 +100,8 @@ def run_command(command, start, seed, out, more=()):
         main([*argv, "--out", str(folder), *(["--resume"] if going else [])])
         about = checkpoints.open_checkpoint(file)[1]
         with tempfile.TemporaryDirectory() as scratch, FlopCounterMode(display=False) as count:
-            main([*argv, "steps=4", "--out", scratch])      # of which one is the teacher's, one fresh
-        tera = count.get_total_flops() * about["recipe"]["steps"] / 4 / 1e12
+            main([*argv, "steps=12", "--out", scratch])     # every 2nd, 3rd or 4th is a lesson; of stage 1 3 are fresh
+        tera = count.get_total_flops() * about["recipe"]["steps"] / 12 / 1e12
         text = json.dumps(dict(tera=round(tera, 1), seconds=about["seconds"]))
         write_whole(done, lambda part: part.write_text(text, encoding="utf-8"))
     cost = read_json(done)
@@ -109,8 +110,8 @@ def run_command(command, start, seed, out, more=()):
 
 def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     """Train an arm, graft, ask. Returns the result, which is also OUT/NAME-STEPS-seedSEED.json. steps: of the
-    last stage; seed: of all but stage 1, as one surrogate serves all encoders. samples: validation images a task;
-    fresh: samples over which cross-entropy is measured."""
+    last stage, 0: without it; seed: of all but stage 1, as one surrogate serves all encoders. samples: validation
+    images a task; fresh: samples over which cross-entropy is measured."""
     if name not in ARMS:
         raise UserError(f"unknown arm {name!r}: choose from {', '.join(ARMS)}")
     out, start, tera, seconds = Path(out), None, [], []
@@ -118,7 +119,7 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     if file.exists():
         return read_result(file)
     *first, last = ARMS[name]
-    for command, more in [*((c, []) for c in first), (last, [f"steps={steps}", BATCH])]:
+    for command, more in [*((c, []) for c in first), *[(last, [f"steps={steps}", BATCH])] * (steps > 0)]:
         print(f"{name}, {steps} steps, seed {seed}: {command}", flush=True)
         start, t, s = run_command(command, start, 0 if command.startswith(SHARED) else seed, out, more)
         tera.append(t)
@@ -253,7 +254,10 @@ def table(results):
 COLORS, SHAPES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "os^DvP*X<>"
 
 
-def plot(results, measures=("what the image brings", "trained, ranked", "never trained, ranked")):
+MAIN = ("what the image brings", "trained, ranked", "never trained, ranked")
+
+
+def plot(results, measures=MAIN):
     """Score of the graft against FLOPs, every point a run of its own length: a figure. Dashed: stage 1 counted, which
     serves further encoders, too."""
     grouped, fig = by_arm(results), Figure(figsize=(13, 4.4), dpi=120, facecolor="white", layout="constrained")
@@ -284,8 +288,8 @@ def main(argv=None):
     add("--list", action="store_true", help="show the arms")
     add("--run", nargs="+", default=[], metavar="ARM", choices=[*ARMS, "all"], help="train and ask these arms, or all")
     add("--seed", nargs="+", type=number(int, 0, MAX_SEED), default=[0], help="of projector and samples (default: 0)")
-    add("--steps", nargs="+", type=number(int, 1, 10**9), default=[500], metavar="N",
-        help="steps of the last stage, each a run of its own (default: 500)")
+    add("--steps", nargs="+", type=number(int, 0, 10**9), default=[500], metavar="N",
+        help="steps of the last stage, each a run of its own; 0: without it (default: 500)")
     add("--samples", type=number(int, 1, 10**6), default=12, metavar="N",
         help="validation images a task (default: %(default)s)")
     add("--out", default="runs/results", help="folder for checkpoints, results and figures (default: %(default)s)")
@@ -312,10 +316,14 @@ def main(argv=None):
     if args.keep:
         text = "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n"
         write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
-    picture = (ASSETS if args.keep else Path(args.out)) / "flops.png"
-    write_whole(picture, lambda part: plot(results).savefig(part, format="png"))
     print(f"\n{table(results)}\n\nIn %, pair → graft, ± standard deviation over seeds. steps: of the last stage.")
-    print(picture)
+    route = [r for r in results if r["arm"] in ROUTE]
+    for name, some, measures in (("flops.png", [r for r in results if r not in route], MAIN),
+                                 ("route.png", route, [*MEASURES][1:])):
+        if some:
+            picture, figure = (ASSETS if args.keep else Path(args.out)) / name, plot(some, measures)
+            write_whole(picture, lambda part: figure.savefig(part, format="png"))
+            print(picture)
 
 
 if __name__ == "__main__":

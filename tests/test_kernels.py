@@ -289,6 +289,15 @@ def test_rope_of_offsets_beyond_32_bits(triton_backend, monkeypatch, strides):
     assert_close(out, rotate(x.double(), angles.cos(), angles.sin()), torch.float16)
 
 
+def test_apply_rope_rounds_like_the_official_llama():
+    with kernels.backend("torch"):
+        angles = torch.rand(9, 32) * 6
+        x = torch.randn(2, 9, 3, 64)
+        cos, sin = (torch.cat((a, a), dim=-1)[:, None] for a in (angles.cos(), angles.sin()))
+        half_rotated = torch.cat((-x[..., 32:], x[..., :32]), dim=-1)
+        assert torch.equal(kernels.apply_rope(x, angles.cos(), angles.sin()), x * cos + half_rotated * sin)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
 def test_rms_norm(backend, dtype, residual, monkeypatch):

@@ -21,7 +21,7 @@ from extras import distillation
 from formats import checkpoints
 from formats.checkpoints import read_checkpoint
 from formats.tokenizer import IMAGE, Tokenizer
-from model import VLM, Llama, ViT, ViTConfig
+from model import VLM, Llama, LlamaConfig, ViT, ViTConfig
 from recipes import RECIPES, Recipe, override
 from surrogate import build_surrogate
 
@@ -91,6 +91,34 @@ def test_lr_schedule():
     assert train.lr_at(0, Recipe(steps=1)) > 0          # the shortest run moves, too
 
 
+@pytest.mark.parametrize("stage, distill, expected", [
+    ("translator", 0, ("projector", "ends", "translators")),
+    ("encoder", 0, ("projector", "ends", "upper ViT")),
+    ("encoder", 4, ("projector", "ends", "upper ViT", "translators")),      # the LLM teaches them in passing
+    ("decoder", 0, ("projector", "ends", "upper ViT", "decoder")),
+])
+def test_trained_parameters_are_the_recipes(stage, distill, expected):
+    with torch.device("meta"):
+        vit = ViT(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=24, num_attention_heads=2))
+        llm = Llama(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=12,
+                                num_attention_heads=2, num_key_value_heads=1, head_dim=8))  # fmt: skip
+        vlm = VLM(vit, llm if stage == "decoder" else build_surrogate(llm, [(3, 5), (8, 10)]))
+    groups = {"projector": ("adapter.",), "ends": ("embd_soi", "embd_eoi", "encoder.vision_model.post_layernorm."),
+              "decoder": ("decoder.",), "translators": ("decoder.model.layers.3.", "decoder.model.layers.6."),
+              "upper ViT": tuple(f"encoder.vision_model.encoder.layers.{i}." for i in range(16, 24))}
+    prefixes = tuple(p for name in expected for p in groups[name])
+    wanted = {n for n, _ in vlm.named_parameters() if n.startswith(prefixes)}
+    vlm.requires_grad_(True)
+    got = train.trained_parameters(vlm, stage, distill=distill)
+    assert got.keys() == wanted == {n for n, p in vlm.named_parameters() if p.requires_grad}
+    assert sum(n.endswith("mlp.fc1.weight") for n in got) == (0 if stage == "translator" else 8)  # 8 of CLIP-L's 24
+    assert PROJECTOR <= got.keys()
+    assert sum(n.endswith("mlp.fc1.weight") for n in train.trained_parameters(vlm, "encoder", vit_layers=3)) == 3
+    assert ("decoder.model.embed_tokens.weight" in got) == (stage == "decoder")
+    if stage == "decoder":
+        assert sum(n.endswith("mlp.up_proj.weight") for n in got) == 12
+
+
 @pytest.mark.parametrize("stage", ["translator", "encoder", "decoder"])
 def test_only_what_is_trained_changes(tiny_llm, tmp_path, stage):
     vlm, llm = make_vlm(tiny_llm, [(2, 4)])
@@ -149,6 +177,23 @@ def test_short_turns_about_images_weigh_more_in_the_loss(tiny_llm):
         assert relative(vlm.loss(batch).item(), wanted.item()) < 1e-5
 
 
+def test_text_alone_needs_no_gradient_below_the_translator(tiny_llm):
+    """Micro-batches are of one kind, and autograd does the rest."""
+    vlm, _ = make_vlm(tiny_llm, [(2, 4)])
+    parameters = train.trained_parameters(vlm, "translator")
+    images, text = batches_of(vlm, Recipe(batch=5), TEXT)[0]
+    assert len(images["tokens"]) == 3 and len(text["tokens"]) == 2 and text["pixels"] is None
+    needs = {}
+    for i, layer in enumerate(vlm.decoder.model.layers):
+        layer.register_forward_hook(lambda module, args, out, i=i: needs.update({i: out.requires_grad}))
+    loss = vlm.loss(text)
+    assert needs == {0: False, 1: False, 2: True, 3: True}
+    loss.backward()
+    assert set(grads(parameters)) == {n for n in parameters if n.startswith("decoder.model.layers.2.")}
+    vlm.loss(images)
+    assert needs == {0: True, 1: True, 2: True, 3: True}  # images: the projector learns through the trunk
+
+
 # ---- the optimizer --------------------------------------------------------------------------------------------------
 
 
@@ -168,10 +213,12 @@ def test_updates_below_bf16s_resolution_add_up(tiny_llm, tmp_path):
 
 
 def test_the_step_is_adamw_with_clipping_and_without_decay():
-    """Against torch's own AdamW; a parameter without a gradient stays as it is; rates of their own."""
-    p, idle, slow = (torch.nn.Parameter(torch.tensor(x)) for x in ([1.0, -2.0], [1.0], [0.0]))
+    """Against torch's own AdamW; a parameter without a gradient stays as it is; rates of their own, of which one does
+    not fall."""
+    p, idle, slow, steady = (torch.nn.Parameter(torch.tensor(x)) for x in ([1.0, -2.0], [1.0], [0.0], [0.0]))
     twin, recipe = torch.nn.Parameter(p.detach().clone()), Recipe(lr=0.1, steps=10)
-    optimizer = train.adamw({"p": p, "idle": idle, "encoder.slow": slow}, recipe, {"encoder.": 0.25})
+    learns = {"p": p, "idle": idle, "encoder.slow": slow, "decoder.steady": steady}
+    optimizer = train.adamw(learns, recipe, {"encoder.": 0.25, "decoder.": 0.5}, constant=("decoder.",))
     adam = torch.optim.AdamW([twin], lr=0.1, betas=(0.9, 0.999), weight_decay=0)
     for step, g in enumerate(torch.tensor([[3.0, 4.0], [0.1, -0.2], [-8.0, 6.0]])):
         p.grad, twin.grad = g.clone(), g / max(1, g.norm())
@@ -179,9 +226,9 @@ def test_the_step_is_adamw_with_clipping_and_without_decay():
         assert train.update(optimizer, recipe, step) == train.lr_at(step, recipe)
         adam.step()
     assert torch.allclose(p, twin, atol=1e-6) and idle.item() == 1 and p.grad is None
-    slow.grad = torch.ones(1)
+    slow.grad, steady.grad = torch.ones(1), torch.ones(1)
     train.update(optimizer, recipe, 2)
-    assert slow.item() == pytest.approx(-0.25 * train.lr_at(2, recipe))
+    assert slow.item() == pytest.approx(-0.25 * train.lr_at(2, recipe)) and steady.item() == pytest.approx(-0.5 * 0.1)
 
 
 def test_a_gradient_that_is_not_finite_touches_nothing():
@@ -398,6 +445,9 @@ def test_the_lesson_trains_translators_alone_and_the_loss_the_encoder(tiny_llm):
     assert_close(got, grads(learns))
     (noisy, _, _), (again, _, _), (other, _, _) = lesson(0.5, 1), lesson(0.5, 1), lesson(0.5, 2)
     assert noisy.item() == again.item() != other.item() != loss.item()
+    train.set_dtypes(vlm, s.bfloat16(), learns)
+    trunk, _ = train.teach(vlm, llm, batch, translators, 0.5, torch.Generator().manual_seed(1))
+    assert trunk.dtype == torch.bfloat16        # noise and lengths are float32: the layers behind must not become so
 
 
 def test_resume_where_it_does_not_belong(stages, tiny_llm, tmp_path, capsys, monkeypatch):
