@@ -295,8 +295,8 @@ def brings_table(rows):
 
 # Six held-out images, chosen: four that the graft gets right, though no image holds the answer and no training showed
 # it; one that the pair reads and the graft does not; one that both know.
-DEMO = [("language", ("flag", "Finland")), ("language", ("flag", "Cuba")), ("continent", ("flag", "Austria")),
-        ("capital", ("flag", "China")), ("flag", ("flag", "Sweden")), ("color", ("shape", "blue", "hexagon"))]
+DEMO = [("language", ("flag", "Finland")), ("capital", ("flag", "Algeria")), ("capital", ("flag", "Hungary")),
+        ("continent", ("flag", "Lithuania")), ("flag", ("flag", "Sweden")), ("color", ("shape", "red", "circle"))]
 
 
 def demo(vlm, surrogate, before=None):

@@ -122,7 +122,7 @@ SMALL = dict(
     vit=Words(steps=600, batch=128, lr=1e-3, workers=1),                    # stage 0, extras/vit.py; shipped: 3500
     distillation=Distillation(steps=2000, batch=8, lr=5e-4),            # stage 1, extras/distillation.py
     translator=Recipe(steps=400, lr=1e-3, like_words=True),             # stage 1, the paper's
-    encoder=Recipe(steps=2000, lr=1e-3, like_words=True, vit_layers=3, vit_lr=0.1, distill=4),     # stage 2
+    encoder=Recipe(steps=2000, lr=1e-3, like_words=True, vit_layers=3, vit_lr=0.1, distill=3),     # stage 2
     decoder=Recipe(steps=30, lr=5e-5, loss_on="answers", like_words=True, vit_layers=3),
 )
 
