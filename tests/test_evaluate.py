@@ -169,7 +169,7 @@ def test_demo_says_what_the_systems_say(vlm, surrogate, stages, capsys):
     before = VLM.untrained(stages["vit"], vlm.decoder, vlm.tokenizer, True, 0)
     examples = evaluate.demo(vlm, surrogate, before)
     asked = [(s.task, s.caption) for s, _ in examples[:2]]
-    assert asked == [("language", "the flag of Finland"), ("language", "the flag of Cuba")]
+    assert asked == [("language", "the flag of Finland"), ("capital", "the flag of Algeria")]
     assert any(s.task in world.TRAINED_TASKS for s, _ in examples)
     sample, said = examples[1]
     for name, system in (("before", before), ("pair", as_pair(vlm, surrogate)), ("graft", vlm)):
