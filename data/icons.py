@@ -139,22 +139,22 @@ def write(folders, test, out):
     held = held_out(things)
     for number, (artist, files) in enumerate(packages):
         for thing in tqdm(things, desc=artist, unit="thing"):
-            file, is_flag, test = files.get(thing.code), thing.kind == "flag", number == 0
+            file, is_flag, is_test = files.get(thing.code), thing.kind == "flag", number == 0
             if file is None or file.suffix == ".webp" and is_flag:          # Fluent's flags are Noto's
                 continue
             icon, untaught = drawing(file), thing.caption in held
-            parts = ["test"] if test else ["known"] if untaught else ["known", "train"]
+            parts = ["test"] if is_test else ["known"] if untaught else ["known", "train"]
             counts[artist] += 1
-            for v in range(1 if test else VARIANTS):
+            for v in range(1 if is_test else VARIANTS):
                 rng, name = random.Random(f"icon/0/{artist}/{thing.code}/{v}"), f"{artist}/{thing.code}-{v}.png"
                 image = place(rng, icon)
                 write_whole(out / name, lambda part: image.save(part, format="png"))
                 tasks = ["describe", *["kind"] * bool(thing.kind), *["flag"] * is_flag]
                 tasks += world.KNOWLEDGE_TASKS if is_flag and thing.name in world.FACTS else ()
-                for task in tasks if test else ["flag" if is_flag and v % 2 else "describe"]:
-                    s = ask(rng, image, thing, task, things if test else ())
+                for task in tasks if is_test else ["flag" if is_flag and v % 2 else "describe"]:
+                    s = ask(rng, image, thing, task, things if is_test else ())
                     record = record_of(s, name) | dict(caption=thing.caption)
-                    if test:
+                    if is_test:
                         record |= dict(split="untaught" if untaught else "test", task=task, options=s.options,
                                        right=s.right, rivals=s.rivals)
                     for part in parts:
