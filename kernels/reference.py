@@ -19,10 +19,8 @@ def attention_by_products(q, k, v, causal):
     (B, Tq, Hq, D), (Tk, Hkv) = q.shape, k.shape[1:3]
     q = q.reshape(B, Tq, Hkv, -1, D).permute(0, 2, 3, 1, 4).reshape(B * Hkv, -1, D)  # (B*Hkv, G*Tq, D), G = Hq / Hkv
     k, v = (x.transpose(1, 2).reshape(B * Hkv, Tk, D) for x in (k, v))
-    scores = (q * D ** -0.5 @ k.transpose(1, 2)).view(B * Hkv, -1, Tq, Tk)
-    if causal:
-        scores = scores.masked_fill(torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(Tk - Tq + 1), -math.inf)
-    o = scores.softmax(-1).view(B * Hkv, -1, Tk) @ v  # (B*Hkv, G*Tq, D)
+    mask = q.new_full((Tq, Tk), -math.inf if causal else 0).triu(Tk - Tq + 1).repeat(Hq // Hkv, 1)  # (G*Tq, Tk)
+    o = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D ** -0.5).softmax(-1) @ v  # (B*Hkv, G*Tq, D)
     return o.view(B, Hkv, -1, Tq, D).permute(0, 3, 1, 2, 4).reshape(B, Tq, Hq, D)
 
 
@@ -65,18 +63,17 @@ def norm_forward(x, weight, eps, residual=None):
     s = x if residual is None else x + residual
     wide = s if s.dtype == torch.float64 else s.float()
     r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(s.shape[-1]).add_(eps).rsqrt_()  # (…, 1)
-    return (wide * r).mul_(weight) if wide is s else (wide * r).to(s.dtype) * weight, s, r
+    return ((wide * r) if wide is s else wide.mul_(r).to(s.dtype)).mul_(weight), s, r
 
 
 def norm_backward(dy, ds, s, weight, r, need_weight):
     """With n = s r and g = dy weight: d s = r (g - n mean(g n)) + what reaches s directly, d weight = sum over rows of
     dy n. Written out: autograd's own, pass after pass over large tensors, takes almost three times as long on a CPU."""
-    wide, dy = s.to(r.dtype), dy.to(r.dtype)
-    g = dy * weight
+    wide, g = s.to(r.dtype), dy * weight if dy.dtype == r.dtype else dy.to(r.dtype).mul_(weight)
     mean = torch.linalg.vecdot(g, wide)[..., None] * r.pow(3) / s.shape[-1]  # (…, 1): r^2 mean(g n), as n is s r
     dx = g.mul_(r).addcmul_(wide, mean, value=-1).to(s.dtype)
     dx = dx if ds is None else dx.add_(ds)
-    return dx, (dy * (wide * r).to(s.dtype)).flatten(0, -2).sum(0).to(weight.dtype) if need_weight else None
+    return dx, (dy * (wide * r).to(s.dtype).to(r.dtype)).flatten(0, -2).sum(0).to(weight.dtype) if need_weight else None
 
 
 class RMSNorm(torch.autograd.Function):
@@ -112,16 +109,16 @@ def int8_linear(x, weight, scale, dtype):
 
 def loss_and_gradient(logits, targets, need_grad):
     """logits (n, V), targets (n,) -> the n losses, float32, and d loss / d logits in the dtype of logits (or None)."""
-    valid = targets >= 0
-    index = targets.clamp(min=0)[:, None]  # (n, 1)
-    x = logits.float()  # (n, V)
-    lse = torch.logsumexp(x, dim=-1, keepdim=True)  # (n, 1)
-    losses = torch.where(valid, (lse - x.gather(1, index))[:, 0], 0)
-    if not need_grad:
-        return losses, None
-    p = torch.exp_(x.sub(lse) if x is logits else x.sub_(lse))  # softmax
-    p.scatter_add_(1, index, torch.full_like(lse, -1))
-    return losses, p.mul_(valid[:, None]).to(logits.dtype)
+    losses, gradients = [], []
+    few = 8 if logits.device.type == "cpu" else max(1, len(logits))  # of so few rows all stays in a CPU's cache
+    for x, t in zip(logits.split(few), targets.split(few)):
+        valid, index = t >= 0, t.clamp(min=0)[:, None]  # (few,), (few, 1)
+        logp = x.log_softmax(-1, dtype=torch.float32)  # (few, V)
+        losses.append(torch.where(valid, -logp.gather(1, index)[:, 0], 0))
+        if need_grad:
+            p = logp.exp_().scatter_add_(1, index, torch.full_like(logp[:, :1], -1))  # softmax - onehot
+            gradients.append(p.mul_(valid[:, None]).to(x.dtype))
+    return torch.cat(losses), torch.cat(gradients) if need_grad else None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
