@@ -4,7 +4,7 @@ What teaches the encoder? Arms that differ in one thing each: trained, grafted, 
     python -m studies.results --list                            # the arms, as the commands that a user would type
     python -m studies.results --run ours direct --steps 250 500 # train, ask, show; --keep puts it into assets/
     python -m studies.results                                   # the tables and figures of what is there
-    python -m studies.results --probe assets/vit.safetensors    # how much does the ViT of stage 0 see?
+    python -m studies.results --probe assets/vit.safetensors    # how much does the ViT of stage 0 see? (--icons FOLDER)
     python -m studies.results --kept assets/translator.safetensors      # how good a language model is the surrogate?
 
 Scores are of validation images, by which recipes may be chosen; the images of `graft.py --eval` stay unseen. What an
@@ -28,6 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import evaluate
 import train
 from cli import MAX_SEED, Parser, UserError, check_out, number, run_cli, write_whole
+from data.images import preprocess
+from data.sources import HeldOut, read_pictures
 from data.world import KNOWLEDGE_TASKS, KNOWN_SUBJECTS, SUBJECTS
 from extras import distillation, parallel, vit
 from formats import checkpoints
@@ -135,17 +137,20 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     return result
 
 
-def probe(file, steps=500, batch=128, seed=1, device="cpu"):
+def probe(file, steps=500, batch=128, seed=1, device="cpu", icons=None):
     """How many captions does a small captioner of its own read from a frozen ViT? Trained on drawings of all known
     subjects, asked about new drawings of them, and about combinations of color and shape that no stage has seen: the
-    most that a projector could bring across. Returns {kind of picture: share of captions that are right as a whole}."""
+    most that a projector could bring across. icons: a folder of data/icons.py, whose pictures are half of what the
+    captioner learns, and of whose test artist it is asked, too. Returns {kind of picture: share of captions that are
+    right as a whole}."""
     torch.manual_seed(seed)
-    captions, encoder = vit.Captions(), base_vit(file, file).to(device)
+    samples, texts, _ = read_pictures(f"{icons}/known.json", seed) if icons else (None, (), {})
+    captions, encoder = vit.Captions(texts), base_vit(file, file).to(device)
     head = vit.Captioner(captions, encoder.config.hidden_size).to(device)
     see = torch.no_grad()(lambda pixels: encoder.vision_model.post_layernorm(encoder(pixels.to(device))))
     adam = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    for pixels, texts in vit.Pictures(batch, seed).loader(range(steps), 1):
+    for pixels, texts in vit.Pictures(batch, seed, samples=samples).loader(range(steps), 1):
         loss, _ = head.loss(captions(texts).to(device), see(pixels))
         loss.backward()
         adam.step()
@@ -155,6 +160,10 @@ def probe(file, steps=500, batch=128, seed=1, device="cpu"):
     kinds["new color and shape"] = [s for s in SUBJECTS if s not in KNOWN_SUBJECTS]
     with torch.no_grad():
         tests = {kind: vit.Pictures(4 * batch, seed + 1, subjects)[0] for kind, subjects in kinds.items()}
+        if icons:
+            held = HeldOut(f"{icons}/test.json")
+            asked = [held("describe", i) for i in range(4 * batch)]
+            tests["test artist"] = torch.stack([preprocess(s.image) for s in asked]), [s.caption for s in asked]
         return {kind: head.loss(captions(texts).to(device), see(pixels))[1].item()
                 for kind, (pixels, texts) in tests.items()}
 
@@ -294,6 +303,7 @@ def main(argv=None):
         help="validation images a task (default: %(default)s)")
     add("--out", default="runs/results", help="folder for checkpoints, results and figures (default: %(default)s)")
     add("--probe", metavar="FILE", help="a checkpoint of stage 0: how many captions can be read from it?")
+    add("--icons", metavar="FOLDER", help="--probe with the pictures of python -m data.icons, too")
     add("--kept", metavar="FILE", help="a checkpoint of stage translator or encoder: what does its surrogate know?")
     add("--keep", action="store_true", help="add the results of --out to assets/arms.json")
     args, file = parser.parse_args(argv), ASSETS / "arms.json"
@@ -301,7 +311,8 @@ def main(argv=None):
     if args.list:
         return print("\n".join(f"{name:26}{' | '.join(commands)}" for name, commands in ARMS.items()))
     if args.probe:
-        return print("\n".join(f"{kind:20} {right:.1%}" for kind, right in probe(args.probe).items()))
+        shares = probe(args.probe, icons=args.icons)
+        return print("\n".join(f"{kind:20} {right:.1%}" for kind, right in shares.items()))
     if args.kept:
         return show_kept(args.kept)
     for seed in args.seed:
