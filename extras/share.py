@@ -67,7 +67,6 @@ def main(argv=None):
         save_checkpoint(args.out, tensors, about or describe(tensors, args))
     else:
         raise UserError(f"cannot write {args.out}: give a name that ends in .pth or .safetensors")
-    return 0
 
 
 def check_parts(tensors, path):
