@@ -1,7 +1,6 @@
 """What a training run leaves in its folder: log.csv, a plot of the loss, and checkpoints from which it can go on."""
 
 import csv
-import errno
 import itertools
 import json
 import os
@@ -189,7 +188,7 @@ def lock(folder):
         HELD[folder.resolve()] = opened
     except OSError as e:
         os.close(opened)
-        if e.errno in (errno.EACCES, errno.EAGAIN):         # any other: a file system that knows no locks
+        if isinstance(e, (BlockingIOError, PermissionError)):       # any other: a file system that knows no locks
             raise UserError(f"another run is writing into {folder}: wait for it, or give another --out") from None
 
 
