@@ -21,8 +21,9 @@ import torch
 MAX_SEED = 10**9
 
 
-class UserError(ValueError):
-    """An error that a user can make: the command line prints it in one line, exit status 2."""
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """An error that a user can make: the command line prints it in one line, exit status 2. (As ArgumentTypeError it
+    may come from the type of an option: argparse then puts the option's name before it.)"""
 
 
 class MissingFile(UserError, FileNotFoundError):
@@ -77,7 +78,7 @@ def number(kind, low, high):
             x = math.nan
         if not low <= x <= high:  # so written that nan fails, too
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} between {low:,} and {high:,}, not {text!s:.40}")
+            raise UserError(f"must be {what} between {low:,} and {high:,}, not {text!s:.40}")
         return x
 
     return read
@@ -89,7 +90,7 @@ def available_device(name):
     if gpu:
         there += [gpu.type, *(f"{gpu.type}:{i}" for i in range(torch.accelerator.device_count()))]
     if name not in there:
-        raise argparse.ArgumentTypeError(f"{name:.40} is not on this machine: choose {' or '.join(there)}")
+        raise UserError(f"{name:.40} is no device of this machine: choose {' or '.join(there)}")
     return name
 
 

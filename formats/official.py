@@ -7,7 +7,6 @@ Official weights: where they are, and how each format spells their names.
 3. Configurations -> the fields of model.LlamaConfig and model.ViTConfig, each checked.
 4. `load`: those tensors into a model built on the meta device, with one clear line for whatever does not fit.
 """
-import argparse
 import functools
 import hashlib
 import math
@@ -407,10 +406,7 @@ def load(model, tensors, dtype, device, path):
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in FLOATS:
         raise UserError("dtype: choose float32, bfloat16, float16 or float64, as a name or torch's own")
-    try:
-        available_device(str(device))
-    except argparse.ArgumentTypeError as e:
-        raise UserError(f"device: {e}") from None
+    available_device(str(device))
     if odd := [n for n in tensors if n.endswith((".qweight", ".absmax", ".SCB", "_scale", "_scale_inv", "_packed"))]:
         raise UserError(f"{path}: this checkpoint is quantized (it holds {odd[0]}): take the original")
     wanted = model.state_dict()
