@@ -21,8 +21,9 @@ import torch
 MAX_SEED = 10**9
 
 
-class UserError(ValueError):
-    """An error that a user can make: the command line prints it in one line, exit status 2."""
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """An error that a user can make: the command line prints it in one line, exit status 2. (As ArgumentTypeError it
+    may come from the type of an option: argparse then puts the option's name before it.)"""
 
 
 class MissingFile(UserError, FileNotFoundError):
@@ -77,7 +78,7 @@ def number(kind, low, high):
             x = math.nan
         if not low <= x <= high:  # so written that nan fails, too
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} between {low:,} and {high:,}, not {text!s:.40}")
+            raise UserError(f"must be {what} between {low:,} and {high:,}, not {text!s:.40}")
         return x
 
     return read
@@ -85,13 +86,11 @@ def number(kind, low, high):
 
 def available_device(name):
     """The type of --device: the name of a device that this machine has."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there.append("mps")
+    there, gpu = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
+    if gpu:
+        there += [gpu.type, *(f"{gpu.type}:{i}" for i in range(torch.accelerator.device_count()))]
     if name not in there:
-        raise argparse.ArgumentTypeError(f"{name:.40} is not on this machine: choose {' or '.join(there)}")
+        raise UserError(f"{name:.40} is no device of this machine: choose {' or '.join(there)}")
     return name
 
 
@@ -141,22 +140,14 @@ def discard(stream):
 
 def check_out(folder):
     """UserError if no file can be written into a folder, which may not be there yet. Leaves nothing behind."""
-    there = Path(folder)
-    try:
-        while not found(there):
-            there = there.parent
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as e:
-        raise UserError(f"cannot write into the folder {folder} ({there}: {e.strerror}): give another --out") from None
-
-
-def found(path):
-    """Is something there? Other than Path.exists, an OSError where that cannot be told: no permission, a loop ..."""
-    try:
-        return bool(os.lstat(path))
-    except FileNotFoundError:
-        return False
+    for there in (Path(folder), *Path(folder).parents):
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                return
+        except OSError as e:
+            if not isinstance(e, FileNotFoundError) or os.path.lexists(there):  # what is not there yet will be made
+                raise UserError(f"cannot write into the folder {folder} ({there}: {e.strerror}): "
+                                "give another --out") from None
 
 
 def check_out_file(path):

@@ -33,8 +33,7 @@ SPLITS = {      # of data.world: what is asked about its pictures, and what is s
 EVAL_SEED = 7           # the stream of held-out images; split "test" never meets the stream of training
 FRESH_SEED = 4242       # the stream of training samples over which cross-entropy is measured: never trained
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers, free and ranked
+# ---- Answers, free and ranked ---------------------------------------------------------------------------------------
 
 
 def sum_logp(decoder, before, tokens, real, chunk=256):
@@ -190,8 +189,7 @@ def bootstrap(values, clusters, weights=None, draws=1000):
     return (whole[0] / whole[1]).item(), low, high
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the image brings
+# ---- What the image brings ------------------------------------------------------------------------------------------
 
 
 def wrong_images(samples):
@@ -243,8 +241,7 @@ def image_brings(vlm, surrogate=None, n=512, before=None, direct=None, progress=
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# ---- Tables ---------------------------------------------------------------------------------------------------------
 
 
 def markdown(head, rows):
@@ -290,8 +287,7 @@ def brings_table(rows):
         ["**the image brings**", *(f"{r['brings']:.3f} ({r['low']:.2f}–{r['high']:.2f})" for r in rows)]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Demo
+# ---- Demo -----------------------------------------------------------------------------------------------------------
 
 # Six held-out images, chosen: four that the graft gets right, though no image holds the answer and no training showed
 # it; one that the pair reads and the graft does not; one that both know.

@@ -2,7 +2,6 @@
 What a Llama needs to continue a text: a cache of keys and values, the choice of a token, and checks of what is asked.
 The loop itself is `Llama.stream` and `Llama.decode` in model.py.
 """
-import argparse
 import copy
 
 import torch
@@ -110,7 +109,7 @@ def in_range(name, value):
     """The value of an option of SAMPLING; UserError if it is out of its range."""
     try:
         return number(*SAMPLING[name])(value)
-    except argparse.ArgumentTypeError as e:
+    except UserError as e:
         raise UserError(f"{name} {e}") from None
 
 

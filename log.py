@@ -1,7 +1,7 @@
 """What a training run leaves in its folder: log.csv, a plot of the loss, and checkpoints from which it can go on."""
 
 import csv
-import errno
+import itertools
 import json
 import os
 import time
@@ -126,13 +126,10 @@ class Log:
             with torch.no_grad():
                 for n, p in self.learns.items():
                     p.copy_(placed(tensors[f"master.{n}"]().to(p.device), p))
-                    keys = [k for k in ADAM if f"adam.{n}.{k}" in tensors]
-                    if len(keys) in (1, 2):
-                        raise KeyError(f"it lacks parts of adam.{n}")
-                    if keys:
-                        self.optimizer.state[p] = {k: tensors[f"adam.{n}.{k}"]() for k in keys}
-                        self.optimizer.state[p] |= {k: placed(self.optimizer.state[p][k].to(p.device), p)
-                                                    for k in keys if k != "step"}
+                    if any(f"adam.{n}.{k}" in tensors for k in ADAM):       # then all have to be there
+                        adam = {k: tensors[f"adam.{n}.{k}"]() for k in ADAM}
+                        moments = {k: placed(adam[k].to(p.device), p) for k in ADAM if k != "step"}
+                        self.optimizer.state[p] = adam | moments
         except (RuntimeError, KeyError) as e:               # a tensor of another shape, or none
             raise UserError(f"{self.state} does not fit this run ({str(e).splitlines()[0]}): it is damaged; "
                             "start anew in another --out") from None
@@ -191,7 +188,7 @@ def lock(folder):
         HELD[folder.resolve()] = opened
     except OSError as e:
         os.close(opened)
-        if e.errno in (errno.EACCES, errno.EAGAIN):         # any other: a file system that knows no locks
+        if isinstance(e, (BlockingIOError, PermissionError)):       # any other: a file system that knows no locks
             raise UserError(f"another run is writing into {folder}: wait for it, or give another --out") from None
 
 
@@ -209,10 +206,7 @@ def plot_loss(rows, title="", ylabel="loss"):
     """The loss of a log, step by step and smoothed, as a figure."""
     from matplotlib.figure import Figure
     steps, losses = [int(r["step"]) for r in rows], [float(r["loss"]) for r in rows]
-    smooth, mean = [], losses[0]
-    for x in losses:
-        mean = 0.95 * mean + 0.05 * x
-        smooth.append(mean)
+    smooth = list(itertools.accumulate(losses, lambda mean, x: 0.95 * mean + 0.05 * x))
     fig = Figure(figsize=(6, 3.2), dpi=120, layout="tight")
     ax = fig.add_subplot(xlabel="step", ylabel=ylabel, title=title)
     ax.plot(steps, losses, color="#0072B2", alpha=0.3, lw=0.8)

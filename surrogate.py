@@ -28,8 +28,7 @@ from kernels import default_dtype, int8
 from model import Llama
 from recipes import TARGETS
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Prediction trajectory
+# ---- 1. Prediction trajectory ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -98,8 +97,7 @@ def choose_ranges(llm, tokenizer):
     return [(cut, llm.config.num_hidden_layers - 2)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Surrogate
+# ---- 2. Surrogate ---------------------------------------------------------------------------------------------------
 
 
 def check_ranges(ranges, num_layers):
@@ -209,8 +207,7 @@ def run_both(surrogate, llm, embeds, caches=(None, None)):
     return surrogate.run(x, surrogate.n_shared, None, ours), llm.run(x, surrogate.n_shared, None, theirs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. What trains translators: distillation (ours; the paper's stage 1 trains them by answers alone)
+# ---- 3. What trains translators: distillation (ours; the paper's stage 1 trains them by answers alone) --------------
 
 
 @torch.no_grad()
@@ -242,8 +239,7 @@ def distillation_loss(surrogate, states):
     return kl, (off / size).masked_fill(~real, 0).sum() / real.sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ---------------------------------------------------------------------------------------------------
 
 
 def count_parameters(model):

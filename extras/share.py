@@ -57,8 +57,6 @@ def main(argv=None):
         lines += [f"{n}  {tuple(t.shape)} {t.dtype}".replace("\n", "\\n") for n, t in tensors.items()]
         print(printable("\n".join(lines)))
     elif Path(args.out).suffix == ".pth":
-        if any(".lora_" in n for n in tensors):
-            raise UserError(f"{args.checkpoint} holds low-rank updates, for which the paper's layout has no place")
         if about.get("recipe", {}).get("like_words"):
             raise UserError(f"{args.checkpoint} was trained with like_words=true, of which the paper's code knows "
                             "nothing: train with like_words=false")
@@ -67,7 +65,6 @@ def main(argv=None):
         save_checkpoint(args.out, tensors, about or describe(tensors, args))
     else:
         raise UserError(f"cannot write {args.out}: give a name that ends in .pth or .safetensors")
-    return 0
 
 
 def check_parts(tensors, path):

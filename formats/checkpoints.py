@@ -92,11 +92,10 @@ def open_checkpoint(path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     try:
-        return tensors, check_about({k: json.loads(v) for k, v in metadata.items() if k != "format"}, path)
-    except UserError:
-        raise
+        about = {k: json.loads(v) for k, v in metadata.items() if k != "format"}
     except (ValueError, RecursionError):    # metadata that `save_checkpoint` did not write
-        return tensors, {}
+        about = {}
+    return tensors, check_about(about, path)
 
 
 ABOUT = dict(stage=str, llm=str, vit=str, ranges=list, vit_config=dict, recipe=dict, about=dict, step=int,

@@ -96,8 +96,8 @@ def values(config, where, neutral={}):
     return take
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights. No file can run code: safetensors hold none, and torch.load(weights_only=True) builds nothing but tensors.
+# ---- Weights --------------------------------------------------------------------------------------------------------
+# No file can run code: safetensors hold none, and torch.load(weights_only=True) builds nothing but tensors.
 
 
 @contextlib.contextmanager

