@@ -8,7 +8,8 @@ before: the encoder as training starts, with a random projector, and the full LL
 pair:   encoder + surrogate, what was trained.
 graft:  the same encoder + the full LLM.
 direct: an encoder trained on the full LLM.
-text:   the caption in the image's place, read by the full LLM; "text, pair": by the surrogate, the most it could say.
+text:   the caption in the image's place, read by the full LLM; "text, pair": by the surrogate (no bound for the pair,
+        whose encoder was trained to this surrogate).
 """
 import dataclasses
 import math
@@ -344,5 +345,3 @@ def plot_demo(examples, columns=3):
             words.text(0, 1 - 0.36 * k, shown, transform=words.transAxes, va="top", fontsize=9, parse_math=False,
                        color="#0072B2" if right else "#B34700")         # $5 and $6 is no formula
     return fig
-
-

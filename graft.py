@@ -99,7 +99,7 @@ def parse(argv):
         help="checkpoint of the stage encoder: file, folder, hub name or org/name:FILE (default: %(default)s)")
     add("--vit", help="ViT: file, folder or hub name (default: the one that the encoder started from)")
     add("--direct", help="an encoder trained directly on the full LLM, compared with (default: "
-        "assets/direct.safetensors, where it is there and of this LLM)")
+        "assets/direct.safetensors, where it is there and of this LLM, without --data)")
     add("--eval", type=number(int, 1, 10**6), default=5, metavar="N",
         help="held-out images a task for the comparison (default: %(default)s)")
     add("--batch", type=number(int, 1, 4096), default=20, help="images at a time (default: %(default)s)")
@@ -128,6 +128,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.question and (args.chat or args.web or not args.image):
         raise UserError("--question asks about one picture: give it as --image, without --chat or --web")
+    if args.images and not args.data:
+        raise UserError("--images is the folder of the images that --data names: give --data, too")
+    if args.data and (args.image or args.chat or args.web):
+        raise UserError("--data is a test of its own: give it without --image, --chat and --web")
     if args.pair and not (args.image or args.chat):
         raise UserError("--pair chooses who answers: give a picture as --image, or --chat")
     args.question = args.question or "Describe the image."
@@ -164,7 +168,7 @@ def show(args, vlm, llm, about, name, command, held=None):
         before = VLM.untrained(about["vit"], llm, vlm.tokenizer, vlm.like_words, about.get("seed", 0), args.encoder)
         before = before.to(llm.device, llm.dtype).requires_grad_(False).eval()
     file = checkpoints.locate(args.direct or "assets/direct.safetensors")
-    if args.direct or file.is_file():
+    if args.direct or file.is_file() and not held:          # the shipped one was trained on the drawn world
         if same_file(checkpoints.open_checkpoint(file)[1].get("llm"), name):
             direct = VLM.from_pretrained(llm, file, tokenizer=vlm.tokenizer)
         elif args.direct:
@@ -175,9 +179,10 @@ def show(args, vlm, llm, about, name, command, held=None):
         layers = f"{surrogate.config.num_hidden_layers} of {llm.config.num_hidden_layers} layers"
         print("before: the encoder as training starts, with a random projector, + the full LLM\n"
               f"pair:   encoder + surrogate ({layers})\ngraft:  the same encoder + the full LLM, zero-shot")
-        examples = evaluate.say(vlm, surrogate, some[:6], before) if some else evaluate.demo(vlm, surrogate, before)
+        examples = evaluate.say(vlm, surrogate, some[:8], before) if some else evaluate.demo(vlm, surrogate, before)
         evaluate.show_demo(examples)
-        write_whole(out / "demo.png", lambda part: evaluate.plot_demo(examples).savefig(part, format="png"))
+        figure = evaluate.plot_demo(examples, 4 if some else 3)
+        write_whole(out / "demo.png", lambda part: figure.savefig(part, format="png"))
     others = dict(before=before, direct=direct)
     brings = evaluate.image_brings(vlm, surrogate, min(512, 10 * args.eval), samples=some, **others)
     rows = [row for split, tasks in splits.items()

@@ -234,8 +234,9 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def word_statistics(self):
-        """The mean word embedding (C,), and the words' mean distance from it; cached."""
-        if self.words is None or self.words[0].device != self.device:
+        """The mean word embedding (C,), and the words' mean distance from it; cached while embeddings are frozen."""
+        learns = self.model.embed_tokens.weight.requires_grad
+        if self.words is None or learns or self.words[0].device != self.device:
             E = self.embed(torch.arange(self.config.vocab_size, device=self.device)).float()            # (vocab, C)
             self.words = E.mean(0), (E - E.mean(0)).norm(dim=-1).mean()
         return self.words
@@ -513,7 +514,7 @@ class VLM(nn.Module):
     def visual_tokens(self, pixels):
         """pixels (N, 3, S, S) -> (N, n_visual, d), where d is the width of the LLM (paper, section 3)."""
         pixels = pixels.to(self.decoder.device, self.decoder.dtype, non_blocking=True)
-        x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays
+        x = self.encoder.vision_model.post_layernorm(self.encoder(pixels))  # (N, 1 + P, C): CLS stays, but for LLaVA
         x = self.adapter(x if self.cls else x[:, 1:])                       # (N, 1 + P, d)
         soi, eoi = (e.to(x.dtype).expand(len(x), *e.shape) for e in (self.embd_soi, self.embd_eoi))
         x = torch.cat([soi, x, eoi], dim=1)                   # (N, 1 + (1 + P) + 1, d)
@@ -560,7 +561,7 @@ class VLM(nn.Module):
             raise UserError(f"{encoder} (stage {about.get('stage', 'unknown')}) holds no whole projector: "
                             "give a checkpoint of train.py's stage encoder or decoder")
         decoder = llm if isinstance(llm, Llama) else Llama.from_pretrained(llm, dtype, device)
-        vit = vit or about.get("vit", "openai/clip-vit-large-patch14-336")
+        vit = vit or about.get("vit", official.DEFAULT_CLIP)
         vit = base_vit(vit, encoder, decoder.dtype, decoder.device)
         if tokenizer is None:
             name = about.get("llm", official.DEFAULT_LLM) if isinstance(llm, Llama) else llm

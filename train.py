@@ -287,7 +287,7 @@ def plan(stage, recipe, name="small", llm=None, vit=None, init=None, replace=Non
                             "and give its checkpoint as --init, or train on the full LLM with --direct")
     about = dict(stage=stage, llm=llm, vit=vit_of(start, parent, vit, target), ranges=ranges, start=start, seed=seed,
                  recipe=dataclasses.asdict(recipe), data=data, images=images, text=text)
-    return json.loads(json.dumps(about))
+    return json.loads(json.dumps(about))            # as a checkpoint's metadata gives it back: lists, not tuples
 
 
 def vit_of(start, parent, vit, target):

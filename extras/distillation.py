@@ -118,18 +118,22 @@ def main(argv=None):
     parser = Parser(__doc__, epilog=f"key=value:\n{help_text(RECIPE)}")
     parser.add_argument("--llm", default=DEFAULT_LLM, help="folder, .gguf file or hub name (default: %(default)s)")
     parser.add_argument("--replace", help="layers that translators replace, e.g. 20-23,24-28 by two translators "
-                        "(default: the recipe's)")
+                        "(default: the recipe's for its own LLM, for any other from the prediction's turn on)")
     parser.add_argument("--data", help="LLaVA-format JSON beside its images, in place of the drawn world")
     parser.add_run("runs/translator")
     args = parser.parse_intermixed_args(argv)
     recipe = override(RECIPE, args.settings)
     check_out(args.out)
     path = find(args.llm)
-    ranges = surrogate.parse_ranges(args.replace) if args.replace else TARGETS["small"].ranges
+    ranges = surrogate.parse_ranges(args.replace) if args.replace else None
+    if ranges == []:
+        raise UserError("--replace none: without a surrogate there is no translator to train")
     llm = Llama.from_pretrained(path, dtype_of(recipe, args.device), args.device)
+    tokenizer = Tokenizer.from_pretrained(path)
+    if ranges is None:
+        ranges = TARGETS["small"].ranges if args.llm == DEFAULT_LLM else surrogate.choose_ranges(llm, tokenizer)
     decoder = surrogate.build_surrogate(llm, ranges)
     print(f"stage translator, distilled: for {args.llm} with the layers {decoder.ranges} replaced")
-    tokenizer = Tokenizer.from_pretrained(path)
     distill(decoder, llm, tokenizer, recipe, args.out, args.llm, args.seed, args.resume, args.data)
 
 

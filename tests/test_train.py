@@ -369,13 +369,14 @@ def test_llava_data(stages, go, tiny_llm, tmp_path, capfd):
     assert_complete(tmp_path / "d", "decoder", 1, 1e-3)         # LLaVA's own text is read here: (6 + 1) // 7
 
 
-def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage, start, kills", [("encoder", "translator", (3, 5)), ("decoder", "encoder", (3,))])
+def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch, stage, start, kills):
     """Killed while it saves, before or after log and weights were written: what resumes from the state before makes the
     same bits as a run at once. So do layers that keep only their input and compute the rest anew."""
-    options = ["steps=4", "batch=2", "lr=1e-3", "save_every=2", "dtype=float32", "--init", stages["translator"]]
-    go("encoder", tmp_path / "whole", *options)
+    options = ["steps=4", "batch=2", "lr=1e-3", "save_every=2", "dtype=float32", "--init", stages[start]]
+    go(stage, tmp_path / "whole", *options)
     replace = checkpoints.os.replace
-    for kill in (3, 5):             # the files are written in threes: at steps 2 and 4
+    for kill in kills:              # the files are written in threes: at steps 2 and 4
         out, written = tmp_path / str(kill), iter(range(6))
 
         def failing(part, path):
@@ -385,15 +386,15 @@ def test_resume_continues_exactly(stages, go, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(checkpoints.os, "replace", failing)
-            go("encoder", out, *options)
-        go("encoder", out, *options, "--resume", "checkpointing=true")
+            go(stage, out, *options)
+        go(stage, out, *options, "--resume", "checkpointing=true")
         assert without_clock(rows_of(out)) == without_clock(rows_of(tmp_path / "whole")), kill
-        for file in ("encoder.safetensors", "state.safetensors"):
+        for file in (f"{stage}.safetensors", "state.safetensors"):
             (a, _), (b, _) = (read_checkpoint(run / file) for run in (tmp_path / "whole", out))
             assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a), kill
-    go("encoder", out, *options, "--resume")    # a run that is done already stays as it is
-    assert_complete(out, "encoder", 4, 1e-3)
-    started = read_checkpoint(stages["translator"])[0]["adapter.0.weight"]
+    go(stage, out, *options, "--resume")    # a run that is done already stays as it is
+    assert_complete(out, stage, 4, 1e-3)
+    started = read_checkpoint(stages[start])[0]["adapter.0.weight"]
     assert not torch.equal(b["master.adapter.0.weight"].half(), started)        # the steps did something
 
 
