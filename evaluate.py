@@ -291,9 +291,9 @@ def brings_table(rows):
 # ---- Demo -----------------------------------------------------------------------------------------------------------
 
 # Six held-out images, chosen: four that the graft gets right, though no image holds the answer and no training showed
-# it; one that the pair reads and the graft does not; one that both know.
+# it; one that both know; one that the pair reads and the graft does not.
 DEMO = [("language", ("flag", "Finland")), ("capital", ("flag", "Algeria")), ("capital", ("flag", "Hungary")),
-        ("continent", ("flag", "Lithuania")), ("flag", ("flag", "Sweden")), ("color", ("shape", "red", "circle"))]
+        ("continent", ("flag", "Lithuania")), ("flag", ("flag", "Sweden")), ("color", ("shape", "yellow", "circle"))]
 
 
 def demo(vlm, surrogate, before=None):

@@ -200,6 +200,8 @@ CASES = [
     ("extras.distillation steps=0 --out {out}", "steps=0"), ("extras.vit micro_batch=2 --out {out}", "'micro_batch'"),
     ("train encoder --recipe llama-3.1-8b --out {out}", "llama-3.1-8b", "--data", "--images"),
     ("train translator --recipe llama-3.1-8b --data x.json --out {out}", "--text"),
+    ("extras.distillation --llm {llm} --replace none --out {out}", "--replace none", "no translator"),
+    ("graft --images {bad}", "--images", "--data"), ("graft --image x.png --data x.json", "--data", "--image"),
     ("extras.distillation --llm {llm} --replace 3-9 --out {out}", "cannot replace layers 3-9", "0-5"),
     ("extras.parallel encoder --lora 4", "--lora", "decoder alone"),
     ("extras.parallel decoder --lora 0", "--lora", "between 1"),
