@@ -67,7 +67,10 @@ def test_random_translators_are_of_the_right_size(out, tiny_llm):
 def test_what_is_done_is_not_done_again(out, arms, monkeypatch):
     monkeypatch.setattr(results, "ARMS", arms)
     monkeypatch.setattr(results, "run_command", None)
-    assert results.run_arm("ours", steps=4, out=out) == load(out, "ours")
+    done = load(out, "ours")
+    assert results.run_arm("ours", steps=4, samples=done["samples"], out=out) == done
+    with pytest.raises(TypeError):                              # it would ask again: of another number of images
+        results.run_arm("ours", steps=4, samples=done["samples"] + 1, out=out)
 
 
 def test_table_and_figure(out, arms, monkeypatch, tmp_path):
